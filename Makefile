@@ -1,0 +1,66 @@
+# make demo      set up, build, show the main job on this machine
+# make test      set up, build, run the tests of a machine without a GPU
+# make gpu-test  all tests on a GPU; writes tests/gpu_receipt.json, which `make test` compares
+# make bench     the benchmarks of benchmarks/, with plots
+# make lint      ruff, clang-format, mypy        make sanitize  kernels under compute-sanitizer
+# make fuzz      the GGUF reader against mutated files, FUZZ_SECONDS long
+#
+# Everything happens in a virtual environment of its own. PY=python3 uses that Python as it is
+# instead: for a machine that has torch already and no network.
+PYTHON ?= python3
+export PYTHONPATH := $(CURDIR)
+TORCH ?= 2.13.0
+FUZZ_SECONDS ?= 600
+CXX_FILES = $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
+
+ifeq ($(origin PY), undefined)
+BIN := .venv/bin/
+READY := .venv/ready
+endif
+PY ?= $(BIN)python
+
+.PHONY: setup build demo test gpu-test bench lint sanitize fuzz clean
+
+setup: $(READY)
+.venv/ready: requirements-dev.txt
+	$(PYTHON) -m venv .venv
+	# A build of torch for the CPU where pip can find one and there is no GPU.
+	if command -v nvidia-smi >/dev/null; then .venv/bin/pip install -q "torch==$(TORCH)"; \
+	else .venv/bin/pip install -q "torch==$(TORCH)+cpu" 2>/dev/null || .venv/bin/pip install -q "torch==$(TORCH)"; fi
+	.venv/bin/pip install -q -r requirements-dev.txt
+	touch $@
+
+# On a machine with a GPU: its own architecture, unless TORCH_CUDA_ARCH_LIST says otherwise.
+OWN_ARCH = "import torch; c = torch.cuda.is_available() and torch.cuda.get_device_capability(); \
+print('%d.%d%s' % (*c, 'a' if c[0] >= 9 else '') if c else '')"
+build: $(READY)
+	TORCH_CUDA_ARCH_LIST="$${TORCH_CUDA_ARCH_LIST:-$$($(PY) -c $(OWN_ARCH))}" \
+	$(PY) setup.py -q build_ext --inplace
+
+demo: build
+	$(PY) examples/demo.py
+
+test: build
+	$(PY) -m pytest
+	$(PY) tests/gpu_receipt.py check
+
+gpu-test: build
+	$(PY) tests/gpu_receipt.py run
+
+bench: build
+	for bench in benchmarks/bench_*.py; do $(PY) $$bench || exit 1; done
+
+lint: $(READY)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(BIN)clang-format --dry-run -Werror $(CXX_FILES)
+	$(PY) -m mypy
+
+sanitize: build
+	$(PY) tests/sanitize.py
+
+fuzz: build
+	$(PY) tests/fuzz_gguf.py --seconds $(FUZZ_SECONDS)
+
+clean:
+	rm -rf build dist *.egg-info quantgemm/_C*.so

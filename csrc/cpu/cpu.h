@@ -1,0 +1,13 @@
+// SPDX-License-Identifier: MIT
+// The CPU backend: each function does one range of its work; the op layer splits the whole among
+// torch's threads.
+#pragma once
+#include "../args.h"
+
+namespace quantgemm {
+
+void dequantize_cpu(const DequantizeArgs& args, int64_t first_block, int64_t last_block);
+void quantize_cpu(const QuantizeArgs& args, int64_t first_block, int64_t last_block);
+void quantize_activations_cpu(const ActivationArgs& args, int64_t first_row, int64_t last_row);
+
+}  // namespace quantgemm

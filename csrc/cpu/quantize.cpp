@@ -1,0 +1,35 @@
+// SPDX-License-Identifier: MIT
+// Blocks of real numbers to GGUF blocks with the encoders of formats/encode.h.
+#include "../formats/encode.h"
+#include "../formats/gguf_formats.h"
+#include "cpu.h"
+#include "vectorized.h"
+
+namespace quantgemm {
+namespace {
+
+template <class F, class In>
+struct EncodeBlocks {
+  QG_HD static void run(const QuantizeArgs* args, int64_t first, int64_t last) {
+    for (int64_t b = first; b < last; ++b) {
+      const In* x = static_cast<const In*>(args->x) + b * F::kElems;
+      float values[F::kElems];
+      for (int i = 0; i < F::kElems; ++i) values[i] = load_real(x + i);
+      const int64_t column = b % args->blocks_per_row * F::kElems;
+      Encoder<F>::encode(values, args->importance ? args->importance + column : nullptr,
+                         args->blocks + b * F::kBytes);
+    }
+  }
+};
+
+}  // namespace
+
+void quantize_cpu(const QuantizeArgs& args, int64_t first_block, int64_t last_block) {
+  visit_real(args.x_type, [&]<class In>(In) {
+    BlockFormats::visit(args.qtype, [&]<class F>(F) {
+      if constexpr (Encodable<F>) run_vectorized<EncodeBlocks<F, In>>(&args, first_block, last_block);
+    });
+  });
+}
+
+}  // namespace quantgemm

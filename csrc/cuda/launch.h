@@ -1,0 +1,15 @@
+// SPDX-License-Identifier: MIT
+// Every launcher of the CUDA backend. Each enqueues on the given stream and returns the status;
+// none synchronises, allocates or looks at device data, so all can be captured in a CUDA graph.
+#pragma once
+#include <cuda_runtime_api.h>
+
+#include "../args.h"
+
+namespace quantgemm {
+
+cudaError_t launch_dequantize(const DequantizeArgs& args, cudaStream_t stream);
+cudaError_t launch_quantize(const QuantizeArgs& args, cudaStream_t stream);
+cudaError_t launch_quantize_activations(const ActivationArgs& args, cudaStream_t stream);
+
+}  // namespace quantgemm

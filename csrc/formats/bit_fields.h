@@ -1,0 +1,70 @@
+// SPDX-License-Identifier: MIT
+// Small integers out of packed words, four at a time. Block formats store codes as nibbles, 2-bit
+// planes, single bits and base-3 digits; each helper returns four of them, one per byte.
+#pragma once
+#include "portable.h"
+
+namespace quantgemm {
+
+// bits 0…3 -> bit 0 of bytes 0…3
+QG_HD uint32_t spread_bits(uint32_t bits) { return ((bits & 0xfu) * 0x00204081u) & 0x01010101u; }
+
+// fields of 2 bits at 0, 2, 4, 6 -> bytes 0…3
+QG_HD uint32_t spread_pairs(uint32_t fields) {
+  fields &= 0xffu;
+  fields = (fields | (fields << 12)) & 0x000f000fu;
+  return (fields | (fields << 6)) & 0x03030303u;
+}
+
+// fields of 4 bits at 0, 4, 8, 12 -> bytes 0…3
+QG_HD uint32_t spread_nibbles(uint32_t fields) {
+  fields = (fields | (fields << 8)) & 0x00ff00ffu;
+  return (fields | (fields << 4)) & 0x0f0f0f0fu;
+}
+
+// Legacy nibble order of 32 weights in 16 bytes: weights 0…15 low, 16…31 high nibbles.
+template <int Align>
+QG_HD uint32_t nibbles_of_32(bytes_ptr codes, int i) {
+  return (load<uint32_t, Align>(codes + 4 * (i & 3)) >> (i & 4)) & 0x0f0f0f0fu;
+}
+
+// K-quant nibble order: 64 weights in 32 bytes, weights 0…31 low, 32…63 high nibbles.
+template <int Align>
+QG_HD uint32_t nibbles_of_64(bytes_ptr codes, int i) {
+  return (load<uint32_t, Align>(codes + 32 * (i >> 4) + 4 * (i & 7)) >> ((i & 8) >> 1)) & 0x0f0f0f0fu;
+}
+
+// K-quant 2-bit planes: 128 weights in 32 bytes, weights 32p…32p+31 in bits 2p and 2p+1.
+template <int Align>
+QG_HD uint32_t planes_of_128(bytes_ptr codes, int i) {
+  return (load<uint32_t, Align>(codes + 32 * (i >> 5) + 4 * (i & 7)) >> (2 * ((i >> 3) & 3))) & 0x03030303u;
+}
+
+// Four values of a 16-entry int8 table (its bytes in T0…T3), selected by the nibble in each byte.
+template <uint32_t T0, uint32_t T1, uint32_t T2, uint32_t T3>
+QG_HD uint32_t lookup_nibbles(uint32_t nibbles) {
+#if defined(__CUDA_ARCH__)
+  const uint32_t packed = __byte_perm(nibbles | (nibbles >> 4), 0, 0x0020);  // 4 nibbles in 16 bits
+  const uint32_t low_half = __byte_perm(T0, T1, packed & 0x7777u);
+  const uint32_t high_half = __byte_perm(T2, T3, packed & 0x7777u);
+  return __byte_perm(low_half, high_half, 0x3210u | ((packed & 0x8888u) >> 1));
+#else
+  constexpr uint32_t words[4] = {T0, T1, T2, T3};
+  uint32_t values = 0;
+  for (int j = 0; j < 4; ++j) {
+    const uint32_t n = (nibbles >> (8 * j)) & 15;
+    values |= ((words[n >> 2] >> (8 * (n & 3))) & 0xffu) << (8 * j);
+  }
+  return values;
+#endif
+}
+
+// The four values v with v·q in base-3 order: byte · 3^digit (mod 256) · 3 / 256 is that digit.
+QG_HD uint32_t base3_digits(uint32_t bytes, int digit) {
+  const uint32_t power = (digit & 1 ? 3u : 1u) * (digit & 2 ? 9u : 1u) * (digit & 4 ? 81u : 1u);
+  const uint32_t even = ((bytes & 0x00ff00ffu) * power) & 0x00ff00ffu;  // 16-bit lanes: no carries
+  const uint32_t odd = (((bytes >> 8) & 0x00ff00ffu) * power) & 0x00ff00ffu;
+  return (((even * 3) >> 8) & 0x00030003u) | ((odd * 3) & 0x03000300u);
+}
+
+}  // namespace quantgemm

@@ -1,0 +1,88 @@
+// SPDX-License-Identifier: MIT
+// THE CONTRACT between a GGUF block type and every kernel. One sentence covers them all:
+//     weight = scale · q + offset,
+// q a small signed integer, scale and offset shared by a group of neighbouring weights.
+// A format is a struct of constants and two functions (affine, quad); what kernels need beyond
+// that is derived here, once. No kernel knows a format's name.
+#pragma once
+#include <concepts>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <type_traits>
+
+#include "portable.h"
+
+namespace quantgemm {
+
+struct Affine {
+  float scale, offset;
+};
+
+// kType    ggml's id                      kElems  weights per block (a multiple of 8)
+// kName    the name users know            kBytes  bytes per block
+// kGroup   weights sharing one affine     kOffset false if the offset is always 0
+// affine(block, g)  scale and offset of weights g·kGroup … (g+1)·kGroup − 1
+// quad(block, i)    q of weights 4i … 4i+3, one signed byte each, weight 4i in the lowest byte
+template <class F>
+concept BlockFormat = requires(bytes_ptr block, int i) {
+  { F::kType } -> std::convertible_to<int>;
+  { F::kName } -> std::convertible_to<const char*>;
+  { F::kElems } -> std::convertible_to<int>;
+  { F::kBytes } -> std::convertible_to<int>;
+  { F::kGroup } -> std::convertible_to<int>;
+  { F::kOffset } -> std::convertible_to<bool>;
+  { F::affine(block, i) } -> std::same_as<Affine>;
+  { F::quad(block, i) } -> std::same_as<uint32_t>;
+};
+
+// Unquantised tensors are rows of one-element "blocks" with a value instead of a code.
+template <class F>
+concept PlainFormat = requires(bytes_ptr element) {
+  { F::kType } -> std::convertible_to<int>;
+  { F::kName } -> std::convertible_to<const char*>;
+  { F::kBytes } -> std::convertible_to<int>;
+  { F::value(element) } -> std::same_as<float>;
+};
+
+// Blocks lie back to back from an address that is a multiple of 16, so this divides every block's
+// address. Formats pass it, or what a field's own offset leaves of it, to load<>().
+template <int Bytes, int Offset = 0>
+inline constexpr int kAlignOf = [] {
+  int align = 16;
+  while (Bytes % align != 0 || Offset % align != 0) align /= 2;
+  return align;
+}();
+
+// One weight from its code, in float32. In every format scale · q is exact wherever an offset is
+// added, so fused or separate multiply-add gives the same bits: ggml's.
+template <BlockFormat F>
+QG_HD float weight(Affine a, float q) {
+  if constexpr (F::kOffset) return a.scale * q + a.offset;
+  return a.scale * q;
+}
+
+// Weights 4i … 4i+3 of a block.
+template <BlockFormat F>
+QG_HD void decode_quad(bytes_ptr block, int i, Affine a, float* w) {
+  const uint32_t q = F::quad(block, i);
+  for (int j = 0; j < 4; ++j) w[j] = weight<F>(a, byte_to_float(q, j));
+}
+
+// ---- the registry: visit the format of a ggml id ----
+template <class... Fs>
+struct FormatList {
+  static constexpr int kCount = sizeof...(Fs);
+
+  // Calls f(F{}) for the format F with this id; false if there is none in the list.
+  template <class Fn>
+  static bool visit(int64_t type, Fn&& f) {
+    return ((type == Fs::kType && (f(Fs{}), true)) || ...);
+  }
+  template <class Fn>
+  static void for_each(Fn&& f) {
+    (f(Fs{}), ...);
+  }
+};
+
+}  // namespace quantgemm

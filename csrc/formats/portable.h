@@ -1,0 +1,143 @@
+// SPDX-License-Identifier: MIT
+// What the format headers need from a compiler, the same for g++ and nvcc: number conversions on
+// bit patterns, loads of known alignment, and arithmetic on four bytes packed in one word.
+// The only file of formats/ that asks which compiler is running.
+#pragma once
+#include <bit>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#ifdef __CUDACC__
+#define QG_HD __host__ __device__ __forceinline__
+#else
+#define QG_HD inline __attribute__((always_inline))
+#endif
+#ifdef __CUDA_ARCH__
+#define QG_TABLE __device__ const  // a table indexed at run time lives in the GPU's global memory
+#else
+#define QG_TABLE const
+#endif
+
+namespace quantgemm {
+
+using bytes_ptr = const uint8_t*;
+
+template <class To, class From>
+QG_HD To bit_cast(From x) {
+  static_assert(sizeof(To) == sizeof(From));
+#ifdef __CUDA_ARCH__
+  To y;
+  memcpy(&y, &x, sizeof y);
+  return y;
+#else
+  return std::bit_cast<To>(x);
+#endif
+}
+
+// ---- loads: the pointer is a multiple of Align bytes, the value may be wider than that ----
+template <class T, int Align>
+QG_HD T load(bytes_ptr p) {
+#ifdef __CUDA_ARCH__  // a GPU faults on a misaligned load: assemble the value from aligned pieces
+  if constexpr (Align >= static_cast<int>(sizeof(T))) {
+    return *reinterpret_cast<const T*>(p);
+  } else {
+    using Piece = std::conditional_t<Align == 1, uint8_t, std::conditional_t<Align == 2, uint16_t, uint32_t>>;
+    T value = 0;
+#pragma unroll
+    for (int i = 0; i < static_cast<int>(sizeof(T) / sizeof(Piece)); ++i)
+      value |= static_cast<T>(reinterpret_cast<const Piece*>(p)[i]) << (8 * sizeof(Piece) * i);
+    return value;
+  }
+#else
+  T value;
+  std::memcpy(&value, p, sizeof value);
+  return value;
+#endif
+}
+
+// ---- half, bfloat16 <-> float on bit patterns; every rounding is to nearest even ----
+QG_HD float half_to_float(uint16_t h) {
+#ifdef __CUDA_ARCH__
+  float f;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(h));
+  return f;
+#else
+  const uint32_t sign = (h & 0x8000u) << 16, magnitude = h & 0x7fffu;
+  // Exponent and mantissa moved into float position are the value times 2^-112; one exact
+  // multiplication mends the exponent, of subnormals too. Infinity and NaN keep all exponent bits.
+  const float scaled = bit_cast<float>(magnitude << 13) * 0x1p112f;
+  const uint32_t special = 0x7f800000u | (magnitude << 13);
+  return bit_cast<float>(sign | (magnitude >= 0x7c00u ? special : bit_cast<uint32_t>(scaled)));
+#endif
+}
+
+QG_HD uint16_t float_to_half(float x) {
+#ifdef __CUDA_ARCH__
+  uint16_t h;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(x));
+  return h;
+#else
+  const uint32_t bits = bit_cast<uint32_t>(x), sign = (bits >> 16) & 0x8000u;
+  const uint32_t magnitude = bits & 0x7fffffffu;
+  // Selections instead of branches: loops over this become vector code.
+  const uint32_t normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1)) >> 13;
+  // Below 2^-14 adding 0.5 lets the float adder round to the subnormal half's last bit.
+  const uint32_t subnormal = bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - 0x3f000000u;
+  uint32_t half = magnitude < 0x38800000u ? subnormal : normal;
+  half = magnitude >= 0x477ff000u ? 0x7c00u : half;        // rounds to infinity
+  half = magnitude > 0x7f800000u ? 0x7fffu : half | sign;  // NaN, as cvt gives
+  return static_cast<uint16_t>(half);
+#endif
+}
+
+QG_HD float bfloat16_to_float(uint16_t b) { return bit_cast<float>(static_cast<uint32_t>(b) << 16); }
+
+QG_HD uint16_t float_to_bfloat16(float x) {
+#ifdef __CUDA_ARCH__
+  uint16_t b;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(b) : "f"(x));
+  return b;
+#else
+  const uint32_t bits = bit_cast<uint32_t>(x);
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1)) >> 16;
+  return static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fffu : rounded);  // NaN as cvt
+#endif
+}
+
+// ---- four signed bytes in a word: byte j is element j ----
+QG_HD uint32_t broadcast_byte(uint32_t b) { return (b & 0xffu) * 0x01010101u; }
+
+// Bytewise a - b for bytes a in 0…127 and b in 0…128, without a carry between bytes.
+QG_HD uint32_t sub_bytes(uint32_t a, uint32_t b) { return ((a | 0x80808080u) - b) ^ 0x80808080u; }
+
+// Bytewise x negated where the matching bit of mask (bits 0…3) is set; bytes of x in 0…127.
+QG_HD uint32_t negate_bytes(uint32_t x, uint32_t mask) {
+  // Spread bit j to byte j; then 0xff per negative byte, and two's complement without carries.
+  const uint32_t ones = ((mask & 0xfu) * 0x00204081u) & 0x01010101u;
+  const uint32_t negated = sub_bytes(0, x);
+  const uint32_t all = ones * 0xffu;
+  return (x & ~all) | (negated & all);
+}
+
+QG_HD int byte_at(uint32_t quad, int j) { return static_cast<int8_t>(quad >> (8 * j)); }
+
+QG_HD float byte_to_float(uint32_t quad, int j) {
+#ifdef __CUDA_ARCH__
+  // 2^23 + n is a float whose low byte is n: one PRMT and one FADD where I2F runs at a quarter rate.
+  const uint32_t biased = __byte_perm(quad ^ 0x80808080u, 0x4b000000u, 0x7440 + j);
+  return __uint_as_float(biased) - 8388736.0f;
+#else
+  return static_cast<float>(byte_at(quad, j));
+#endif
+}
+
+QG_HD int popcount(uint32_t x) {
+#ifdef __CUDA_ARCH__
+  return __popc(x);
+#else
+  return __builtin_popcount(x);
+#endif
+}
+
+}  // namespace quantgemm

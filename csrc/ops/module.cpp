@@ -1,0 +1,67 @@
+// SPDX-License-Identifier: MIT
+// Table of contents. Ops: schema once, one implementation for the CPU and CUDA backends (each op
+// branches at its end). The Python module itself carries only what is not an op: the format table,
+// by which the tests compare C++ and Python, and what was built.
+#include "ops.h"
+
+STABLE_TORCH_LIBRARY(quantgemm, m) {
+  m.def("dequantize(Tensor blocks, int qtype, ScalarType dtype=float) -> Tensor");
+  m.def("quantize(Tensor x, int qtype, Tensor? importance=None) -> Tensor");
+  m.def("quantize_activations(Tensor x) -> Tensor");
+}
+
+namespace {
+
+void register_backend(torch::stable::detail::StableLibrary& m) {
+  m.impl("dequantize", TORCH_BOX(&quantgemm::dequantize));
+  m.impl("quantize", TORCH_BOX(&quantgemm::quantize));
+  m.impl("quantize_activations", TORCH_BOX(&quantgemm::quantize_activations));
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(quantgemm, CPU, m) { register_backend(m); }
+STABLE_TORCH_LIBRARY_IMPL(quantgemm, CUDA, m) { register_backend(m); }
+
+namespace {
+
+namespace py = pybind11;
+using namespace quantgemm;
+
+py::dict table_row(auto f) {
+  using F = decltype(f);
+  py::dict row;
+  row["name"] = F::kName;
+  row["type_id"] = F::kType;
+  row["block_elems"] = static_cast<int>(F::kElems);
+  row["block_bytes"] = static_cast<int>(F::kBytes);
+  row["group"] = static_cast<int>(F::kGroup);
+  row["has_offset"] = static_cast<bool>(F::kOffset);
+  row["is_plain"] = PlainFormat<F>;
+  row["can_quantize"] = can_quantize(F::kType);
+  return row;
+}
+
+py::list format_table() {
+  py::list rows;
+  PlainFormats::for_each([&](auto f) { rows.append(table_row(f)); });
+  BlockFormats::for_each([&](auto f) { rows.append(table_row(f)); });
+  return rows;
+}
+
+py::dict build_info() {
+  py::dict info;
+  info["compiler"] = QG_COMPILER;
+  info["cuda"] = QG_CUDA_VERSION;              // "" in a CPU-only build
+  info["cuda_architectures"] = QG_CUDA_ARCHS;  // as TORCH_CUDA_ARCH_LIST spells them
+  info["torch_abi"] = QG_TORCH_ABI;
+  return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "quantgemm's compiled module: importing it registers torch.ops.quantgemm";
+  m.def("format_table", &format_table, "Every GGUF type as the C++ kernels know it");
+  m.def("build_info", &build_info, "Compiler, CUDA version and architectures of this build");
+}

@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: MIT
+"""GGUF-quantised weights in PyTorch, decoded exactly and multiplied fast.
+
+    import quantgemm
+
+    file = quantgemm.open_gguf("model.gguf")
+    weight = file.tensors["blk.0.attn_q.weight"].dequantize(device="cuda")
+
+The compiled ops are `torch.ops.quantgemm.*`; `quantgemm.ops` has them with types and documentation.
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+
+from quantgemm import formats, ops
+from quantgemm.build import BuildInfo, build_info
+from quantgemm.formats import QType
+from quantgemm.gguf import (
+    GGUFError,
+    GGUFFile,
+    GGUFTensor,
+    GGUFWriter,
+    open_gguf,
+    open_whisper_bin,
+    save_gguf,
+)
+
+try:
+    __version__ = version("quantgemm")
+except PackageNotFoundError:  # a source tree that was built in place
+    __version__ = "0.1.0"
+
+__all__ = [
+    "BuildInfo",
+    "GGUFError",
+    "GGUFFile",
+    "GGUFTensor",
+    "GGUFWriter",
+    "QType",
+    "__version__",
+    "build_info",
+    "formats",
+    "open_gguf",
+    "open_whisper_bin",
+    "ops",
+    "save_gguf",
+]

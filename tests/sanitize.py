@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: MIT
+"""Every kernel at ragged sizes under compute-sanitizer: memcheck, racecheck, synccheck.
+
+python tests/sanitize.py           all three tools (needs compute-sanitizer on the PATH)
+python tests/sanitize.py --cases   the cases themselves, which is what the tools run
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import subprocess
+import sys
+
+import torch
+
+from quantgemm import _C, ops
+from quantgemm.formats import FORMATS
+
+TOOLS = {
+    "memcheck": ["--leak-check", "no"],
+    "racecheck": [],
+    "synccheck": [],
+}
+
+
+def run_cases() -> None:
+    """Small tensors in exact-sized allocations: one element too far is outside."""
+    generator = torch.Generator().manual_seed(0)
+    can_quantize = {row["type_id"] for row in _C.format_table() if row["can_quantize"]}
+    for type_id, fmt in FORMATS.items():
+        for num_blocks in (1, 3, 4096 // fmt.block_elems + 1):
+            shape = (num_blocks * fmt.block_bytes,)
+            blocks = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator).cuda()
+            for dtype in (torch.float32, torch.float16, torch.bfloat16):
+                ops.dequantize(blocks, type_id, dtype)
+            if type_id in can_quantize:
+                x = torch.randn(num_blocks * fmt.block_elems, generator=generator)
+                ops.quantize(x.cuda(), type_id)
+                ops.quantize(x.bfloat16().cuda(), type_id)
+    for cols in (32, 96, 2080):
+        x = torch.randn(3, cols, generator=generator)
+        ops.quantize_activations(x.cuda())
+        ops.quantize_activations(x.half().cuda())
+    torch.cuda.synchronize()
+    print("cases done")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--cases", action="store_true", help="run the kernels, without a tool")
+    if parser.parse_args().cases:
+        # Without torch's pool every tensor is an allocation of its own.
+        run_cases()
+        return 0
+    sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    failed = []
+    for tool, options in TOOLS.items():
+        command = [sanitizer, "--tool", tool, "--error-exitcode", "9", *options]
+        command += [sys.executable, __file__, "--cases"]
+        env_command = ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", *command]
+        done = subprocess.run(env_command, capture_output=True, text=True)
+        clean = done.returncode == 0 and "cases done" in done.stdout
+        lines = done.stdout.strip().splitlines()
+        print(f"{tool}: {'clean' if clean else 'FAILED'}: {lines[-1] if lines else ''}")
+        if not clean:
+            failed.append(tool)
+            print(done.stdout[-4000:], done.stderr[-2000:], sep="\n")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

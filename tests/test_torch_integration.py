@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: MIT
+"""Every op as torch expects it: opcheck, fullgraph compilation, CUDA graphs, streams, devices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from conftest import DEVICES, random_blocks
+
+import quantgemm
+from quantgemm.formats import FORMATS, QType
+
+Q = torch.ops.quantgemm
+
+
+def op_cases(device: str) -> dict[str, tuple[Callable, tuple]]:
+    fmt = FORMATS[QType.Q5_K]
+    blocks = torch.from_numpy(random_blocks(fmt, 6, 512)).to(device)
+    x = torch.randn(5, 256, generator=torch.Generator().manual_seed(0)).to(device)
+    weights = torch.rand(256, generator=torch.Generator().manual_seed(1)).to(device)
+    return {
+        "dequantize": (Q.dequantize.default, (blocks, fmt.type_id, torch.bfloat16)),
+        "quantize": (Q.quantize.default, (x, int(QType.Q8_0), None)),
+        "quantize with importance": (Q.quantize.default, (x, int(QType.Q4_K), weights)),
+        "quantize_activations": (Q.quantize_activations.default, (x.half(),)),
+    }
+
+
+CASES = list(op_cases("cpu"))
+
+
+def test_every_op_has_a_case() -> None:
+    registered = {
+        schema.name.split("::")[1]
+        for schema in torch._C._jit_get_all_schemas()
+        if schema.name.startswith("quantgemm::")
+    }
+    assert registered == {name.split()[0] for name in CASES}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", CASES)
+def test_opcheck(name: str, device: str) -> None:
+    op, args = op_cases(device)[name]
+    torch.library.opcheck(op, args)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", CASES)
+def test_compiles_without_a_break(name: str, device: str) -> None:
+    op, args = op_cases(device)[name]
+    backend = "inductor" if device == "cuda" else "aot_eager"  # no C++ compilation on the CPU
+    compiled = torch.compile(lambda *a: op(*a), fullgraph=True, backend=backend)
+    assert torch.equal(compiled(*args), op(*args))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_meta_tensors(name: str) -> None:
+    op, args = op_cases("cpu")[name]
+    want = op(*args)
+    on_meta = [a.to("meta") if isinstance(a, torch.Tensor) else a for a in args]
+    got = op(*on_meta)
+    assert got.is_meta and got.shape == want.shape and got.dtype == want.dtype
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("name", CASES)
+def test_cuda_graph(name: str) -> None:
+    """Captured once, replayed with other data in the same place."""
+    op, args = op_cases("cuda")[name]
+    op(*args)  # loads the kernel
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = op(*args)
+    args[0].copy_(args[0].flip(0))
+    want = op(*args)
+    out.zero_()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(out.view(torch.uint8), want.view(torch.uint8))
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("name", CASES)
+def test_runs_on_the_current_stream(name: str) -> None:
+    """Work queued on a side stream is seen by an op called there without synchronising."""
+    op, args = op_cases("cuda")[name]
+    want = op(*args)
+    stream, delayed = torch.cuda.Stream(), torch.zeros_like(args[0])
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)
+        delayed.copy_(args[0])
+        got = op(delayed, *args[1:])
+    stream.synchronize()
+    assert torch.equal(got.view(torch.uint8), want.view(torch.uint8))
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
+@pytest.mark.parametrize("name", CASES)
+def test_other_device_than_the_current_one(name: str) -> None:
+    op, args = op_cases("cuda:1")[name]
+    want = op(*[a.to("cuda:0") if isinstance(a, torch.Tensor) else a for a in args])
+    got = op(*args)
+    assert got.device.index == 1
+    assert torch.equal(got.cpu().view(torch.uint8), want.cpu().view(torch.uint8))
+
+
+@pytest.mark.skipif(quantgemm.build_info().cuda is not None, reason="this build has CUDA kernels")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_cpu_only_build_says_so() -> None:
+    with pytest.raises(NotImplementedError, match="no CUDA kernels"):
+        Q.dequantize(torch.zeros(18, dtype=torch.uint8, device="cuda"), 2)
