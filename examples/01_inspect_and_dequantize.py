@@ -3,7 +3,7 @@
 
     python examples/01_inspect_and_dequantize.py model.gguf
 
-Without a file it makes a small one first. Needs nothing but the package; uses a GPU if there is one.
+Without a file it makes a small one first. Needs only the package; uses a GPU if there is one.
 """
 
 from __future__ import annotations

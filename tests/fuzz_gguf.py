@@ -67,10 +67,11 @@ def check(path: Path, size: int, opener: Callable[[Path], Any], round_trip: bool
     if seconds > max(1.0, size / 1e7):
         raise Failure(f"took {seconds:.2f} s for {size} bytes")
     tracemalloc.start(1)
-    again = attempt(opener, path)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    peak = max(peak, peak_memory() - before)
+    try:
+        again = attempt(opener, path)
+        peak = max(tracemalloc.get_traced_memory()[1], peak_memory() - before)
+    finally:
+        tracemalloc.stop()
     if peak > MEMORY + 4 * size:
         raise Failure(f"took {peak} bytes of memory for {size} bytes")
     if (file is None) != (again is None):
@@ -149,8 +150,17 @@ def check_round_trip(file: GGUFFile, path: Path) -> None:
             raise Failure(f"{name!r} changed by saving")
 
 
+def reset_peak_memory() -> bool:
+    """Let the peak start again from what is in use now; False where the system cannot."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
 def peak_memory() -> int:
-    """The most memory this process ever had in use, in bytes: sees what tracemalloc does not."""
+    """The most memory this process had in use, in bytes: sees what tracemalloc does not."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
@@ -347,6 +357,7 @@ def fuzz(seconds: float, seed: int, keep: Path, limit: int | None = None) -> Cou
     """Run for `seconds`, or until `limit` inputs; counts of what happened, failures kept."""
     counts: Counter[str] = Counter()
     end = time.monotonic() + seconds
+    reset_peak_memory()
     memory = Path("/dev/shm")
     with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder:
         inputs = Inputs(Path(folder), seed)
@@ -356,7 +367,6 @@ def fuzz(seconds: float, seed: int, keep: Path, limit: int | None = None) -> Cou
                 with alarm():
                     outcome = check(path, size, opener, inputs.rng.random() < 1 / ROUND_TRIP_EVERY)
             except (Exception, Hang) as error:
-                tracemalloc.stop()
                 outcome = "FAILED"
                 save_failure(keep, Path(folder), f"{seed}-{counts.total()}", error)
             counts[f"{kind} {outcome}"] += 1

@@ -127,7 +127,7 @@ FAULTS: dict[str, tuple[Callable[[], Builder], str]] = {
         with_key("k", ARR, array(ARR, [struct.pack("<IQB", BOOL, 1, 7)])),
         "bool with byte 7",
     ),
-    "depth": (with_key("k", ARR, nested(MAX_DEPTH + 2)), "nested more than 8 deep"),
+    "depth": (with_key("k", ARR, nested(MAX_DEPTH + 1)), "nested more than 8 deep"),
     "alignment 0": (alignment(U32, 0), "'general.alignment' at byte .*power of two from 8 .*got 0"),
     "alignment 4": (alignment(U32, 4), "got 4"),
     "alignment 24": (alignment(U32, 24), "got 24"),
@@ -250,8 +250,8 @@ def test_faults(tmp_path: Path, name: str) -> None:
 
 def test_the_file_the_faults_are_made_from_is_good(tmp_path: Path) -> None:
     path = tmp_path / "good.gguf"
-    path.write_bytes(good().key("depth", ARR, nested(MAX_DEPTH + 1)).build())
-    assert read_all(path).metadata["depth"] == [[[[[[[[[1]]]]]]]]]
+    path.write_bytes(good().key("depth", ARR, nested(MAX_DEPTH)).build())
+    assert read_all(path).metadata["depth"] == [[[[[[[[1]]]]]]]]
 
 
 def test_a_gguf_error_tells_where() -> None:
@@ -349,7 +349,7 @@ BURDENS: dict[str, Callable[[int], Builder]] = {
     "empty arrays": arrays_of(struct.pack("<II", U8, 0)),
     "arrays of a bool": arrays_of(struct.pack("<IIB", BOOL, 1, 1)),
     "arrays of a string": arrays_of(struct.pack("<III", STR, 1, 0)),
-    "deep arrays": arrays_of(struct.pack("<II", ARR, 1) * (MAX_DEPTH - 1) + bytes(8)),
+    "deep arrays": arrays_of(struct.pack("<II", ARR, 1) * (MAX_DEPTH - 2) + bytes(8)),
     "keys": keys,
     "numbers": tensors((), 1),
     "empty tensors": tensors((1, 1, 0, 1), 0),

@@ -187,6 +187,13 @@ def test_any_metadata(
 # ------------------------------------------------------------------------------ types of values
 
 
+def deep(depth: int) -> Any:
+    value: Any = [1]
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
 @pytest.mark.parametrize(
     ("value", "kind"),
     [
@@ -209,6 +216,7 @@ def test_any_metadata(
         ([1, 0.5], "arr[f32]"),
         (("a", "b"), "arr[str]"),
         ([[1], ["a"]], "arr[arr]"),
+        (deep(MAX_DEPTH - 1), "arr[arr]"),
         (np.uint8(3), "u8"),
         (np.float64(0.1), "f64"),
         (np.arange(3, dtype=np.int16), "arr[i16]"),
@@ -228,13 +236,6 @@ def test_default_types(tmp_path: Path, value: Any, kind: str) -> None:
     assert metadata["k"] == ("\udcff" if plain == b"\xff" else plain)
 
 
-def deep(depth: int) -> Any:
-    value: Any = [1]
-    for _ in range(depth):
-        value = [value]
-    return value
-
-
 @pytest.mark.parametrize(
     ("value", "error", "text"),
     [
@@ -249,7 +250,7 @@ def deep(depth: int) -> Any:
         (1e39, ValueError, "does not fit f32"),
         (np.zeros((2, 2)), TypeError, "no metadata type for numpy float64 with 2 dimensions"),
         (np.complex64(1), TypeError, "no metadata type for numpy complex64"),
-        (deep(MAX_DEPTH + 1), ValueError, "nested more than 8 deep"),
+        (deep(MAX_DEPTH), ValueError, "nested more than 8 deep"),
         (GGUFValue("u8", 256), ValueError, "does not fit u8"),
         (GGUFValue("u8", -1), ValueError, "does not fit u8"),
         (GGUFValue("u8", 1.0), TypeError, "expected numbers that fit u8, got float"),

@@ -3,12 +3,13 @@
 // scale is a closed form, byte for byte the rule that GGUF files are made with:
 //   Q4_0 Q5_0   d = extreme / −2^(bits−1): the extreme weight gets the lowest code
 //   Q4_1 Q5_1   m = min, d = (max − m) / (2^bits − 1)        Q8_0 Q8_1 Q8_K   d = max|x| / 127
+// With importance the first four minimise the weighted squared error (block_search.h) instead.
 // NaN is skipped by the extremes, infinity makes the scale infinite; their codes are unspecified.
 #pragma once
+#include "block_search.h"
 #include "encoder.h"
 #include "formats_k.h"
 #include "formats_legacy.h"
-#include "lanes.h"
 
 namespace quantgemm {
 
@@ -37,7 +38,17 @@ template <int Bits>
 struct SymmetricEncoder {
   static constexpr bool kUsesImportance = true;
   QG_HD static void encode(const float* x, const float* importance, uint8_t* block) {
-    constexpr float kMiddle = 1 << (Bits - 1);
+    constexpr int kHalf = 1 << (Bits - 1);
+    constexpr float kMiddle = kHalf;
+    if (importance) {
+      using Levels = UniformLevels<-kHalf, kHalf - 1>;
+      const SearchBlock search = search_block<32>(x, importance);
+      const HalfScale d = search_half_scale<Levels, 32>(search, {1.1f, -0.03f, 10});
+      store<2>(block, d.bits);
+      return write_codes_of_32<2, Bits>(block + 2, [&](int i) {
+        return Levels::codes(search.group<8>(i / 8).x[0] * inverse_or_zero(d.value));
+      });
+    }
     const float d = extreme<32>(x) / -kMiddle, inverse = inverse_or_zero(d);
     store<2>(block, float_to_half(d));
     write_codes_of_32<2, Bits>(block + 2, [&](int i) {
@@ -54,8 +65,18 @@ template <int Bits>
 struct AffineEncoder {
   static constexpr bool kUsesImportance = true;
   QG_HD static void encode(const float* x, const float* importance, uint8_t* block) {
-    constexpr float kSteps = (1 << Bits) - 1, kHuge = 0x1.fffffep127f;
-    Floats high = broadcast(-kHuge), low = broadcast(kHuge);
+    constexpr int kLast = (1 << Bits) - 1;
+    if (importance) {
+      using Levels = UniformLevels<0, kLast>;
+      const SearchBlock search = search_block<32>(x, importance);
+      const HalfAffine fit = search_half_affine<Levels, 32>(search, kAffineSeeds);
+      store<4>(block, fit.scale.bits | static_cast<uint32_t>(fit.offset.bits) << 16);
+      return write_codes_of_32<4, Bits>(block + 4, [&](int i) {
+        const Floats above_offset = search.group<8>(i / 8).x[0] - fit.offset.value;
+        return Levels::codes(above_offset * inverse_or_zero(fit.scale.value));
+      });
+    }
+    Floats high = broadcast(-kLargestFloat), low = broadcast(kLargestFloat);
     QG_UNROLL
     for (int i = 0; i < 32; i += 8) {
       high = larger(high, load8(x + i));
@@ -67,7 +88,7 @@ struct AffineEncoder {
       for (int i = 31; i >= 0; --i)
         if (x[i] == 0) min = x[i];
     }
-    const float d = (largest(high) - min) / kSteps + 0.0f;  // never −0
+    const float d = (largest(high) - min) / static_cast<float>(kLast) + 0.0f;  // never −0
     const float inverse = inverse_or_zero(d);
     store<4>(block, float_to_half(d) | static_cast<uint32_t>(float_to_half(min)) << 16);
     write_codes_of_32<4, Bits>(block + 4, [&](int i) {

@@ -171,7 +171,6 @@ QG_HD float extreme(const float* x) {
   const float top = largest(high), bottom = smallest(low);
   float result = top > -bottom ? top : bottom + 0.0f;  // −0 + 0 is +0
   if (top == -bottom && top > 0) {
-    QG_UNROLL
     for (int i = N - 1; i >= 0; --i)
       if (x[i] == top || x[i] == bottom) result = x[i];
   }

@@ -2,6 +2,10 @@
 // From an op to a kernel: outputs, device guard, current stream, and a status that becomes a Python
 // exception naming the op and its sizes.
 #pragma once
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 #include <algorithm>
 
 #include "checks.h"
@@ -49,6 +53,17 @@ inline PyObject* out_of_memory_error() {
   return pybind11::object(pybind11::module_::import("torch").attr("OutOfMemoryError")).release().ptr();
 }
 
+// Fresh memory arrives page by page, and asking for 2 MiB at a time instead of 4 KiB is several times
+// faster than the decoding that fills it.
+inline void use_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t num_bytes) {
+#ifdef __linux__
+  constexpr uintptr_t kHugePage = 2 << 20;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHugePage - 1) / kHugePage * kHugePage;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + num_bytes) / kHugePage * kHugePage;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // advice only
+#endif
+}
+
 // An uninitialised contiguous tensor on the device of `like`. The allocation goes through the C shim,
 // whose status tells a failure; running out of GPU memory stays torch's own exception type, with the
 // sizes that matter.
@@ -62,7 +77,12 @@ inline Tensor new_output(const char* op, const Tensor& like, const std::vector<i
       static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), static_cast<int32_t>(dtype),
       like.is_cuda() ? aoti_torch_device_type_cuda() : aoti_torch_device_type_cpu(), like.get_device(),
       &handle);
-  if (status == 0) return Tensor(handle);
+  if (status == 0) {
+    Tensor out(handle);
+    if (out.is_cpu())
+      use_huge_pages(out.mutable_data_ptr(), out.numel() * static_cast<int64_t>(out.element_size()));
+    return out;
+  }
 
   std::string message = concat("quantgemm::", op, ": cannot allocate an output of ", count, " ",
                                dtype_name(dtype), " elements");

@@ -92,7 +92,7 @@ def _skip_items(cursor: Cursor, item: int, count: int) -> None:
                 raise cursor.truncated(f"an array of {count} strings", pos)
             pos = end
         elif item == ARR:
-            if len(pending) == MAX_DEPTH:
+            if count and len(pending) + 1 == MAX_DEPTH:
                 raise cursor.error(f"arrays nested more than {MAX_DEPTH} deep", pos)
             pending.append(count)
         else:
