@@ -7,12 +7,22 @@ rules (`register_fake`) let `torch.compile` and `torch.export` see through an op
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeVar
+
 import torch
 
 import quantgemm._C  # noqa: F401  registers the ops
 from quantgemm.formats import Format, format_by_id
 
 __all__ = ["activation_row_bytes", "dequantize", "quantize", "quantize_activations"]
+
+Shape = TypeVar("Shape", bound=Callable[..., torch.Tensor])
+
+
+def register_fake(op: str) -> Callable[[Shape], Shape]:
+    """torch.library.register_fake, which has no type hints of its own."""
+    return torch.library.register_fake(op)  # type: ignore[no-any-return]
 
 
 def dequantize(
@@ -27,7 +37,7 @@ def dequantize(
     return torch.ops.quantgemm.dequantize(blocks, int(qtype), dtype)  # type: ignore[no-any-return]
 
 
-@torch.library.register_fake("quantgemm::dequantize")
+@register_fake("quantgemm::dequantize")
 def _(blocks: torch.Tensor, qtype: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     fmt = format_by_id(qtype)
     return blocks.new_empty([*blocks.shape[:-1], _cols(fmt, blocks.shape[-1])], dtype=dtype)
@@ -42,7 +52,7 @@ def quantize(x: torch.Tensor, qtype: int, importance: torch.Tensor | None = None
     return torch.ops.quantgemm.quantize(x, int(qtype), importance)  # type: ignore[no-any-return]
 
 
-@torch.library.register_fake("quantgemm::quantize")
+@register_fake("quantgemm::quantize")
 def _(x: torch.Tensor, qtype: int, importance: torch.Tensor | None = None) -> torch.Tensor:
     fmt = format_by_id(qtype)
     row_bytes = x.shape[-1] // fmt.block_elems * fmt.block_bytes
@@ -59,7 +69,7 @@ def quantize_activations(x: torch.Tensor) -> torch.Tensor:
     return torch.ops.quantgemm.quantize_activations(x)  # type: ignore[no-any-return]
 
 
-@torch.library.register_fake("quantgemm::quantize_activations")
+@register_fake("quantgemm::quantize_activations")
 def _(x: torch.Tensor) -> torch.Tensor:
     return x.new_empty([*x.shape[:-1], activation_row_bytes(x.shape[-1])], dtype=torch.uint8)
 

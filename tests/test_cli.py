@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The command line: what it prints, what it writes, and one clear line for everything that fails."""
+"""The command line: what it prints, what it writes, and one clear line for each failure."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 import quantgemm
 from quantgemm import _C, cli, ops
-from quantgemm.commands import output, pipeline, quantize, verify
+from quantgemm.commands import output, pipeline, quantize
 from quantgemm.commands.env import has_kernels
 from quantgemm.formats import FORMATS, QType, format_by_name
 from quantgemm.gguf import GGUFValue, open_gguf, save_gguf
@@ -360,7 +360,8 @@ def test_verify_total_is_the_sum_of_the_stages(run: Cli, model: Path, device: st
     times = {}
     for line in out.splitlines():
         cells = line.split()
-        if cells and cells[0] in ("parse", "find", "upload", "dequantize", "download", "total"):
+        stages = ("parse", "find", "upload", "dequantize", "download", "total")
+        if cells and cells[0] in stages and cells[-1] != "ms":
             times[cells[0]] = 0.0 if cells[-1] == "-" else float(cells[-1])  # of the last run
     total = times.pop("total")
     assert total == pytest.approx(sum(times.values()), abs=0.003)
@@ -370,11 +371,11 @@ def test_verify_total_is_the_sum_of_the_stages(run: Cli, model: Path, device: st
 def test_verify_in_pieces(
     run: Cli, model: Path, monkeypatch: pytest.MonkeyPatch, device: str
 ) -> None:
-    """Pieces of two blocks, and the last one shorter."""
+    """Eight blocks, two at a time, in both runs."""
     sizes = []
     decode = ops.dequantize
     monkeypatch.setattr(pipeline, "PIECE_WEIGHTS", 64)
-    monkeypatch.setattr(pipeline, "PIECE_BYTES", 256)
+    monkeypatch.setattr(pipeline, "PIECE_BYTES", 512)
     monkeypatch.setattr(
         ops, "dequantize", lambda b, q, *rest: sizes.append(b.numel()) or decode(b, q, *rest)
     )
@@ -579,7 +580,7 @@ def test_gpu_out_of_memory(fails: Callable[..., str], model: Path) -> None:
 
 @pytest.mark.cuda
 def test_verify_end_to_end_time(run: Cli, tmp_path: Path) -> None:
-    """A 4096 x 4096 Q4_0 tensor; the bar on an H200 is 10 ms, here only that it is no whole second."""
+    """A 4096 x 4096 Q4_0 tensor: the bar is 10 ms on an H200; here, that it is not a second."""
     path = tmp_path / "big.gguf"
     blocks = ops.quantize(torch.randn(4096, 4096), QType.Q4_0)
     save_gguf(path, {"w": (blocks, "Q4_0")})
@@ -723,13 +724,13 @@ def test_quantize_a_quantized_gguf(run: Cli, tmp_path: Path) -> None:
     """Decoded first; what is of the type already, or does not fit it, is copied bit for bit."""
     torch.manual_seed(3)
     q8, q4 = (torch.randn(4, 256) for _ in range(2))
-    narrow = ops.quantize(torch.randn(4, 32), QType.Q8_0)
+    narrow, row = (ops.quantize(torch.randn(*s), QType.Q8_0) for s in ((4, 32), (64,)))
     blocks = {name: ops.quantize(t, QType[name]) for name, t in (("Q8_0", q8), ("Q4_1", q4))}
     tensors = {
         "a": (blocks["Q8_0"], "Q8_0"),
         "b": (blocks["Q4_1"], "Q4_1"),
         "narrow": (narrow, "Q8_0"),
-        "row": (ops.quantize(torch.ones(64), QType.Q8_0), "Q8_0"),
+        "row": (row, "Q8_0"),
     }
     metadata = {
         "general.architecture": "llama",
@@ -750,7 +751,7 @@ def test_quantize_a_quantized_gguf(run: Cli, tmp_path: Path) -> None:
     assert torch.equal(made.tensors["a"].blocks, want)
     assert torch.equal(made.tensors["b"].blocks, blocks["Q4_1"])
     assert made.tensors["row"].format.name == "F32"
-    assert torch.equal(made.tensors["row"].dequantize(), torch.ones(64))
+    assert torch.equal(made.tensors["row"].dequantize(), ops.dequantize(row, QType.Q8_0))
     assert made.alignment == 64
     assert made.metadata.typed("big") == GGUFValue("arr[u16]", [1, 2])
     assert made.metadata.typed("general.file_type") == GGUFValue("u32", 3)
@@ -816,7 +817,7 @@ def test_quantize_does_not_overwrite(
     assert run(*argv, "--force")[0] == 0
     assert len(open_gguf(target).tensors) == 6
     assert run("quantize", target, target, "--type", "Q8_0", "--device", "cpu", "--force")[0] == 0
-    assert open_gguf(target).tensors["half"].format.name == "Q4_0" or True
+    assert open_gguf(target).tensors["half"].format.name == "Q8_0"
     line = fails("quantize", model, tmp_path, "--type", "Q4_0")
     assert line == f"{tmp_path}: expected a file name, got a directory"
     line = fails("quantize", model, tmp_path / "no/out.gguf", "--type", "Q4_0")
@@ -983,7 +984,3 @@ def test_a_terminal_gets_colours(
     assert "\x1b[" in out
     assert "\x1b[31m" not in out  # the one of the metadata
     assert max(len(re.sub(r"\x1b\[[\d;]*m", "", line)) for line in out.splitlines()) <= 60
-
-
-def test_default_selection_is_documented() -> None:
-    assert "the first tensor of a quantized type" in verify.DESCRIPTION

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import hashlib
 import json
@@ -403,6 +404,23 @@ def test_a_file_larger_than_memory(tmp_path: Path) -> None:
     assert file.tensors["big"].blocks.shape == (rows, 1 << 20)
     assert int(file.tensors["big"].blocks[rows // 2].sum()) == 0
     assert file.tensors["end"].blocks.tolist() == [1, 2, 3, 4]
+
+
+def test_a_system_that_never_overcommits_maps_read_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = save(tmp_path, Builder().tensor("t", (4,), QType.I8, b"1234").build())
+    real = mmap.mmap
+
+    def refusing(fd: int, length: int, **how: Any) -> mmap.mmap:
+        if how.get("access") != mmap.ACCESS_READ:
+            raise OSError(errno.ENOMEM, "Cannot allocate memory")
+        return real(fd, length, **how)
+
+    monkeypatch.setattr("quantgemm.gguf.mapping.mmap.mmap", refusing)
+    with pytest.warns(UserWarning, match="not writable"):
+        blocks = open_gguf(path).tensors["t"].blocks
+    assert bytes(blocks.tolist()) == b"1234"
 
 
 def test_reprs_and_pickling(tmp_path: Path) -> None:

@@ -8,13 +8,19 @@
 namespace quantgemm {
 namespace {
 
-template <class F, class In>
+void load_block(const QuantizeArgs& args, int64_t first, int count, float* values) {
+  visit_real(args.x_type, [&]<class In>(In) {
+    const In* x = static_cast<const In*>(args.x) + first;
+    for (int i = 0; i < count; ++i) values[i] = load_real(x + i);
+  });
+}
+
+template <class F>
 struct EncodeBlocks {
   QG_HD static void run(const QuantizeArgs* args, int64_t first, int64_t last) {
     for (int64_t b = first; b < last; ++b) {
-      const In* x = static_cast<const In*>(args->x) + b * F::kElems;
       float values[F::kElems];
-      for (int i = 0; i < F::kElems; ++i) values[i] = load_real(x + i);
+      load_block(*args, b * F::kElems, F::kElems, values);
       const int64_t column = b % args->blocks_per_row * F::kElems;
       Encoder<F>::encode(values, args->importance ? args->importance + column : nullptr,
                          args->blocks + b * F::kBytes);
@@ -25,10 +31,8 @@ struct EncodeBlocks {
 }  // namespace
 
 void quantize_cpu(const QuantizeArgs& args, int64_t first_block, int64_t last_block) {
-  visit_real(args.x_type, [&]<class In>(In) {
-    BlockFormats::visit(args.qtype, [&]<class F>(F) {
-      if constexpr (Encodable<F>) run_vectorized<EncodeBlocks<F, In>>(&args, first_block, last_block);
-    });
+  BlockFormats::visit(args.qtype, [&]<class F>(F) {
+    if constexpr (Encodable<F>) run_vectorized<EncodeBlocks<F>>(&args, first_block, last_block);
   });
 }
 

@@ -11,45 +11,56 @@
 namespace quantgemm {
 namespace {
 
-// Values per thread block: 128 blocks of 32. One word of padding per block spreads a column of
-// blocks over the banks.
-constexpr int kThreads = 128;
+constexpr int kThreads = 128;  // and blocks of values per thread block
 
-template <class F, class In>
+// Eight values of any storage type. A branch that all threads take alike, so that the encoders, which
+// are long, are compiled once per format.
+__device__ __forceinline__ void load_any8(float (&v)[8], const QuantizeArgs& args, int64_t e) {
+  switch (args.x_type) {
+    case Real::kFloat32: return load8(v, static_cast<const float*>(args.x) + e);
+    case Real::kFloat16: return load8(v, static_cast<const Half*>(args.x) + e);
+    case Real::kBFloat16: return load8(v, static_cast<const BFloat16*>(args.x) + e);
+  }
+}
+
+__device__ __forceinline__ const float* importance_of(const QuantizeArgs& args, int64_t block, int elems) {
+  return args.importance ? args.importance + block % args.blocks_per_row * elems : nullptr;
+}
+
+template <class F>
 __global__ void __launch_bounds__(kThreads) quantize_staged_kernel(QuantizeArgs args) {
-  constexpr int kStride = F::kElems + 1;
+  constexpr int kStride = F::kElems + 1;  // a word of padding spreads a column of blocks over the banks
   __shared__ float values[kThreads * kStride];
   __shared__ alignas(16) uint8_t encoded[kThreads * F::kBytes];
 
   const int64_t first = static_cast<int64_t>(blockIdx.x) * kThreads;
   const int64_t left = args.num_blocks - first;
   const int count = left < kThreads ? static_cast<int>(left) : kThreads;
-  const In* x = static_cast<const In*>(args.x) + first * F::kElems;
   for (int e = 8 * static_cast<int>(threadIdx.x); e < count * F::kElems; e += 8 * kThreads) {
     float v[8];
-    load8(v, x + e);
+    load_any8(v, args, first * F::kElems + e);
     for (int j = 0; j < 8; ++j) values[e / F::kElems * kStride + e % F::kElems + j] = v[j];
   }
   __syncthreads();  // a thread's block was loaded by several threads
-  if (static_cast<int>(threadIdx.x) < count) {
-    const int64_t column = (first + threadIdx.x) % args.blocks_per_row * F::kElems;
-    Encoder<F>::encode(values + threadIdx.x * kStride, args.importance ? args.importance + column : nullptr,
-                       encoded + threadIdx.x * F::kBytes);
-  }
+  const int b = static_cast<int>(threadIdx.x);
+  if (b < count)
+    Encoder<F>::encode(values + b * kStride, importance_of(args, first + b, F::kElems),
+                       encoded + b * F::kBytes);
   __syncthreads();  // the encoded blocks are copied by other threads than their encoders
   copy_bytes<kThreads>(args.blocks + first * F::kBytes, encoded, count * F::kBytes);
 }
 
-template <class F, class In>
+template <class F>
 __global__ void __launch_bounds__(kThreads) quantize_kernel(QuantizeArgs args) {
   const int64_t b = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (b >= args.num_blocks) return;
   float values[F::kElems];
-  const In* x = static_cast<const In*>(args.x) + b * F::kElems;
-  for (int i = 0; i < F::kElems; ++i) values[i] = to_float(x[i]);
-  const int64_t column = b % args.blocks_per_row * F::kElems;
-  Encoder<F>::encode(values, args.importance ? args.importance + column : nullptr,
-                     args.blocks + b * F::kBytes);
+  for (int i = 0; i < F::kElems; i += 8) {
+    float v[8];
+    load_any8(v, args, b * F::kElems + i);
+    for (int j = 0; j < 8; ++j) values[i + j] = v[j];
+  }
+  Encoder<F>::encode(values, importance_of(args, b, F::kElems), args.blocks + b * F::kBytes);
 }
 
 }  // namespace
@@ -57,16 +68,14 @@ __global__ void __launch_bounds__(kThreads) quantize_kernel(QuantizeArgs args) {
 cudaError_t launch_quantize(const QuantizeArgs& args, cudaStream_t stream) {
   if (args.num_blocks == 0) return cudaSuccess;
   const auto grid = static_cast<unsigned>((args.num_blocks + kThreads - 1) / kThreads);
-  visit_real(args.x_type, [&]<class In>(In) {
-    BlockFormats::visit(args.qtype, [&]<class F>(F) {
-      if constexpr (Encodable<F>) {
-        if constexpr (F::kElems <= 64) {
-          quantize_staged_kernel<F, In><<<grid, kThreads, 0, stream>>>(args);
-        } else {
-          quantize_kernel<F, In><<<grid, kThreads, 0, stream>>>(args);
-        }
+  BlockFormats::visit(args.qtype, [&]<class F>(F) {
+    if constexpr (Encodable<F>) {
+      if constexpr (F::kElems <= 64) {
+        quantize_staged_kernel<F><<<grid, kThreads, 0, stream>>>(args);
+      } else {
+        quantize_kernel<F><<<grid, kThreads, 0, stream>>>(args);
       }
-    });
+    }
   });
   return cudaGetLastError();
 }

@@ -117,8 +117,7 @@ QG_HD HalfScale shared_scale(const ScaleFit (&fits)[G], const SearchBlock& block
 }
 
 template <class Levels, int N, int G>
-QG_HD SuperScales<G> search_scales_and_minima(const SearchBlock& block, ScaleRange range,
-                                              Seeds seeds) {
+QG_HD SuperScales<G> search_scales_and_minima(const SearchBlock& block, ScaleRange range, Seeds seeds) {
   SuperScales<G> best = zero_scales<G>(), now = best;
   if (block.vanishes) return best;
   ScaleFit scales[G], minima[G];
@@ -230,8 +229,7 @@ QG_HD HalfAffine search_half_affine(const SearchBlock& block, Seeds seeds) {
   for (int round = 0; round < kRounds; ++round) {
     const float e = squared_error<Levels>(group, now.scale.value, now.offset.value);
     if (e < least) least = e, best = now;
-    const CodeMoments m =
-        code_moments<Levels>(group, inverse_or_zero(now.scale.value), now.offset.value);
+    const CodeMoments m = code_moments<Levels>(group, inverse_or_zero(now.scale.value), now.offset.value);
     const float variance = m.qq - m.q * m.q / plain.one;
     if (variance > 0x1p-20f * m.qq)
       now.scale = half_scale((m.xq - m.q * (plain.x / plain.one)) / variance, block);

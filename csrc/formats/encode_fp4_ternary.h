@@ -15,9 +15,8 @@ namespace quantgemm {
 // and a zero is always +0. Multiples of a power of two or of an e4m3 number are exact.
 QG_HD Ints fp4_codes(const Floats& x, float unit) {
   const Floats size = magnitude(x);
-  const Ints index = above(size, 0.5f * unit) + above(size, 1.5f * unit) +
-                     above(size, 2.5f * unit) + above(size, 3.5f * unit) +
-                     above(size, 5.0f * unit) + above(size, 7.0f * unit) +
+  const Ints index = above(size, 0.5f * unit) + above(size, 1.5f * unit) + above(size, 2.5f * unit) +
+                     above(size, 3.5f * unit) + above(size, 5.0f * unit) + above(size, 7.0f * unit) +
                      above(size, 10.0f * unit);
   return index + (above(x * -1.0f, 0.5f * unit) << 3);
 }
@@ -82,7 +81,6 @@ struct Encoder<NVFP4> {
 QG_HD Ints ternary_codes(const float* x, float inverse) {
   return round_away(at_most(at_least(load8(x) * inverse, -1.0f), 1.0f)) + 1;
 }
-
 
 // Numbers n of five base-3 digits as bytes b of which b · 3^k mod 256 gives digit k: ⌈n · 256 / 243⌉.
 QG_HD Ints base3_bytes(const Ints& n) { return n + (((n * 13 + 242) * 1079) >> 18); }

@@ -11,8 +11,8 @@
 namespace quantgemm {
 
 // How far each kind of level is searched.
-constexpr Seeds kSeedsOf2Bits{0.85f, -0.3f, 8};   // scale and minimum
-constexpr Seeds kSeedsOf3Bits{1.1f, -0.06f, 8};   // scale alone
+constexpr Seeds kSeedsOf2Bits{0.85f, -0.3f, 8};     // scale and minimum
+constexpr Seeds kSeedsOf3Bits{1.1f, -0.06f, 8};     // scale alone
 constexpr Seeds kSeedsOf6Bits{1.04f, -0.015f, 12};  // scale alone
 constexpr Seeds kSeedsOfIq4{1.1f, -0.03f, 14};
 

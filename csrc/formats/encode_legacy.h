@@ -51,9 +51,8 @@ struct SymmetricEncoder {
     }
     const float d = extreme<32>(x) / -kMiddle, inverse = inverse_or_zero(d);
     store<2>(block, float_to_half(d));
-    write_codes_of_32<2, Bits>(block + 2, [&](int i) {
-      return unsigned_codes<Bits>(load8(x + i), inverse, kMiddle + 0.5f);
-    });
+    write_codes_of_32<2, Bits>(
+        block + 2, [&](int i) { return unsigned_codes<Bits>(load8(x + i), inverse, kMiddle + 0.5f); });
   }
 };
 template <>
@@ -91,9 +90,8 @@ struct AffineEncoder {
     const float d = (largest(high) - min) / static_cast<float>(kLast) + 0.0f;  // never −0
     const float inverse = inverse_or_zero(d);
     store<4>(block, float_to_half(d) | static_cast<uint32_t>(float_to_half(min)) << 16);
-    write_codes_of_32<4, Bits>(block + 4, [&](int i) {
-      return unsigned_codes<Bits>(load8(x + i) - min, inverse, 0.5f);
-    });
+    write_codes_of_32<4, Bits>(
+        block + 4, [&](int i) { return unsigned_codes<Bits>(load8(x + i) - min, inverse, 0.5f); });
   }
 };
 template <>

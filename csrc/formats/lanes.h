@@ -28,15 +28,15 @@ QG_HD Vec8<T> each_lane(Fn fn) {
   for (int i = 0; i < 8; ++i) out.v[i] = fn(i);
   return out;
 }
-#define QG_LANES(T, whole, single) \
-  return each_lane<T>([&](int i) -> T { return single; })
+#define QG_LANES(T, whole, single) return each_lane<T>([&](int i) -> T { return single; })
 #else
 template <class T>
 struct Vec8 {
   typedef T Register __attribute__((vector_size(32)));
   Register v;
 };
-#define QG_LANES(T, whole, single) return Vec8<T>{whole}
+#define QG_LANES(T, whole, single) \
+  return Vec8<T> { whole }
 #endif
 using Floats = Vec8<float>;
 using Ints = Vec8<int32_t>;
@@ -66,7 +66,7 @@ QG_HD Vec8<T> operator*(const Vec8<T>& a, T b) {
   QG_LANES(T, a.v * b, a.v[i] * b);
 }
 QG_HD Ints operator|(const Ints& a, const Ints& b) { QG_LANES(int32_t, a.v | b.v, a.v[i] | b.v[i]); }
-QG_HD Ints operator&(const Ints& a, int b) { QG_LANES(int32_t, a.v & b, a.v[i] & b); }
+QG_HD Ints operator&(const Ints& a, int b) { QG_LANES(int32_t, a.v& b, a.v[i] & b); }
 QG_HD Ints operator<<(const Ints& a, int n) { QG_LANES(int32_t, a.v << n, a.v[i] << n); }
 QG_HD Ints operator>>(const Ints& a, int n) { QG_LANES(int32_t, a.v >> n, a.v[i] >> n); }
 
@@ -94,20 +94,14 @@ QG_HD Floats smaller(const Floats& so_far, const Floats& x) {
   QG_LANES(float, x.v < so_far.v ? x.v : so_far.v, fminf(so_far.v[i], x.v[i]));
 }
 
-QG_HD Ints bits_of(const Floats& x) {
-  QG_LANES(int32_t, (Ints::Register)x.v, bit_cast<int32_t>(x.v[i]));
-}
-QG_HD Floats from_bits(const Ints& x) {
-  QG_LANES(float, (Floats::Register)x.v, bit_cast<float>(x.v[i]));
-}
+QG_HD Ints bits_of(const Floats& x) { QG_LANES(int32_t, (Ints::Register)x.v, bit_cast<int32_t>(x.v[i])); }
+QG_HD Floats from_bits(const Ints& x) { QG_LANES(float, (Floats::Register)x.v, bit_cast<float>(x.v[i])); }
 QG_HD Floats magnitude(const Floats& x) { return from_bits(bits_of(x) & 0x7fffffff); }
 // 1 where the condition holds, else 0.
 QG_HD Ints above(const Floats& x, float threshold) {
   QG_LANES(int32_t, (x.v > threshold) & 1, x.v[i] > threshold ? 1 : 0);
 }
-QG_HD Ints not_below_zero(const Floats& x) {
-  QG_LANES(int32_t, (x.v >= 0.0f) & 1, x.v[i] >= 0.0f ? 1 : 0);
-}
+QG_HD Ints not_below_zero(const Floats& x) { QG_LANES(int32_t, (x.v >= 0.0f) & 1, x.v[i] >= 0.0f ? 1 : 0); }
 QG_HD Floats not_nan(const Floats& x) {
   QG_LANES(float, x.v == x.v ? x.v : Floats::Register{}, x.v[i] == x.v[i] ? x.v[i] : 0.0f);
 }
@@ -133,7 +127,7 @@ QG_HD Ints round_away(const Floats& x) {
 template <class T, class Fn>
 QG_HD T fold(const Vec8<T>& x, Fn join) {
   T half[4];
-QG_UNROLL
+  QG_UNROLL
   for (int i = 0; i < 4; ++i) half[i] = join(x.v[i], x.v[i + 4]);
   return join(join(half[0], half[2]), join(half[1], half[3]));
 }

@@ -14,9 +14,7 @@ namespace quantgemm {
 template <int Low, int High>
 struct UniformLevels {
   static constexpr float kLow = Low, kHigh = High;
-  QG_HD static Floats nearest(const Floats& t) {
-    return round_even(at_least(at_most(t, kHigh), kLow));
-  }
+  QG_HD static Floats nearest(const Floats& t) { return round_even(at_least(at_most(t, kHigh), kLow)); }
   // Stored codes count from the lowest level.
   QG_HD static Ints codes(const Floats& t) { return truncate(nearest(t)) + -Low; }
 };
@@ -25,16 +23,14 @@ struct UniformLevels {
 struct Iq4Levels {
   static constexpr float kLow = -127, kHigh = 113;
   QG_HD static constexpr float level(int i) {
-    constexpr float kLevels[16] = {-127, -104, -83, -65, -49, -35, -22, -10,
-                                   1,    13,   25,  38,  53,  69,  89,  113};
+    constexpr float kLevels[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
     return kLevels[i];
   }
   QG_HD static constexpr float middle(int i) { return 0.5f * (level(i) + level(i + 1)); }
   QG_HD static Floats nearest(const Floats& t) {
     Floats result = broadcast(level(0));
     QG_UNROLL
-    for (int i = 0; i < 15; ++i)
-      result = add_above(result, t, middle(i), level(i + 1) - level(i));
+    for (int i = 0; i < 15; ++i) result = add_above(result, t, middle(i), level(i + 1) - level(i));
     return result;
   }
   QG_HD static Ints codes(const Floats& t) {
@@ -72,12 +68,14 @@ struct SearchBlock {
     Group<N> result;
     QG_UNROLL
     for (int i = 0; i < N / 8; ++i) {
-      const Floats finite = at_least(at_most(not_nan(load8(x + N * g + 8 * i)), kLargestFloat), -kLargestFloat);
+      const Floats finite =
+          at_least(at_most(not_nan(load8(x + N * g + 8 * i)), kLargestFloat), -kLargestFloat);
       result.x[i] = finite * to_unit;
       result.w[i] = broadcast(1);
       if (importance)
-        result.w[i] = at_most(at_least(load8(importance + N * g + 8 * i), 0), kLargestFloat) *
-                          importance_to_unit + 0x1p-30f;
+        result.w[i] =
+            at_most(at_least(load8(importance + N * g + 8 * i), 0), kLargestFloat) * importance_to_unit +
+            0x1p-30f;
     }
     return result;
   }

@@ -150,16 +150,14 @@ def print_listing(listing: dict[str, Any], full: bool, out: Console) -> None:
     metadata = Grid(plural(len(listing["metadata"]), "metadata key"), "key", "type", "value")
     for key, entry in listing["metadata"].items():
         metadata.row(key, entry["type"], _shown(entry, None if full else MAX_TEXT))
-    if listing["metadata"]:
-        metadata.print(out)
+    metadata.print(out)
 
     columns = ("name", "type", "shape", ">size", ">bits/weight")
     tensors = Grid(plural(len(listing["tensors"]), "tensor"), *columns)
     for t in listing["tensors"]:
         sizes = (size(t["bytes"]), f"{t['bits_per_weight']:.4g}")
         tensors.row(t["name"], t["type"], t["shape"], *sizes, style=_style(t["type"]))
-    if listing["tensors"]:
-        tensors.print(out)
+    tensors.print(out)
 
     types = Grid("by type", "type", ">tensors", ">weights", ">size", ">bits/weight")
     for name, total in (*listing["types"].items(), ("total", listing["total"])):

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-PIPE_WIDTH = 400  # columns where there is no terminal: lines are not folded, names are not cut
+PIPE_WIDTH = 10_000  # columns where there is no terminal: hardly a line is folded
 
 
 class CommandError(Exception):

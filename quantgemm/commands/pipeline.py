@@ -55,9 +55,9 @@ class GpuPipeline:
         for fmt in FORMATS.values():  # a kernel is loaded when it is first launched
             ops.dequantize(self._blocks[: fmt.block_bytes], fmt.type_id)
         # A full-size round: torch's allocator keeps the output's memory for the next time.
-        f32 = FORMATS[0]
+        largest = torch.zeros(min(PIECE_BYTES, 4 * PIECE_WEIGHTS), dtype=torch.uint8)
         for again in (False, True):
-            self.run(torch.zeros(PIECE_BYTES, dtype=torch.uint8), f32, again)
+            self.run(largest, FORMATS[0], again)
 
     def run(self, blocks: torch.Tensor, fmt: Format, again: bool) -> Decoded:
         """blocks: one of `pieces`. The result stays valid until the next call with that `again`."""
