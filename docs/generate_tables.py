@@ -17,13 +17,15 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # this tree, whatever is installed
 
-import torch
+import torch  # noqa: E402
 
-from quantgemm import _C, ops
-from quantgemm.formats import FORMATS
+from quantgemm import _C, ops  # noqa: E402
+from quantgemm.formats import FORMATS  # noqa: E402
 
 # document -> tables that it must have; others are filled where their markers are
 DOCUMENTS = {ROOT / "docs" / "formats.md": {"formats-table"}, ROOT / "README.md": set()}
+NUMBERS = ["id", "weights", "bytes", "bits/weight", "group"]
+MARKS = ["offset", "quantize", "importance"]
 YES, NO = "✓", "–"
 
 
@@ -39,14 +41,13 @@ def uses_importance(type_id: int) -> bool:
 
 def formats_table() -> str:
     """Every type in the order of the C++ registry."""
-    head = "type", "id", "weights", "bytes", "bits/weight", "group", "offset", "quantize", "importance"
-    rows = [head, (":--", *["--:"] * 5, *[":-:"] * 3)]
+    rows = [["type", *NUMBERS, *MARKS], [":--", *["--:"] * len(NUMBERS), *[":-:"] * len(MARKS)]]
     for entry in _C.format_table():
         fmt, writable = FORMATS[entry["type_id"]], entry["can_quantize"]
         numbers = fmt.type_id, fmt.block_elems, fmt.block_bytes, f"{fmt.bits_per_weight:g}"
         group = NO if fmt.is_plain else fmt.group
         marks = fmt.has_offset, writable, writable and uses_importance(fmt.type_id)
-        rows.append((fmt.name, *map(str, (*numbers, group)), *(YES if m else NO for m in marks)))
+        rows.append([fmt.name, *map(str, (*numbers, group)), *(YES if m else NO for m in marks)])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
@@ -60,7 +61,8 @@ def with_tables(path: Path, required: set[str]) -> str:
         begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->\n"
         between = re.compile(f"(?<={re.escape(begin)}).*?(?={re.escape(end)})", re.DOTALL)
         found = len(between.findall(text))
-        if found != text.count(begin) or found != text.count(end) or (name in required and not found):
+        wanted = max(text.count(begin), text.count(end), int(name in required))
+        if found != wanted:
             raise SystemExit(f"{path.relative_to(ROOT)}: no {begin.strip()} … {end.strip()}")
         if found:
             text = between.sub(table() + "\n", text)

@@ -73,9 +73,13 @@ QG_HD Ints operator>>(const Ints& a, int n) { QG_LANES(int32_t, a.v >> n, a.v[i]
 QG_HD Floats broadcast(float x) { QG_LANES(float, Floats::Register{} + x, x); }
 
 QG_HD Floats load8(const float* x) {
+#ifdef __CUDACC__
+  return each_lane<float>([&](int i) { return x[i]; });
+#else
   Floats lanes;
   std::memcpy(&lanes, x, sizeof lanes);
   return lanes;
+#endif
 }
 
 // x limited to a bound. A NaN becomes the bound, on both machines.
