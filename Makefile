@@ -2,6 +2,7 @@
 # make test      set up, build, run the tests of a machine without a GPU
 # make gpu-test  all tests on a GPU; writes tests/gpu_receipt.json, which `make test` compares
 # make bench     the benchmarks of benchmarks/, with plots
+# make docs      rewrite the tables that the code prints into the documents
 # make lint      ruff, clang-format, mypy        make sanitize  kernels under compute-sanitizer
 # make fuzz      the GGUF reader against mutated files, FUZZ_SECONDS long
 #
@@ -19,7 +20,7 @@ READY := .venv/ready
 endif
 PY ?= $(BIN)python
 
-.PHONY: setup build demo test gpu-test bench lint sanitize fuzz clean
+.PHONY: setup build docs demo test gpu-test bench lint sanitize fuzz clean
 
 setup: $(READY)
 .venv/ready: requirements-dev.txt
@@ -42,6 +43,7 @@ demo: build
 
 test: build
 	$(PY) -m pytest
+	$(PY) docs/generate_tables.py --check
 	$(PY) tests/gpu_receipt.py check
 
 gpu-test: build
@@ -55,6 +57,10 @@ lint: $(READY)
 	$(PY) -m ruff format --check .
 	$(BIN)clang-format --dry-run -Werror $(CXX_FILES)
 	$(PY) -m mypy
+
+# Tables in the documents that the code prints.
+docs: build
+	$(PY) docs/generate_tables.py
 
 sanitize: build
 	$(PY) tests/sanitize.py

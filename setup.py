@@ -88,7 +88,7 @@ class NinjaBuild(build_ext):
             rules["nvcc"] = f"{nvcc} -MMD -MF $out.d {flags} $extra -c $in -o $out"
         flags = f"{CXX_FLAGS} {defines} " + " ".join(f"-isystem {path}" for path in includes)
         rules["cxx"] = f"{cxx} -MMD -MF $out.d {flags} $extra -c $in -o $out"
-        # The C++ library torch uses, by name: a static copy's stream and locale objects would clash.
+        # The C++ library that torch uses: a static copy's stream and locale objects would clash.
         link = "-Xlinker " + output_of(cxx, "-print-file-name=libstdc++.so.6").strip()
         link += f" -L{includes[1]}/../lib -ltorch_cpu -lc10"
         rules["link"] = f"{f'{nvcc} -ccbin={cxx}' if nvcc else cxx} -shared $in -o $out {link}"

@@ -325,7 +325,7 @@ def test_nvfp4_scale_bytes() -> None:
 
 
 def test_tq1_0_every_byte() -> None:
-    """Bytes above 242 are not the code of any five trits, and still decode."""
+    """All 256 bytes decode, the 13 that stand for no five digits too."""
     fmt = format_by_name("TQ1_0")
     rows = np.zeros((256, fmt.block_bytes), np.uint8)
     rows[:, :52] = np.arange(256)[:, None]

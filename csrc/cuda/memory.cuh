@@ -37,16 +37,15 @@ __device__ __forceinline__ void store_vector(Real16* out, const float (&v)[8]) {
 __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(Half x) { return half_to_float(x.bits); }
 __device__ __forceinline__ float to_float(BFloat16 x) { return bfloat16_to_float(x.bits); }
-// Eight neighbouring values from a 16-byte boundary, read once.
+// Eight neighbouring values from a 16-byte boundary of global or shared memory.
 __device__ __forceinline__ void load8(float (&v)[8], const float* x) {
-  const float4 a = __ldcs(reinterpret_cast<const float4*>(x)),
-               b = __ldcs(reinterpret_cast<const float4*>(x) + 1);
+  const float4 a = reinterpret_cast<const float4*>(x)[0], b = reinterpret_cast<const float4*>(x)[1];
   v[0] = a.x, v[1] = a.y, v[2] = a.z, v[3] = a.w;
   v[4] = b.x, v[5] = b.y, v[6] = b.z, v[7] = b.w;
 }
 template <class Real16>
 __device__ __forceinline__ void load8(float (&v)[8], const Real16* x) {
-  const uint4 words = __ldcs(reinterpret_cast<const uint4*>(x));
+  const uint4 words = *reinterpret_cast<const uint4*>(x);
   const uint32_t pairs[4] = {words.x, words.y, words.z, words.w};
   for (int j = 0; j < 8; ++j) v[j] = to_float(Real16{static_cast<uint16_t>(pairs[j / 2] >> (16 * (j % 2)))});
 }

@@ -48,7 +48,8 @@ struct Encoder<MXFP4> {
   }
 };
 
-// The e4m3 number nearest to x ≥ 0 (halves up), as GGUF files have it: 256 and above are 448.
+// The e4m3 number nearest to x ≥ 0 (halves up), as GGUF files have it: 256 and above are 448, and
+// weights out of its reach get the largest code.
 QG_HD uint8_t e4m3_from(float x) {
   const uint32_t bits = bit_cast<uint32_t>(x);
   const int exponent = static_cast<int>(bits >> 23) - 120;

@@ -139,7 +139,7 @@ struct Encoder<Q8_K> {
   QG_HD static void encode(const float* x, const float*, uint8_t* block) {
     const float largest = extreme<256>(x);
     const float inverse = largest != 0 ? -127.0f / largest : 0.0f;
-    store<4>(block, inverse_or_zero(inverse));
+    store<4>(block, bit_cast<uint32_t>(inverse_or_zero(inverse)));
     for (int i = 0; i < 256; i += 16) {
       Ints total{};
       QG_UNROLL
@@ -149,7 +149,7 @@ struct Encoder<Q8_K> {
         total = total + codes;
         store<4>(block + 4 + j, low_bytes(codes));
       }
-      store<2>(block + 260 + i / 8, static_cast<int16_t>(sum(total)));
+      store<2>(block + 260 + i / 8, static_cast<uint16_t>(sum(total)));
     }
   }
 };

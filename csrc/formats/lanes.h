@@ -36,7 +36,7 @@ struct Vec8 {
   Register v;
 };
 #define QG_LANES(T, whole, single) \
-  return Vec8<T> { whole }
+  return { whole }
 #endif
 using Floats = Vec8<float>;
 using Ints = Vec8<int32_t>;
@@ -66,7 +66,7 @@ QG_HD Vec8<T> operator*(const Vec8<T>& a, T b) {
   QG_LANES(T, a.v * b, a.v[i] * b);
 }
 QG_HD Ints operator|(const Ints& a, const Ints& b) { QG_LANES(int32_t, a.v | b.v, a.v[i] | b.v[i]); }
-QG_HD Ints operator&(const Ints& a, int b) { QG_LANES(int32_t, a.v& b, a.v[i] & b); }
+QG_HD Ints operator&(const Ints& a, int b) { QG_LANES(int32_t, (a.v & b), a.v[i] & b); }
 QG_HD Ints operator<<(const Ints& a, int n) { QG_LANES(int32_t, a.v << n, a.v[i] << n); }
 QG_HD Ints operator>>(const Ints& a, int n) { QG_LANES(int32_t, a.v >> n, a.v[i] >> n); }
 
@@ -193,10 +193,20 @@ QG_HD uint32_t low_bits(const Ints& x) {
   return static_cast<uint32_t>(((low_bytes(x) & 0x0101010101010101u) * 0x0102040810204080u) >> 56);
 }
 
-// Writes a value at an address that is a multiple of Align.
+// Writes an unsigned value at an address that is a multiple of Align.
 template <int Align, class T>
 QG_HD void store(uint8_t* p, T value) {
-  std::memcpy(__builtin_assume_aligned(p, Align), &value, sizeof value);
+#ifdef __CUDACC__
+  constexpr int kPiece = Align < static_cast<int>(sizeof(T)) ? Align : static_cast<int>(sizeof(T));
+  using Piece = std::conditional_t<
+      kPiece == 1, uint8_t,
+      std::conditional_t<kPiece == 2, uint16_t, std::conditional_t<kPiece == 4, uint32_t, uint64_t>>>;
+#pragma unroll
+  for (int i = 0; i < static_cast<int>(sizeof(T)) / kPiece; ++i)
+    reinterpret_cast<Piece*>(p)[i] = static_cast<Piece>(value >> (8 * kPiece * i));
+#else
+  std::memcpy(p, &value, sizeof value);
+#endif
 }
 
 }  // namespace quantgemm

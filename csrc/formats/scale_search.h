@@ -122,7 +122,7 @@ QG_HD float squared_error(const Group<N>& group, float scale, float offset) {
   return sum(total);
 }
 
-// Sums over a group, weighted: of 1 and x, and with the best codes q of q, q² and x·q.
+// Weighted sums over a group with the best codes q: of q, q² and x · q.
 struct CodeMoments {
   float q, qq, xq;
 };
@@ -140,6 +140,7 @@ QG_HD CodeMoments code_moments(const Group<N>& group, float inverse, float offse
   return {sum(q), sum(qq), sum(xq)};
 }
 
+// Weighted sums over a group that no code changes: of 1 and x.
 struct PlainMoments {
   float one, x;
 };
