@@ -1,7 +1,7 @@
 # make demo      set up, build, show the main job on this machine
 # make test      set up, build, run the tests of a machine without a GPU
 # make gpu-test  all tests on a GPU; writes tests/gpu_receipt.json, which `make test` compares
-# make bench     the benchmarks of benchmarks/, with plots
+# make bench     the benchmarks; BENCH_ARGS="--out benchmarks/results" keeps tables and plots
 # make docs      rewrite the tables that the code prints into the documents
 # make lint      ruff, clang-format, mypy        make sanitize  kernels under compute-sanitizer
 # make fuzz      the GGUF reader against mutated files, FUZZ_SECONDS long
@@ -50,7 +50,7 @@ gpu-test: build
 	$(PY) tests/gpu_receipt.py run
 
 bench: build
-	for bench in benchmarks/bench_*.py; do $(PY) $$bench || exit 1; done
+	for bench in benchmarks/bench_*.py; do $(PY) $$bench $(BENCH_ARGS) || exit 1; done
 
 lint: $(READY)
 	$(PY) -m ruff check .

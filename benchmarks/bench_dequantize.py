@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from common import copy_bandwidth, print_table, save, time_gpu
+from common import copy_bandwidth, plot_fractions, print_table, save, time_gpu
 
 from quantgemm import ops
 from quantgemm.formats import FORMATS, format_by_name
@@ -59,6 +59,8 @@ def main() -> int:
     print_table(rows)
     if options.out:
         save("dequantize", rows, Path(options.out))
+        title = f"dequantise {options.rows}x{options.cols} to {options.dtype}"
+        plot_fractions("dequantize", rows, "of_copy", title, Path(options.out))
     return 0
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import csv
 import json
 import platform
+import re
 import statistics
 import subprocess
 import time
@@ -102,10 +103,11 @@ def machine() -> dict[str, str]:
         text=True,
         cwd=Path(__file__).parent,
     ).stdout.strip()
-    cuda = torch.cuda.is_available()
+    info = Path("/proc/cpuinfo")
+    models = re.findall(r"model name\s*: (.*)", info.read_text()) if info.exists() else []
     return {
-        "device": torch.cuda.get_device_name() if cuda else platform.processor() or "CPU",
-        "threads": str(torch.get_num_threads()),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        "cpu": f"{models[0] if models else platform.machine()}, {torch.get_num_threads()} threads",
         "torch": torch.__version__,
         "cuda_toolkit": quantgemm.build_info().cuda or "none",
         "commit": commit or "unknown",
@@ -134,3 +136,27 @@ def save(name: str, rows: Sequence[dict[str, Any]], folder: Path = RESULTS) -> N
         json.dump({"machine": machine(), "rows": list(rows)}, file, indent=1)
         file.write("\n")
     print(f"[{name}] {machine()}")
+
+
+def plot_fractions(
+    name: str, rows: Sequence[dict[str, Any]], value: str, title: str, folder: Path = RESULTS
+) -> None:
+    """results/name.png: a bar per type, `value` as a fraction of the floor. Needs matplotlib."""
+    try:
+        import matplotlib
+    except ImportError:
+        print(f"[{name}] no plot: matplotlib is not installed")
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(9, 0.24 * len(rows) + 1.2))
+    bars = axes.barh([row["type"] for row in rows], [row[value] for row in rows], color="#3b6ea5")
+    axes.bar_label(bars, fmt="%.2f", fontsize=7, padding=2)
+    axes.axvline(1, color="#888888", linewidth=1)
+    axes.set_xlabel("fraction of the floor (a copy of as many bytes)")
+    axes.set_title(title, fontsize=10)
+    axes.invert_yaxis()
+    axes.tick_params(labelsize=8)
+    figure.tight_layout()
+    figure.savefig(folder / f"{name}.png", dpi=110)

@@ -4,14 +4,17 @@
     python docs/generate_tables.py          rewrite every marked table
     python docs/generate_tables.py --check  change nothing; exit status 1 if one is out of date
 
-A table stands between <!-- NAME --> and <!-- /NAME -->, each on a line of its own.
+A table stands between <!-- NAME --> and <!-- /NAME -->, each on a line of its own. Tables of
+measurements come from benchmarks/results, with the machine that they were measured on.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import sys
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -23,7 +26,12 @@ from quantgemm import _C, ops  # noqa: E402
 from quantgemm.formats import FORMATS  # noqa: E402
 
 # document -> tables that it must have; others are filled where their markers are
-DOCUMENTS = {ROOT / "docs" / "formats.md": {"formats-table"}, ROOT / "README.md": set()}
+RESULTS = ["dequantize", "quantize", "cpu_dequantize", "gguf_open"]
+DOCUMENTS: dict[Path, set[str]] = {
+    ROOT / "docs" / "formats.md": {"formats-table"},
+    ROOT / "docs" / "performance.md": {f"results-{name}" for name in RESULTS},
+    ROOT / "README.md": {"formats-table"},
+}
 NUMBERS = ["id", "weights", "bytes", "bits/weight", "group"]
 MARKS = ["offset", "quantize", "importance"]
 YES, NO = "✓", "–"
@@ -48,10 +56,27 @@ def formats_table() -> str:
         group = NO if fmt.is_plain else fmt.group
         marks = fmt.has_offset, writable, writable and uses_importance(fmt.type_id)
         rows.append([fmt.name, *map(str, (*numbers, group)), *(YES if m else NO for m in marks)])
+    return markdown(rows)
+
+
+def results_table(name: str) -> str:
+    """What `--out benchmarks/results` of a benchmark left behind."""
+    kept = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+    columns = list(kept["rows"][0])
+    rows = [columns, ["--:"] * len(columns)]
+    for row in kept["rows"]:
+        values = (row[column] for column in columns)
+        rows.append([f"{v:.4g}" if isinstance(v, float) else str(v) for v in values])
+    machine = ", ".join(f"{key} {value}" for key, value in kept["machine"].items())
+    return f"{markdown(rows)}\n\nMeasured on: {machine}."
+
+
+def markdown(rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 TABLES = {"formats-table": formats_table}
+TABLES |= {f"results-{name}": partial(results_table, name) for name in RESULTS}
 
 
 def with_tables(path: Path, required: set[str]) -> str:

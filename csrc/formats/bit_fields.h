@@ -40,26 +40,7 @@ QG_HD uint32_t planes_of_128(bytes_ptr codes, int i) {
   return (load<uint32_t, Align>(codes + 32 * (i >> 5) + 4 * (i & 7)) >> (2 * ((i >> 3) & 3))) & 0x03030303u;
 }
 
-// Four values of a 16-entry int8 table (its bytes in T0…T3), selected by the nibble in each byte.
-template <uint32_t T0, uint32_t T1, uint32_t T2, uint32_t T3>
-QG_HD uint32_t lookup_nibbles(uint32_t nibbles) {
-#if defined(__CUDA_ARCH__)
-  const uint32_t packed = __byte_perm(nibbles | (nibbles >> 4), 0, 0x0020);  // 4 nibbles in 16 bits
-  const uint32_t low_half = __byte_perm(T0, T1, packed & 0x7777u);
-  const uint32_t high_half = __byte_perm(T2, T3, packed & 0x7777u);
-  return __byte_perm(low_half, high_half, 0x3210u | ((packed & 0x8888u) >> 1));
-#else
-  constexpr uint32_t words[4] = {T0, T1, T2, T3};
-  uint32_t values = 0;
-  for (int j = 0; j < 4; ++j) {
-    const uint32_t n = (nibbles >> (8 * j)) & 15;
-    values |= ((words[n >> 2] >> (8 * (n & 3))) & 0xffu) << (8 * j);
-  }
-  return values;
-#endif
-}
-
-// The four values v with v·q in base-3 order: byte · 3^digit (mod 256) · 3 / 256 is that digit.
+// One base-3 digit (0, 1, 2) of each of four bytes: byte · 3^digit (mod 256) · 3 / 256.
 QG_HD uint32_t base3_digits(uint32_t bytes, int digit) {
   const uint32_t power = (digit & 1 ? 3u : 1u) * (digit & 2 ? 9u : 1u) * (digit & 4 ? 81u : 1u);
   const uint32_t even = ((bytes & 0x00ff00ffu) * power) & 0x00ff00ffu;  // 16-bit lanes: no carries

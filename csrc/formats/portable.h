@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 // What the format headers need from a compiler, the same for g++ and nvcc: number conversions on
 // bit patterns, loads of known alignment, and arithmetic on four bytes packed in one word.
-// The only file of formats/ that asks which compiler is running.
+// The only file of formats/ with a branch for device code (lanes.h has one for nvcc).
 #pragma once
 #include <bit>
 #include <cstdint>
@@ -129,6 +129,25 @@ QG_HD float byte_to_float(uint32_t quad, int j) {
   return __uint_as_float(biased) - 8388736.0f;
 #else
   return static_cast<float>(byte_at(quad, j));
+#endif
+}
+
+// Four values of a 16-entry int8 table (its bytes in T0…T3), selected by the nibble in each byte.
+template <uint32_t T0, uint32_t T1, uint32_t T2, uint32_t T3>
+QG_HD uint32_t lookup_nibbles(uint32_t nibbles) {
+#ifdef __CUDA_ARCH__
+  const uint32_t packed = __byte_perm(nibbles | (nibbles >> 4), 0, 0x0020);  // 4 nibbles in 16 bits
+  const uint32_t low_half = __byte_perm(T0, T1, packed & 0x7777u);
+  const uint32_t high_half = __byte_perm(T2, T3, packed & 0x7777u);
+  return __byte_perm(low_half, high_half, 0x3210u | ((packed & 0x8888u) >> 1));
+#else
+  constexpr uint32_t words[4] = {T0, T1, T2, T3};
+  uint32_t values = 0;
+  for (int j = 0; j < 4; ++j) {
+    const uint32_t n = (nibbles >> (8 * j)) & 15;
+    values |= ((words[n >> 2] >> (8 * (n & 3))) & 0xffu) << (8 * j);
+  }
+  return values;
 #endif
 }
 

@@ -228,6 +228,11 @@ QG_HD AffineFit fit_affine(const Group<N>& group, const PlainMoments& plain, See
   fit.offset = bottom;
   if (!(top > bottom)) return fit;
   const float mean = plain.x / plain.one, range = top - bottom;
+  // The error of the best constant is what gains are counted from: next to a large mean they would
+  // drown in rounding.
+  const bool can_be_mean = FreeOffset || mean < 0;
+  const float mean_gain = can_be_mean ? 0 : plain.x * mean;
+  if (can_be_mean) fit.offset = mean;
   // Seeds cut the range at both ends, by −0.4 … 0.5 levels at the bottom. A lower bottom fits as
   // well, but a large offset in one group makes the shared scale of the offsets coarse for all.
   constexpr int kBottomCuts = 4;
@@ -248,14 +253,15 @@ QG_HD AffineFit fit_affine(const Group<N>& group, const PlainMoments& plain, See
     }
     const CodeMoments m = code_moments<Levels>(group, inverse, offset);
     const float variance = m.qq - m.q * m.q / plain.one, covariance = m.xq - m.q * mean;
-    float scale = 0, curvature = variance, gain = plain.x * mean;
+    float scale = 0, curvature = variance, gain = mean_gain;
     offset = mean;
     if (variance > 0x1p-20f * m.qq) {
       scale = covariance / variance, offset = (plain.x - scale * m.q) / plain.one;
-      gain = plain.x * mean + covariance * scale;
+      gain = mean_gain + covariance * scale;
     }
     if (!FreeOffset && offset > 0 && m.qq > 0) {
-      scale = m.xq / m.qq, offset = 0, curvature = m.qq, gain = m.xq * scale;
+      scale = m.xq / m.qq, offset = 0, curvature = m.qq;
+      gain = m.xq * scale - (plain.x * mean - mean_gain);
     }
     if (scale < 0 || (!FreeOffset && offset > 0)) continue;
     if (gain > best * kNoise) {
