@@ -9,7 +9,7 @@
 # Everything happens in a virtual environment of its own. PY=python3 uses that Python as it is
 # instead: for a machine that has torch already and no network.
 PYTHON ?= python3
-export PYTHONPATH := $(CURDIR)
+export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 TORCH ?= 2.13.0
 FUZZ_SECONDS ?= 600
 CXX_FILES = $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
