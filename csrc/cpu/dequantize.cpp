@@ -9,26 +9,21 @@
 namespace quantgemm {
 namespace {
 
+// A run of eight quads keeps its shifts, and is one or two groups: vector registers from bits to floats.
 template <BlockFormat F>
-QG_HD void gather_codes(bytes_ptr block, int8_t* codes) {
-  constexpr int kQuads = F::kElems / 4;
-  constexpr int kRun = kQuads >= 32 ? 8 : kQuads;  // long blocks keep their shifts over 32 weights
-#pragma GCC unroll 8                               // so that shifts are constants
-  for (int i = 0; i < kQuads; i += kRun) {
-    uint32_t quads[kRun];
-#pragma GCC unroll 8
-    for (int j = 0; j < kRun; ++j) quads[j] = F::quad(block, i + j);
-    std::memcpy(codes + 4 * i, quads, sizeof quads);
-  }
-}
-
-template <BlockFormat F>
-QG_HD void scale_codes(bytes_ptr block, const int8_t* codes, float* weights) {
-  for (int e = 0; e < F::kElems; ++e) weights[e] = static_cast<float>(codes[e]);
-  for (int g = 0; g < F::kElems / F::kGroup; ++g, weights += F::kGroup) {
-    const Affine affine = F::affine(block, g);
-#pragma GCC unroll 1  // else the loop over groups is what gets vectorised, with strided accesses
-    for (int e = 0; e < F::kGroup; ++e) weights[e] = weight<F>(affine, weights[e]);
+QG_HD void decode_block(bytes_ptr block, float* weights) {
+  constexpr int kRun = 32, kSpan = F::kGroup < kRun ? F::kGroup : kRun;
+#pragma GCC unroll 8  // so that shifts are constants
+  for (int r = 0; r < F::kElems; r += kRun) {
+    uint32_t quads[kRun / 4];
+    for (int j = 0; j < kRun / 4; ++j) quads[j] = F::quad(block, r / 4 + j);
+    int8_t codes[kRun];
+    std::memcpy(codes, quads, sizeof codes);
+    for (int e = 0; e < kRun; e += kSpan) {
+      const Affine affine = F::affine(block, (r + e) / F::kGroup);
+#pragma GCC unroll 1  // else the loop over spans is what gets vectorised, with strided accesses
+      for (int j = e; j < e + kSpan; ++j) weights[r + j] = weight<F>(affine, static_cast<float>(codes[j]));
+    }
   }
 }
 
@@ -36,11 +31,13 @@ template <BlockFormat F, class Out>
 struct DecodeBlocks {
   QG_HD static void run(bytes_ptr blocks, Out* out, int64_t num_blocks) {
     for (int64_t b = 0; b < num_blocks; ++b, blocks += F::kBytes, out += F::kElems) {
-      int8_t codes[F::kElems];
-      float weights[F::kElems];
-      gather_codes<F>(blocks, codes);
-      scale_codes<F>(blocks, codes, weights);
-      for (int e = 0; e < F::kElems; ++e) store_real(out + e, weights[e]);
+      if constexpr (std::is_same_v<Out, float>) {
+        decode_block<F>(blocks, out);
+      } else {
+        float weights[F::kElems];
+        decode_block<F>(blocks, weights);
+        for (int e = 0; e < F::kElems; ++e) store_real(out + e, weights[e]);
+      }
     }
   }
 };
