@@ -3,7 +3,8 @@
 
     python benchmarks/bench_dequantize.py [--types Q4_0,Q6_K] [--dtype bfloat16]
 
-The floor is the time a copy of as many bytes (blocks in + numbers out) takes in the same run.
+The floor is the time a copy of as many bytes (blocks in + numbers out) takes in the same run. The
+last row, torch's own fill_ of the result, shows what writing alone costs.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from common import copy_bandwidth, plot_fractions, print_table, save, time_gpu
+from common import Timing, copy_bandwidth, plot_fractions, print_table, save, time_gpu
 
 from quantgemm import ops
 from quantgemm.formats import FORMATS, format_by_name
@@ -36,6 +37,13 @@ def main() -> int:
         f.name for f in FORMATS.values() if not f.is_plain or f.name in ("F16", "F32")
     ]
     bandwidth = copy_bandwidth()
+    result_bytes = options.rows * options.cols * dtype.itemsize
+
+    def row(name: str, timing: Timing, num_bytes: int) -> dict[str, object]:
+        floor = num_bytes / bandwidth * 1e6
+        times = {"us": timing.median, "low": timing.low, "high": timing.high}
+        return {"type": name, **times, "floor_us": floor, "of_copy": floor / timing.median}
+
     rows = []
     for name in names:
         fmt = format_by_name(name)
@@ -43,18 +51,9 @@ def main() -> int:
         copies = [torch.randint(0, 256, shape, dtype=torch.uint8, device="cuda") for _ in range(2)]
         decode = partial(ops.dequantize, qtype=fmt.type_id, dtype=dtype)
         timing = time_gpu([partial(decode, blocks) for blocks in copies])
-        num_bytes = copies[0].numel() + options.rows * options.cols * dtype.itemsize
-        floor = num_bytes / bandwidth * 1e6
-        rows.append(
-            {
-                "type": name,
-                "us": timing.median,
-                "low": timing.low,
-                "high": timing.high,
-                "floor_us": floor,
-                "of_copy": floor / timing.median,
-            }
-        )
+        rows.append(row(name, timing, copies[0].numel() + result_bytes))
+    result = torch.empty(options.rows, options.cols, dtype=dtype, device="cuda")
+    rows.append(row("torch fill_", time_gpu([partial(result.fill_, 1.0)]), result_bytes))
     print(f"copy {bandwidth / 1e12:.2f} TB/s, {options.rows}x{options.cols} to {options.dtype}")
     print_table(rows)
     if options.out:
