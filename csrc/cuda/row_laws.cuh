@@ -1,0 +1,163 @@
+// SPDX-License-Identifier: MIT
+// Rows of logits cut into strips of 1024 and groups of 256 values, and what is kept of them between
+// kernels. The cut depends on the vocabulary only, and partial results are combined in a fixed
+// order: the law of a row has the same bits for every grid and batch.
+//
+//   slot = (is it a draft row) * slots + sequence * (max_drafts + 1) + position
+//   strips [2 slots, num_strips] (max, Σ exp2)   group_keys [2 slots, num_groups]   laws [2 slots]
+#pragma once
+#include "../sampling.h"
+#include "memory.cuh"
+
+namespace quantgemm {
+
+constexpr int kStrip = 1024, kGroup = 256;  // values; a group is one warp's 8 values per lane
+
+struct RowScratch {
+  int64_t slots, num_strips, num_groups;
+  bool has_laws;
+  float2* strips;
+  uint32_t* group_keys;
+  RowLaw* laws;
+};
+
+__host__ __device__ inline RowScratch scratch_of(const VerifyArgs& a) {
+  RowScratch s;
+  const int64_t cols = a.vocab > a.draft_vocab ? a.vocab : a.draft_vocab;
+  s.slots = a.num_sequences * (a.max_drafts + 1);
+  s.num_strips = (cols + kStrip - 1) / kStrip;
+  s.num_groups = s.num_strips * (kStrip / kGroup);
+  s.has_laws = a.parameters.top_k || a.parameters.top_p || a.parameters.min_p;
+  char* at = static_cast<char*>(a.strips);
+  s.laws = reinterpret_cast<RowLaw*>(at);
+  s.strips = reinterpret_cast<float2*>(at + 2 * s.slots * static_cast<int64_t>(sizeof(RowLaw)));
+  s.group_keys = reinterpret_cast<uint32_t*>(s.strips + 2 * s.slots * s.num_strips);
+  return s;
+}
+
+template <class T>
+struct RowView {
+  const T* data;
+  int64_t length;
+  bool aligned;  // for 16-byte loads
+
+  __device__ RowView(const T* row, int64_t n)
+      : data(row), length(n), aligned(reinterpret_cast<uintptr_t>(row) % 16 == 0) {}
+  __device__ float at(int64_t i) const { return to_float(data[i]); }
+};
+
+template <class T>
+__device__ __forceinline__ RowView<T> target_row(const VerifyArgs& a, int64_t row) {
+  return {static_cast<const T*>(a.target) + row * a.target_stride, a.vocab};
+}
+template <class T>
+__device__ __forceinline__ RowView<T> draft_row(const VerifyArgs& a, int64_t sequence, int64_t k) {
+  return {static_cast<const T*>(a.draft) + sequence * a.draft_strides[0] + k * a.draft_strides[1],
+          a.draft_vocab};
+}
+
+// Which value of a group v[e] of a lane is; the same for aligned and other rows.
+template <class T>
+__device__ __forceinline__ int index_in_group(int lane, int e) {
+  return sizeof(T) == 4 ? e / 4 * 128 + lane * 4 + e % 4 : lane * 8 + e;
+}
+
+__device__ __forceinline__ void unpack(float* v, float4 x) { v[0] = x.x, v[1] = x.y, v[2] = x.z, v[3] = x.w; }
+
+// A group, from a multiple of 256; `fill` stands beyond the end.
+template <class T>
+__device__ __forceinline__ void load_group(float (&v)[8], const RowView<T>& row, int64_t begin, int lane,
+                                           float fill) {
+  if (row.aligned && begin + kGroup <= row.length) {
+    if constexpr (sizeof(T) == 4) {
+      const float4* x = reinterpret_cast<const float4*>(row.data + begin) + lane;
+      unpack(v, __ldg(x)), unpack(v + 4, __ldg(x + 32));
+    } else {
+      const uint4 words = __ldg(reinterpret_cast<const uint4*>(row.data + begin) + lane);
+      const uint32_t pairs[4] = {words.x, words.y, words.z, words.w};
+#pragma unroll
+      for (int e = 0; e < 8; ++e) v[e] = to_float(T{static_cast<uint16_t>(pairs[e / 2] >> (16 * (e % 2)))});
+    }
+  } else {
+#pragma unroll
+    for (int e = 0; e < 8; ++e) {
+      const int64_t i = begin + index_in_group<T>(lane, e);
+      v[e] = i < row.length ? row.at(i) : fill;
+    }
+  }
+}
+
+// Sum and maximum of 64-bit numbers in a warp.
+__device__ __forceinline__ uint64_t warp_sum(uint64_t x) {
+  for (int step = 16; step; step /= 2) x += __shfl_xor_sync(~0u, x, step);
+  return x;
+}
+__device__ __forceinline__ uint64_t warp_max(uint64_t x) {
+  for (int step = 16; step; step /= 2) {
+    const uint64_t other = __shfl_xor_sync(~0u, x, step);
+    x = other > x ? other : x;
+  }
+  return x;
+}
+
+// (max, sum) of two parts: the sum counts relative to the max.
+__device__ __forceinline__ float2 join(float2 a, float2 b, float slope) {
+  const float max = fmaxf(a.x, b.x);
+  if (max == minus_infinity()) return {max, 0.0f};
+  const float left = a.x == minus_infinity() ? 0.0f : a.y * relative_weight(a.x, max, slope);
+  const float right = b.x == minus_infinity() ? 0.0f : b.y * relative_weight(b.x, max, slope);
+  return {max, left + right};
+}
+
+__device__ __forceinline__ float2 warp_join(float2 x, float slope) {
+  for (int step = 16; step; step /= 2) {
+    const float2 other = {__shfl_xor_sync(~0u, x.x, step), __shfl_xor_sync(~0u, x.y, step)};
+    x = join(x, other, slope);
+  }
+  return x;
+}
+
+// The row's max and Σ exp2((x - max)·slope), by one warp.
+__device__ __forceinline__ float2 combine_strips(const float2* strips, int64_t count, float slope) {
+  float2 sum = {minus_infinity(), 0.0f};
+  for (int64_t i = threadIdx.x % 32; i < count; i += 32) sum = join(sum, strips[i], slope);
+  return warp_join(sum, slope);
+}
+
+__device__ __forceinline__ RowLaw law_of(float2 sum, float slope) {
+  return {sum.x, slope, sum.y > 0.0f ? 1.0f / sum.y : 0.0f, minus_infinity()};
+}
+
+// What a slot stands for, if a row of logits lies there whose law somebody will ask for.
+struct SlotRow {
+  bool exists, is_draft;
+  int64_t sequence, position, target_row;
+  Parameters parameters;
+};
+
+__device__ __forceinline__ SlotRow row_of_slot(const VerifyArgs& a, int64_t slot, int64_t slots) {
+  SlotRow r;
+  uint32_t status = 0;
+  r.is_draft = slot >= slots;
+  const int64_t s = r.is_draft ? slot - slots : slot;
+  r.sequence = s / (a.max_drafts + 1), r.position = s % (a.max_drafts + 1);
+  const Rows rows = rows_of(a, r.sequence, status);
+  r.target_row = rows.first + r.position;
+  r.parameters = parameters_of(a.parameters, r.sequence, r.is_draft ? a.draft_vocab : a.vocab, status);
+  const bool is_logits = r.is_draft ? a.draft_is_logits && !a.draft_lse : a.target_is_logits;
+  r.exists = is_logits && !r.parameters.greedy && r.position <= rows.drafts - (r.is_draft ? 1 : 0);
+  return r;
+}
+
+template <class T>
+__device__ __forceinline__ RowView<T> view_of(const VerifyArgs& a, const SlotRow& r) {
+  return r.is_draft ? draft_row<T>(a, r.sequence, r.position) : target_row<T>(a, r.target_row);
+}
+
+// Draft rows of logits that come without a log-sum-exp double the slots.
+inline int64_t slots_to_read(const VerifyArgs& a) {
+  const bool drafts = a.draft && a.draft_is_logits && !a.draft_lse;
+  return scratch_of(a).slots * (drafts ? 2 : 1);
+}
+
+}  // namespace quantgemm

@@ -1,0 +1,214 @@
+// SPDX-License-Identifier: MIT
+// Verification and the draw, one launch: a cluster of 1…8 blocks owns a sequence. All its blocks find
+// the first position that stops (rejected, or the bonus) from a few gathered values, then draw from
+// that row together (row_team.cuh). Only the stopping row of p, and of q, is read as a whole.
+#include "launch.h"
+#include "row_team.cuh"
+
+namespace quantgemm {
+namespace {
+
+__device__ RowLaw law_at(const RowScratch& scratch, int64_t slot, float slope) {  // by a warp
+  if (scratch.has_laws) return scratch.laws[slot];
+  return law_of(combine_strips(scratch.strips + slot * scratch.num_strips, scratch.num_strips, slope), slope);
+}
+
+// One position, by one warp. Position `drafts` has no draft: it stops with the bonus.
+template <class T>
+__device__ Verdict judge(const VerifyArgs& args, int64_t sequence, const Rows& rows, int64_t k,
+                         const Parameters& s) {
+  const RowScratch scratch = scratch_of(args);
+  const int64_t slot = sequence * (args.max_drafts + 1) + k, flat = sequence * args.max_drafts + k;
+  const RowView<T> p = target_row<T>(args, rows.first + k);
+  Verdict v{stored_law(), stored_law(), 0.0f, 0, true, false};
+  const int64_t token = k < rows.drafts ? args.drafts[flat] : -1;
+  v.has_draft = token >= 0 && token < args.vocab;
+  if (!v.has_draft && token != -1) v.status |= kBadToken;
+  if (args.target_is_logits) v.p_law = law_at(scratch, slot, s.slope);
+  if (!v.has_draft) return v;
+
+  float q_token = 1.0f;
+  if (args.draft != nullptr) {
+    const RowView<T> q = draft_row<T>(args, sequence, k);
+    if (args.draft_is_logits && args.draft_lse) {
+      const float cutoff = args.draft_cutoff ? args.draft_cutoff[flat] : minus_infinity();
+      v.q_law = law_from_lse(args.draft_lse[flat], cutoff, s);
+    } else if (args.draft_is_logits) {
+      v.q_law = law_at(scratch, scratch.slots + slot, s.slope);
+    }
+    const int64_t j = args.target_to_draft ? args.target_to_draft[token] : token;
+    q_token = 0.0f;
+    if (j >= 0 && j < q.length) {
+      const float y = q.at(j);
+      if (is_bad_value(y, args.draft_is_logits)) v.status |= kBadValue;
+      q_token = probability(y, v.q_law);
+    }
+  }
+  const float x = p.at(token);
+  if (is_bad_value(x, args.target_is_logits)) v.status |= kBadValue;
+  v.p_token = probability(x, v.p_law);
+  v.stops = !accepts(noise_at(args, sequence, k, kAcceptDomain, v.status), v.p_token, q_token);
+  return v;
+}
+
+// What a sequence ends with: `accepted` drafts, then a token.
+struct Ending {
+  int64_t accepted, token;
+  float logprob;
+  RowLaw law;
+  bool is_point;  // a distribution of one token
+};
+
+template <class T>
+__device__ Ending end_greedy(const VerifyArgs& args, Shared& shared, const Team& team, const Rows& rows) {
+  for (int64_t k = 0;; ++k) {
+    const RowView<T> row = target_row<T>(args, rows.first + k);
+    const int64_t best = argmax(shared, team, row, args.target_is_logits);
+    const int64_t token = k < rows.drafts ? args.drafts[team.sequence * args.max_drafts + k] : -1;
+    if (k < rows.drafts && token == best) continue;
+    if (threadIdx.x == 0 && (token < -1 || token >= args.vocab)) shared.status |= kBadToken;
+    const float top = args.target_is_logits ? clean_logit(row.at(best)) : clean_probability(row.at(best));
+    const bool no_mass = top == (args.target_is_logits ? minus_infinity() : 0.0f);
+    if (threadIdx.x == 0 && no_mass) shared.status |= kNoMass;
+    return {k, best, 0.0f, {top, 0.0f, 1.0f, top}, true};
+  }
+}
+
+template <class T>
+__device__ Ending end_sampled(const VerifyArgs& args, Shared& shared, const Team& team, const Rows& rows,
+                              const Parameters& s) {
+  int64_t accepted = 0;
+  Verdict last;
+  for (int64_t first = 0;; first += kWarps) {
+    const int64_t k = first + team.warp;
+    if (k <= rows.drafts) {
+      const Verdict v = judge<T>(args, team.sequence, rows, k, s);
+      if (team.lane == 0) shared.verdicts[team.warp] = v;
+    }
+    __syncthreads();
+    const int here = static_cast<int>(rows.drafts + 1 - first < kWarps ? rows.drafts + 1 - first : kWarps);
+    int stop = 0;
+    uint32_t bits = 0;
+    while (stop < here && !shared.verdicts[stop].stops) bits |= shared.verdicts[stop++].status;
+    if (args.logprobs && team.rank == 0 && static_cast<int>(threadIdx.x) < stop)
+      args.logprobs[team.sequence * (args.max_drafts + 1) + first + threadIdx.x] =
+          logf(shared.verdicts[threadIdx.x].p_token);
+    accepted += stop;
+    if (stop < here) last = shared.verdicts[stop], bits |= last.status;
+    if (threadIdx.x == 0) shared.status |= bits;
+    __syncthreads();
+    if (stop < here) break;
+  }
+
+  const RowView<T> p = target_row<T>(args, rows.first + accepted);
+  Weights<T> weights{p, RowView<T>(nullptr, 0), last.p_law, last.q_law, nullptr, -1};
+  if (last.has_draft) {
+    if (args.draft != nullptr) {
+      weights.q = draft_row<T>(args, team.sequence, accepted);
+      weights.map = args.target_to_draft;
+    } else {
+      weights.one_hot = args.drafts[team.sequence * args.max_drafts + accepted];
+    }
+  }
+  uint32_t noise_status = 0;
+  const uint64_t fraction = noise_at(args, team.sequence, accepted, args.token_domain, noise_status);
+  int64_t token = draw_token(shared, team, weights, fraction);
+  if (token < 0 && last.has_draft) {
+    if (threadIdx.x == 0) shared.status |= kEmptyResidual;
+    weights.q = RowView<T>(nullptr, 0), weights.one_hot = -1;
+    __syncthreads();
+    token = draw_token(shared, team, weights, fraction);
+  }
+  if (threadIdx.x == 0) shared.status |= noise_status;
+  if (token < 0) {
+    if (threadIdx.x == 0) shared.status |= kNoMass;
+    __syncthreads();
+    token = argmax(shared, team, p, args.target_is_logits);
+    return {accepted, token, 0.0f, last.p_law, false};
+  }
+  const float logprob = team.rank == 0 ? logf(probability(p.at(token), last.p_law)) : 0.0f;
+  return {accepted, token, logprob, last.p_law, false};
+}
+
+// grid: ranks blocks (one cluster) per sequence
+template <class T>
+__global__ void __launch_bounds__(kThreads, 2) spec_verify_kernel(VerifyArgs args, int ranks) {
+  __shared__ Shared shared;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const Team team{blockIdx.x / ranks, static_cast<int>(blockIdx.x) % ranks, ranks, lane, warp};
+  const int64_t b = team.sequence, columns = args.max_drafts + 1;
+  uint32_t status = 0;
+  const Parameters s = parameters_of(args.parameters, b, args.vocab, status);
+  const Rows rows = rows_of(args, b, status);
+  if (threadIdx.x == 0) shared.status = status;
+  __syncthreads();
+  Ending ending{-1, -1, 0.0f, {}, false};
+  if (rows.drafts >= 0) {
+    ending = s.greedy ? end_greedy<T>(args, shared, team, rows) : end_sampled<T>(args, shared, team, rows, s);
+  }
+  __syncthreads();
+  if (args.probs != nullptr && rows.drafts >= 0) {
+    const RowView<T> row = target_row<T>(args, rows.first + ending.accepted);
+    for (int64_t i = team.rank * kThreads + threadIdx.x; i < args.vocab; i += ranks * kThreads)
+      args.probs[b * args.vocab + i] =
+          ending.is_point ? (i == ending.token ? 1.0f : 0.0f) : probability(row.at(i), ending.law);
+  }
+  if (team.rank != 0) return;
+  for (int64_t k = threadIdx.x; k < columns; k += kThreads) {
+    const bool is_draft = k < ending.accepted;
+    args.tokens[b * columns + k] =
+        is_draft ? args.drafts[b * args.max_drafts + k] : (k == ending.accepted ? ending.token : -1);
+    if (args.logprobs == nullptr) continue;
+    if (!is_draft) args.logprobs[b * columns + k] = k == ending.accepted ? ending.logprob : 0.0f;
+    if (is_draft && s.greedy) args.logprobs[b * columns + k] = 0.0f;
+  }
+  if (threadIdx.x != 0) return;
+  if (args.counts) args.counts[b] = ending.accepted + 1;
+  args.status[b] = static_cast<int32_t>(shared.status);
+  const RowLaw& law = ending.law;
+  if (args.cutoff) args.cutoff[b] = law.cutoff;
+  if (args.lse) {
+    const float lse = law.scale > 0.0f ? law.max / s.temperature - logf(law.scale) : minus_infinity();
+    args.lse[b] = ending.is_point ? law.max : lse;
+  }
+}
+
+template <class T>
+cudaError_t launch_typed(const VerifyArgs& args, cudaStream_t stream) {
+  int device = 0, processors = 0, major = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess)
+    error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  if (error != cudaSuccess) return error;
+  int ranks = 1;  // enough blocks to fill the chip twice, each with 4096 values at least
+  if (major >= 9)
+    while (ranks < kMaxRanks && args.num_sequences * ranks * 2 <= 2 * processors &&
+           args.vocab >= ranks * 2 * 4096)
+      ranks *= 2;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = static_cast<unsigned>(args.num_sequences * ranks);
+  config.blockDim = kThreads;
+  config.stream = stream;
+  cudaLaunchAttribute cluster;
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim = {static_cast<unsigned>(ranks), 1, 1};
+  config.attrs = &cluster;
+  config.numAttrs = ranks > 1 ? 1 : 0;
+  return cudaLaunchKernelEx(&config, spec_verify_kernel<T>, args, ranks);
+}
+
+}  // namespace
+
+cudaError_t launch_spec_verify(const VerifyArgs& args, cudaStream_t stream) {
+  if (args.num_sequences == 0) return cudaSuccess;
+  if (args.target_is_logits || (args.draft && args.draft_is_logits && !args.draft_lse)) {
+    const cudaError_t error = launch_row_laws(args, stream);
+    if (error != cudaSuccess) return error;
+  }
+  cudaError_t error = cudaSuccess;
+  visit_real(args.value_type, [&]<class T>(T) { error = launch_typed<T>(args, stream); });
+  return error == cudaSuccess ? cudaGetLastError() : error;
+}
+
+}  // namespace quantgemm
