@@ -53,10 +53,20 @@ QG_HD RowLaw stored_law() { return {0.0f, 0.0f, 1.0f, minus_infinity()}; }
 
 // NaN is no logit, and +inf the largest one.
 QG_HD float clean_logit(float x) {
+#ifdef __CUDA_ARCH__
+  return fminf(fmaxf(x, minus_infinity()), 3.4028235e38f);
+#else
   const float finite = x < 3.4028235e38f ? x : 3.4028235e38f;
   return x == x ? finite : minus_infinity();
+#endif
 }
-QG_HD float clean_probability(float x) { return x > 0.0f ? (x < 1.0f ? x : 1.0f) : 0.0f; }
+QG_HD float clean_probability(float x) {
+#ifdef __CUDA_ARCH__
+  return fminf(fmaxf(x, 0.0f), 1.0f);
+#else
+  return x > 0.0f ? (x < 1.0f ? x : 1.0f) : 0.0f;
+#endif
+}
 
 QG_HD float multiply(float a, float b) {  // never fused with an addition: every pass gives the same bits
 #ifdef __CUDA_ARCH__
@@ -67,15 +77,24 @@ QG_HD float multiply(float a, float b) {  // never fused with an addition: every
 }
 
 QG_HD float relative_weight(float clean, float max, float slope) {
-  return exp2f(multiply(clean - max, slope));
+  const float exponent = multiply(clean - max, slope);
+#ifdef __CUDA_ARCH__
+  float weight;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(weight) : "f"(exponent));
+  return weight;
+#else
+  return exp2f(exponent);
+#endif
 }
 
-QG_HD float probability(float x, const RowLaw& law) {
-  if (law.slope == 0.0f) return clean_probability(x);
+QG_HD float softmax_probability(float x, const RowLaw& law) {
   const float clean = clean_logit(x);
-  if (!(clean >= law.cutoff) || clean == minus_infinity()) return 0.0f;
   const float p = multiply(relative_weight(clean, law.max, law.slope), law.scale);
-  return p < 1.0f ? p : 1.0f;
+  const bool kept = clean >= law.cutoff && clean != minus_infinity();
+  return kept ? (p < 1.0f ? p : 1.0f) : 0.0f;
+}
+QG_HD float probability(float x, const RowLaw& law) {
+  return law.slope == 0.0f ? clean_probability(x) : softmax_probability(x, law);
 }
 
 QG_HD bool is_bad_value(float x, bool is_logit) {
@@ -94,7 +113,7 @@ QG_HD uint64_t to_fixed(float x) {  // x in [0, 1]
 #endif
 }
 
-QG_HD uint64_t residual_weight(float p, float q) { return p > q ? to_fixed(p - q) : 0; }
+QG_HD float residual(float p, float q) { return p > q ? p - q : 0.0f; }
 
 // The draw: the token is the first whose inclusive prefix sum exceeds this, given total > 0.
 QG_HD uint64_t draw(uint64_t fraction, uint64_t total) {

@@ -199,7 +199,7 @@ class Sequence {
   int64_t draw_from(const Row<T>& p, const std::vector<float>& q, uint64_t fraction) {
     const auto weight = [&](int64_t i) {
       const float q_i = q.empty() ? 0.0f : q[static_cast<size_t>(i)];
-      return residual_weight(probability(p.at(i), law), q_i);
+      return to_fixed(residual(probability(p.at(i), law), q_i));
     };
     uint64_t total = 0;
     for (int64_t i = 0; i < p.length; ++i) {

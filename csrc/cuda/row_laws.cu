@@ -11,14 +11,13 @@ namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / 32;
 
-// grid (slots, strips / 8)
+// grid (sequences, strips / 8, layers)
 template <class T>
 __global__ void __launch_bounds__(kThreads) row_stats_kernel(VerifyArgs args) {
   const RowScratch scratch = scratch_of(args);
-  const int lane = threadIdx.x % 32;
-  const int64_t strip = static_cast<int64_t>(blockIdx.y) * kWarps + threadIdx.x / 32, slot = blockIdx.x;
+  const int lane = threadIdx.x % 32, strip = blockIdx.y * kWarps + threadIdx.x / 32;
   if (strip >= scratch.num_strips) return;
-  const SlotRow info = row_of_slot(args, slot, scratch.slots);
+  const SlotRow info = row_of_slot(args, blockIdx.x, blockIdx.z);
   if (!info.exists) return;
   const RowView<T> row = view_of<T>(args, info);
   const float slope = info.parameters.slope;
@@ -27,27 +26,27 @@ __global__ void __launch_bounds__(kThreads) row_stats_kernel(VerifyArgs args) {
 #pragma unroll
   for (int g = 0; g < kGroups; ++g)
     load_group(v[g], row, strip * kStrip + g * kGroup, lane, minus_infinity());
-  float max = minus_infinity();
+  uint32_t max_key = 0;
 #pragma unroll
   for (int g = 0; g < kGroups; ++g) {
     float group_max = minus_infinity();
 #pragma unroll
     for (float& x : v[g]) x = clean_logit(x), group_max = fmaxf(group_max, x);
-    max = fmaxf(max, group_max);
-    if (info.parameters.truncates()) {
-      const uint32_t key = __reduce_max_sync(~0u, key_of(group_max));
-      if (lane == 0) scratch.group_keys[slot * scratch.num_groups + strip * kGroups + g] = key;
-    }
+    const uint32_t key = __reduce_max_sync(~0u, key_of(group_max));
+    max_key = key > max_key ? key : max_key;
+    if (info.parameters.truncates() && lane == 0)
+      scratch.group_keys[info.slot * scratch.num_groups + strip * kGroups + g] = key;
   }
-  float2 sum = {max, 0.0f};
+  const float max = value_of_key(max_key);
+  float sum = 0.0f;
   if (max != minus_infinity()) {
 #pragma unroll
     for (int g = 0; g < kGroups; ++g)
 #pragma unroll
-      for (const float x : v[g]) sum.y += relative_weight(x, max, slope);
+      for (const float x : v[g]) sum += relative_weight(x, max, slope);
+    for (int step = 16; step; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
   }
-  sum = warp_join(sum, slope);
-  if (lane == 0) scratch.strips[slot * scratch.num_strips + strip] = sum;
+  if (lane == 0) scratch.strips[info.slot * scratch.num_strips + strip] = {max, sum};
 }
 
 constexpr int kCapacity = 1024;
@@ -64,7 +63,7 @@ template <class T>
 struct Selection {
   RowView<T> row;
   const uint32_t* group_keys;
-  int64_t num_groups;
+  int num_groups;
   float max, slope;
   Shared& shared;
   int turn = 0;
@@ -85,22 +84,42 @@ struct Selection {
     return sum;
   }
 
+  __device__ uint32_t block_count(uint32_t x) {
+    turn ^= 1;
+    x = __reduce_add_sync(~0u, x);
+    if (threadIdx.x % 32 == 0) shared.partial[turn][threadIdx.x / 32] = x;
+    __syncthreads();
+    uint32_t sum = 0;
+    for (int w = 0; w < kWarps; ++w) sum += static_cast<uint32_t>(shared.partial[turn][w]);
+    return sum;
+  }
+
   // f(key) for every value of the row with low <= key < high.
   template <class Fn>
   __device__ void for_each(uint32_t low, uint32_t high, Fn f) {
+    constexpr int kAhead = 3;  // groups in flight
     const int lane = threadIdx.x % 32;
-    for (int64_t g0 = threadIdx.x / 32; g0 < num_groups; g0 += kWarps * 32) {
+    for (int g0 = threadIdx.x / 32; g0 < num_groups; g0 += kWarps * 32) {
       // Each lane looks at one group's maximum; the warp then visits those that reach `low`.
-      const int64_t own = g0 + lane * kWarps;
+      const int own = g0 + lane * kWarps;
       uint32_t wanted = __ballot_sync(~0u, own < num_groups && group_keys[own] >= low);
-      for (; wanted; wanted &= wanted - 1) {
-        const int64_t g = g0 + (__ffs(wanted) - 1) * kWarps;
-        float v[8];
-        load_group(v, row, g * kGroup, lane, minus_infinity());
+      while (wanted) {
+        float v[kAhead][8];
+        int count = 0;
 #pragma unroll
-        for (const float x : v) {
-          const uint32_t key = key_of(clean_logit(x));
-          if (key >= low && key < high) f(key);
+        for (int j = 0; j < kAhead; ++j) {
+          if (!wanted) continue;
+          load_group(v[j], row, (g0 + (__ffs(wanted) - 1) * kWarps) * kGroup, lane, minus_infinity());
+          wanted &= wanted - 1, ++count;
+        }
+#pragma unroll
+        for (int j = 0; j < kAhead; ++j) {
+          if (j >= count) continue;
+#pragma unroll
+          for (const float x : v[j]) {
+            const uint32_t key = key_of(clean_logit(x));
+            if (key >= low && key < high) f(key);
+          }
         }
       }
     }
@@ -172,31 +191,46 @@ struct Selection {
   // A key that at least k groups reach, so that the k-th largest value does.
   __device__ uint32_t bound_of_top_k(uint32_t top, int64_t k) {
     if (num_groups < k) return 0;
-    uint32_t low = 0, high = top;
+    constexpr int kOwn = static_cast<int>(kMaxVocab / kGroup + kThreads) / kThreads;
+    uint32_t own[kOwn], least = ~0u;
+#pragma unroll
+    for (int j = 0; j < kOwn; ++j) {
+      const int g = threadIdx.x + j * kThreads;
+      own[j] = g < num_groups ? group_keys[g] : 0;
+      least = g < num_groups && own[j] < least ? own[j] : least;
+    }
+    if (threadIdx.x == 0) shared.best = ~0u;
+    __syncthreads();
+    least = __reduce_min_sync(~0u, least);
+    if (threadIdx.x % 32 == 0) atomicMin(&shared.best, least);
+    __syncthreads();
+    uint32_t low = shared.best, high = top;
     while (high - low > 1) {
       const uint32_t middle = low + (high - low) / 2;
-      uint64_t reaching = 0;
-      for (int64_t g = threadIdx.x; g < num_groups; g += kThreads) reaching += group_keys[g] >= middle;
-      reaching = block_sum(reaching);
-      if (reaching >= static_cast<uint64_t>(k)) {
+      uint32_t reaching = 0;
+#pragma unroll
+      for (const uint32_t key : own) reaching += key >= middle;
+      reaching = block_count(reaching);
+      if (reaching >= k) {
         low = middle;
-        if (reaching <= static_cast<uint64_t>(k + k / 4)) break;  // close enough
+        if (reaching <= k + k / 4) break;  // close enough
       } else {
         high = middle;
       }
     }
+    __syncthreads();
     return low;
   }
 };
 
-// grid (slots)
+// grid (sequences, layers)
 template <class T>
 __global__ void __launch_bounds__(kThreads) row_cutoff_kernel(VerifyArgs args) {
   __shared__ Shared shared;
   const RowScratch scratch = scratch_of(args);
-  const int64_t slot = blockIdx.x;
-  const SlotRow info = row_of_slot(args, slot, scratch.slots);
+  const SlotRow info = row_of_slot(args, blockIdx.x, blockIdx.y);
   if (!info.exists) return;
+  const int64_t slot = info.slot;
   const Parameters& s = info.parameters;
   const float2 sum = combine_strips(scratch.strips + slot * scratch.num_strips, scratch.num_strips, s.slope);
   RowLaw law = law_of(sum, s.slope);
@@ -259,11 +293,12 @@ int64_t verify_scratch_bytes(const VerifyArgs& args) {
 
 cudaError_t launch_row_laws(const VerifyArgs& args, cudaStream_t stream) {
   const RowScratch scratch = scratch_of(args);
-  const auto slots = static_cast<unsigned>(slots_to_read(args));
-  const dim3 grid(slots, static_cast<unsigned>((scratch.num_strips + kWarps - 1) / kWarps));
+  const auto sequences = static_cast<unsigned>(args.num_sequences);
+  const auto layers = static_cast<unsigned>(layers_of(args));
+  const dim3 grid(sequences, static_cast<unsigned>((scratch.num_strips + kWarps - 1) / kWarps), layers);
   visit_real(args.value_type, [&]<class T>(T) {
     row_stats_kernel<T><<<grid, kThreads, 0, stream>>>(args);
-    if (scratch.has_laws) row_cutoff_kernel<T><<<slots, kThreads, 0, stream>>>(args);
+    if (scratch.has_laws) row_cutoff_kernel<T><<<dim3(sequences, layers), kThreads, 0, stream>>>(args);
   });
   return cudaGetLastError();
 }

@@ -14,7 +14,8 @@ namespace quantgemm {
 constexpr int kStrip = 1024, kGroup = 256;  // values; a group is one warp's 8 values per lane
 
 struct RowScratch {
-  int64_t slots, num_strips, num_groups;
+  int64_t slots;
+  int num_strips, num_groups;
   bool has_laws;
   float2* strips;
   uint32_t* group_keys;
@@ -25,7 +26,7 @@ __host__ __device__ inline RowScratch scratch_of(const VerifyArgs& a) {
   RowScratch s;
   const int64_t cols = a.vocab > a.draft_vocab ? a.vocab : a.draft_vocab;
   s.slots = a.num_sequences * (a.max_drafts + 1);
-  s.num_strips = (cols + kStrip - 1) / kStrip;
+  s.num_strips = static_cast<int>((cols + kStrip - 1) / kStrip);
   s.num_groups = s.num_strips * (kStrip / kGroup);
   s.has_laws = a.parameters.top_k || a.parameters.top_p || a.parameters.min_p;
   char* at = static_cast<char*>(a.strips);
@@ -38,11 +39,11 @@ __host__ __device__ inline RowScratch scratch_of(const VerifyArgs& a) {
 template <class T>
 struct RowView {
   const T* data;
-  int64_t length;
+  int length;
   bool aligned;  // for 16-byte loads
 
   __device__ RowView(const T* row, int64_t n)
-      : data(row), length(n), aligned(reinterpret_cast<uintptr_t>(row) % 16 == 0) {}
+      : data(row), length(static_cast<int>(n)), aligned(reinterpret_cast<uintptr_t>(row) % 16 == 0) {}
   __device__ float at(int64_t i) const { return to_float(data[i]); }
 };
 
@@ -62,26 +63,29 @@ __device__ __forceinline__ int index_in_group(int lane, int e) {
   return sizeof(T) == 4 ? e / 4 * 128 + lane * 4 + e % 4 : lane * 8 + e;
 }
 
+template <class T>
+__device__ __forceinline__ void unpack16(float (&v)[8], uint4 words) {
+  const uint32_t pairs[4] = {words.x, words.y, words.z, words.w};
+#pragma unroll
+  for (int e = 0; e < 8; ++e) v[e] = to_float(T{static_cast<uint16_t>(pairs[e / 2] >> (16 * (e % 2)))});
+}
 __device__ __forceinline__ void unpack(float* v, float4 x) { v[0] = x.x, v[1] = x.y, v[2] = x.z, v[3] = x.w; }
 
 // A group, from a multiple of 256; `fill` stands beyond the end.
 template <class T>
-__device__ __forceinline__ void load_group(float (&v)[8], const RowView<T>& row, int64_t begin, int lane,
+__device__ __forceinline__ void load_group(float (&v)[8], const RowView<T>& row, int begin, int lane,
                                            float fill) {
   if (row.aligned && begin + kGroup <= row.length) {
     if constexpr (sizeof(T) == 4) {
       const float4* x = reinterpret_cast<const float4*>(row.data + begin) + lane;
       unpack(v, __ldg(x)), unpack(v + 4, __ldg(x + 32));
     } else {
-      const uint4 words = __ldg(reinterpret_cast<const uint4*>(row.data + begin) + lane);
-      const uint32_t pairs[4] = {words.x, words.y, words.z, words.w};
-#pragma unroll
-      for (int e = 0; e < 8; ++e) v[e] = to_float(T{static_cast<uint16_t>(pairs[e / 2] >> (16 * (e % 2)))});
+      unpack16<T>(v, __ldg(reinterpret_cast<const uint4*>(row.data + begin) + lane));
     }
   } else {
 #pragma unroll
     for (int e = 0; e < 8; ++e) {
-      const int64_t i = begin + index_in_group<T>(lane, e);
+      const int i = begin + index_in_group<T>(lane, e);
       v[e] = i < row.length ? row.at(i) : fill;
     }
   }
@@ -118,9 +122,19 @@ __device__ __forceinline__ float2 warp_join(float2 x, float slope) {
 }
 
 // The row's max and Σ exp2((x - max)·slope), by one warp.
-__device__ __forceinline__ float2 combine_strips(const float2* strips, int64_t count, float slope) {
+__device__ __forceinline__ float2 combine_strips(const float2* strips, int count, float slope) {
+  constexpr int kAhead = 4;
   float2 sum = {minus_infinity(), 0.0f};
-  for (int64_t i = threadIdx.x % 32; i < count; i += 32) sum = join(sum, strips[i], slope);
+  for (int first = threadIdx.x % 32; first < count; first += 32 * kAhead) {
+    float2 next[kAhead];
+#pragma unroll
+    for (int j = 0; j < kAhead; ++j) {
+      const int i = first + 32 * j;
+      next[j] = i < count ? strips[i] : float2{minus_infinity(), 0.0f};
+    }
+#pragma unroll
+    for (const float2& part : next) sum = join(sum, part, slope);
+  }
   return warp_join(sum, slope);
 }
 
@@ -131,19 +145,20 @@ __device__ __forceinline__ RowLaw law_of(float2 sum, float slope) {
 // What a slot stands for, if a row of logits lies there whose law somebody will ask for.
 struct SlotRow {
   bool exists, is_draft;
-  int64_t sequence, position, target_row;
+  int64_t sequence, position, target_row, slot;
   Parameters parameters;
 };
 
-__device__ __forceinline__ SlotRow row_of_slot(const VerifyArgs& a, int64_t slot, int64_t slots) {
+__device__ __forceinline__ SlotRow row_of_slot(const VerifyArgs& a, int64_t sequence, int layer) {
   SlotRow r;
   uint32_t status = 0;
-  r.is_draft = slot >= slots;
-  const int64_t s = r.is_draft ? slot - slots : slot;
-  r.sequence = s / (a.max_drafts + 1), r.position = s % (a.max_drafts + 1);
-  const Rows rows = rows_of(a, r.sequence, status);
+  const int positions = static_cast<int>(a.max_drafts) + 1;
+  r.is_draft = layer >= positions;
+  r.sequence = sequence, r.position = r.is_draft ? layer - positions : layer;
+  r.slot = (r.is_draft ? a.num_sequences * positions : 0) + sequence * positions + r.position;
+  const Rows rows = rows_of(a, sequence, status);
   r.target_row = rows.first + r.position;
-  r.parameters = parameters_of(a.parameters, r.sequence, r.is_draft ? a.draft_vocab : a.vocab, status);
+  r.parameters = parameters_of(a.parameters, sequence, r.is_draft ? a.draft_vocab : a.vocab, status);
   const bool is_logits = r.is_draft ? a.draft_is_logits && !a.draft_lse : a.target_is_logits;
   r.exists = is_logits && !r.parameters.greedy && r.position <= rows.drafts - (r.is_draft ? 1 : 0);
   return r;
@@ -154,10 +169,10 @@ __device__ __forceinline__ RowView<T> view_of(const VerifyArgs& a, const SlotRow
   return r.is_draft ? draft_row<T>(a, r.sequence, r.position) : target_row<T>(a, r.target_row);
 }
 
-// Draft rows of logits that come without a log-sum-exp double the slots.
-inline int64_t slots_to_read(const VerifyArgs& a) {
+// Layers of positions: 0…max_drafts are the target's, then the draft's if their laws are needed.
+inline int layers_of(const VerifyArgs& a) {
   const bool drafts = a.draft && a.draft_is_logits && !a.draft_lse;
-  return scratch_of(a).slots * (drafts ? 2 : 1);
+  return static_cast<int>(a.max_drafts + 1) * (drafts ? 2 : 1);
 }
 
 }  // namespace quantgemm

@@ -54,59 +54,117 @@ __device__ void exchange(Shared& shared, const Team& team) {
   cluster_barrier(team);
 }
 
+// rint(x·2^44) in two parts, hi·2^23 + lo, with four float operations: far faster than a conversion
+// to 64 bits. x in [0, 1]; adding 2^23 (1.5·2^23) leaves an integer in the low bits of the float.
+struct FixedSum {
+  uint32_t hi = 0;
+  int32_t lo = 0;
+
+  __device__ __forceinline__ void add(float x) {
+    const float y = fmaf(x, 0x1p21f, 0x1p23f);
+    const float rest = fmaf(y - 0x1p23f, -0x1p-21f, x);  // exact
+    const float z = fmaf(rest, 0x1p44f, 0x1.8p23f);
+    hi += __float_as_uint(y) - 0x4b000000u;
+    lo += __float_as_int(z) - 0x4b400000;
+  }
+  __device__ __forceinline__ uint64_t value() const {
+    return (uint64_t{hi} << 23) + static_cast<uint64_t>(static_cast<int64_t>(lo));
+  }
+};
+
+enum class Subtract { kNothing, kProbabilities, kLogits, kMapped };
+
 // The stopping row: weights of its tokens.
 template <class T>
 struct Weights {
   RowView<T> p, q;  // q.data null: the draft is one token, or there is none
   RowLaw p_law, q_law;
   const int64_t* map;  // target_to_draft or null
-  int64_t one_hot;     // the drafted token if q is one-hot, else -1
+  int one_hot;         // the drafted token if q is one-hot, else -1
 
-  __device__ float q_at(int64_t i) const {
-    if (q.data == nullptr) return i == one_hot ? 1.0f : 0.0f;
-    const int64_t j = map ? map[i] : i;
-    return j >= 0 && j < q.length ? probability(q.at(j), q_law) : 0.0f;
+  // Calls f with what is known when the kernel is compiled about p and q.
+  template <class Fn>
+  __device__ __forceinline__ auto visit(Fn f) const {
+    using enum Subtract;
+    if (p_law.slope == 0.0f) {
+      if (q.data == nullptr) return f.template operator()<false, kNothing>();
+      if (map == nullptr && q_law.slope == 0.0f) return f.template operator()<false, kProbabilities>();
+      return f.template operator()<false, kMapped>();
+    }
+    if (q.data == nullptr) return f.template operator()<true, kNothing>();
+    if (map == nullptr && q_law.slope != 0.0f) return f.template operator()<true, kLogits>();
+    return f.template operator()<true, kMapped>();
   }
 
-  // Weights of a group; `bad` collects values that are no numbers.
-  __device__ __forceinline__ void of_group(uint64_t (&w)[8], int64_t begin, int lane, bool& bad) const {
-    float x[8], y[8];
-    const bool is_logit = p_law.slope != 0.0f;
-    const bool plain_q = q.data != nullptr && map == nullptr;
-    load_group(x, p, begin, lane, is_logit ? minus_infinity() : 0.0f);
-    const bool q_is_logit = q_law.slope != 0.0f;
-    if (plain_q) load_group(y, q, begin, lane, q_is_logit ? minus_infinity() : 0.0f);
+  __device__ float mapped_q(int i, bool& bad) const {
+    const int64_t j = map ? map[i] : i;
+    if (j < 0 || j >= q.length) return 0.0f;
+    const float y = q.at(j);
+    bad |= map == nullptr && is_bad_value(y, q_law.slope != 0.0f);
+    return probability(y, q_law);
+  }
+
+  // max(p - q, 0) of a group; `bad` collects values that are no numbers.
+  template <bool Logits, Subtract Q>
+  __device__ __forceinline__ void of_group(float (&r)[8], int begin, int lane, bool& bad) const {
+    constexpr bool kRow = Q == Subtract::kProbabilities || Q == Subtract::kLogits;
+    constexpr bool kLogitQ = Q == Subtract::kLogits;
+    float y[8];
+    load_group(r, p, begin, lane, Logits ? minus_infinity() : 0.0f);
+    if constexpr (kRow) load_group(y, q, begin, lane, kLogitQ ? minus_infinity() : 0.0f);
 #pragma unroll
     for (int e = 0; e < 8; ++e) {
-      const int64_t i = begin + index_in_group<T>(lane, e);
-      bad |= is_bad_value(x[e], is_logit) || (plain_q && is_bad_value(y[e], q_is_logit));
-      const float q_i = plain_q ? probability(y[e], q_law) : (i < p.length ? q_at(i) : 0.0f);
-      w[e] = residual_weight(probability(x[e], p_law), q_i);
+      bad |= is_bad_value(r[e], Logits);
+      r[e] = Logits ? softmax_probability(r[e], p_law) : clean_probability(r[e]);
+      if constexpr (kRow) {
+        bad |= is_bad_value(y[e], kLogitQ);
+        r[e] = fmaxf(r[e] - (kLogitQ ? softmax_probability(y[e], q_law) : clean_probability(y[e])), 0.0f);
+      }
+      if constexpr (Q == Subtract::kMapped) {
+        const int i = begin + index_in_group<T>(lane, e);
+        if (i < p.length) r[e] = residual(r[e], mapped_q(i, bad));
+      }
+    }
+    if constexpr (Q == Subtract::kNothing) {
+      if (one_hot >= begin && one_hot < begin + kGroup) {
+#pragma unroll
+        for (int e = 0; e < 8; ++e)
+          if (begin + index_in_group<T>(lane, e) == one_hot) r[e] = 0.0f;
+      }
     }
   }
 
-  __device__ uint64_t sum(int64_t begin, int64_t end, int lane, bool& bad) const {  // by a warp
-    uint64_t total = 0;
+  __device__ __forceinline__ uint64_t sum(int begin, int end, int lane, bool& bad) const {  // by a warp
+    const uint64_t total = visit([&]<bool Logits, Subtract Q>() {
+      uint64_t sum = 0;
 #pragma unroll 2
-    for (; begin < end; begin += kGroup) {
-      uint64_t w[8];
-      of_group(w, begin, lane, bad);
+      for (int at = begin; at < end; at += kGroup) {
+        float r[8];
+        of_group<Logits, Q>(r, at, lane, bad);
+        FixedSum group;
 #pragma unroll
-      for (const uint64_t x : w) total += x;
-    }
+        for (const float x : r) group.add(x);
+        sum += group.value();
+      }
+      return sum;
+    });
     return warp_sum(total);
   }
 };
+
+__device__ __forceinline__ uint64_t inclusive_prefix(uint64_t x, int lane) {
+  for (int step = 1; step < 32; step *= 2) {
+    const uint64_t other = __shfl_up_sync(~0u, x, step);
+    if (lane >= step) x += other;
+  }
+  return x;
+}
 
 // By one warp: which of n numbers holds `rest`, and what is left of it there.
 __device__ int find_piece(const uint64_t* pieces, int n, uint64_t& rest, int lane) {
   for (int first = 0;; first += 32) {
     const uint64_t own = first + lane < n ? pieces[first + lane] : 0;
-    uint64_t prefix = own;
-    for (int step = 1; step < 32; step *= 2) {
-      const uint64_t other = __shfl_up_sync(~0u, prefix, step);
-      if (lane >= step) prefix += other;
-    }
+    const uint64_t prefix = inclusive_prefix(own, lane);
     const uint32_t beyond = __ballot_sync(~0u, prefix > rest);
     if (beyond || first + 32 >= n) {
       const int at = beyond ? __ffs(beyond) - 1 : 31;
@@ -117,46 +175,50 @@ __device__ int find_piece(const uint64_t* pieces, int n, uint64_t& rest, int lan
   }
 }
 
-// By one warp: the token of [begin, end) where the prefix sum exceeds `rest`.
+// By one warp: the token of [begin, end) where the prefix sum exceeds `rest`. A group lies in order
+// lane by lane, as one run of 8 values each or as two of 4.
 template <class T>
-__device__ int64_t find_token(const Weights<T>& weights, int64_t begin, int64_t end, uint64_t rest,
-                              int lane) {
+__device__ int find_token(const Weights<T>& weights, int begin, int end, uint64_t rest, int lane) {
+  constexpr int kRun = sizeof(T) == 4 ? 4 : 8;
   for (; begin < end; begin += kGroup) {
-    uint64_t w[8], own = 0;  // eight neighbours per lane: in the order of the row
-    for (int e = 0; e < 8; ++e) {
-      const int64_t i = begin + lane * 8 + e;
-      const bool inside = i < weights.p.length;
-      w[e] = inside ? residual_weight(probability(weights.p.at(i), weights.p_law), weights.q_at(i)) : 0;
-      own += w[e];
+    float r[8];
+    bool bad = false;
+    weights.visit([&]<bool Logits, Subtract Q>() {
+      weights.template of_group<Logits, Q>(r, begin, lane, bad);
+      return 0;
+    });
+#pragma unroll
+    for (int first = 0; first < 8; first += kRun) {
+      uint64_t w[kRun], own = 0;
+#pragma unroll
+      for (int e = 0; e < kRun; ++e) own += w[e] = to_fixed(r[first + e]);
+      const uint64_t prefix = inclusive_prefix(own, lane);
+      const uint32_t beyond = __ballot_sync(~0u, prefix > rest);
+      if (beyond) {
+        uint64_t before = prefix - own;
+        int e = 0;
+#pragma unroll
+        for (int j = 0; j < kRun - 1; ++j) {
+          before += w[j];
+          if (before <= rest) e = j + 1;
+        }
+        return __shfl_sync(~0u, begin + index_in_group<T>(lane, first + e), __ffs(beyond) - 1);
+      }
+      rest -= __shfl_sync(~0u, prefix, 31);
     }
-    uint64_t prefix = own;
-    for (int step = 1; step < 32; step *= 2) {
-      const uint64_t other = __shfl_up_sync(~0u, prefix, step);
-      if (lane >= step) prefix += other;
-    }
-    const uint32_t beyond = __ballot_sync(~0u, prefix > rest);
-    if (beyond) {
-      const int owner = __ffs(beyond) - 1;
-      uint64_t left = rest - (prefix - own);
-      int e = 0;
-      while (e < 7 && left >= w[e]) left -= w[e++];
-      return __shfl_sync(~0u, begin + lane * 8 + e, owner);
-    }
-    rest -= __shfl_sync(~0u, prefix, 31);
   }
   return 0;
 }
 
-__device__ __forceinline__ int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+__device__ __forceinline__ int round_up(int n) { return (n + kGroup - 1) / kGroup * kGroup; }
 
 // The draw from a row's weights; -1 if they are all zero. Valid in the first block.
 template <class T>
-__device__ int64_t draw_token(Shared& shared, const Team& team, const Weights<T>& weights,
-                              uint64_t fraction) {
+__device__ int draw_token(Shared& shared, const Team& team, const Weights<T>& weights, uint64_t fraction) {
   const int num_pieces = team.ranks * kWarps;
-  const int64_t length = round_up((weights.p.length + num_pieces - 1) / num_pieces, kGroup);
-  const int64_t begin = (team.rank * kWarps + team.warp) * length;
-  const int64_t end = begin + length < weights.p.length ? begin + length : weights.p.length;
+  const int length = round_up((weights.p.length + num_pieces - 1) / num_pieces);
+  const int begin = (team.rank * kWarps + team.warp) * length;
+  const int end = begin + length < weights.p.length ? begin + length : weights.p.length;
   bool bad = false;
   const uint64_t sum = weights.sum(begin, end, team.lane, bad);
   if (bad) atomicOr(&shared.status, static_cast<uint32_t>(kBadValue));
@@ -179,41 +241,41 @@ __device__ int64_t draw_token(Shared& shared, const Team& team, const Weights<T>
   const int piece = find_piece(shared.pieces, num_pieces, rest, team.lane);
   __syncthreads();  // all warps are done with the pieces
   // The same again inside the piece, its parts shared by the warps.
-  const int64_t piece_begin = piece * length;
-  const int64_t part = round_up((length + kWarps - 1) / kWarps, kGroup);
-  const int64_t piece_end = piece_begin + length < weights.p.length ? piece_begin + length : weights.p.length;
-  const int64_t part_begin = piece_begin + team.warp * part;
-  const int64_t part_end = part_begin + part < piece_end ? part_begin + part : piece_end;
+  const int piece_begin = piece * length;
+  const int part = round_up((length + kWarps - 1) / kWarps);
+  const int piece_end = piece_begin + length < weights.p.length ? piece_begin + length : weights.p.length;
+  const int part_begin = piece_begin + team.warp * part;
+  const int part_end = part_begin + part < piece_end ? part_begin + part : piece_end;
   const uint64_t part_sum = weights.sum(part_begin, part_end, team.lane, bad);
   if (team.lane == 0) shared.pieces[team.warp] = part_sum;
   __syncthreads();
   if (team.warp == 0) {
     const int which = find_piece(shared.pieces, kWarps, rest, team.lane);
-    const int64_t from = piece_begin + which * part;
-    const int64_t to = from + part < piece_end ? from + part : piece_end;
-    const int64_t token = find_token(weights, from, to, rest, team.lane);
+    const int from = piece_begin + which * part;
+    const int to = from + part < piece_end ? from + part : piece_end;
+    const int token = find_token(weights, from, to, rest, team.lane);
     if (team.lane == 0) shared.found[0] = static_cast<uint64_t>(token);
   }
   __syncthreads();
-  return static_cast<int64_t>(shared.found[0]);
+  return static_cast<int>(shared.found[0]);
 }
 
 // The largest value's index, the lowest on ties; by all blocks, for all blocks.
 template <class T>
-__device__ int64_t argmax(Shared& shared, const Team& team, const RowView<T>& row, bool is_logits) {
+__device__ __noinline__ int argmax(Shared& shared, const Team& team, const RowView<T>& row, bool is_logits) {
   const int num_pieces = team.ranks * kWarps;
-  const int64_t length = round_up((row.length + num_pieces - 1) / num_pieces, kGroup);
-  const int64_t begin = (team.rank * kWarps + team.warp) * length;
-  const int64_t end = begin + length < row.length ? begin + length : row.length;
+  const int length = round_up((row.length + num_pieces - 1) / num_pieces);
+  const int begin = (team.rank * kWarps + team.warp) * length;
+  const int end = begin + length < row.length ? begin + length : row.length;
   uint64_t best = 0;
   bool bad = false;
 #pragma unroll 2
-  for (int64_t g = begin; g < end; g += kGroup) {
+  for (int g = begin; g < end; g += kGroup) {
     float v[8];
     load_group(v, row, g, team.lane, is_logits ? minus_infinity() : 0.0f);
 #pragma unroll
     for (int e = 0; e < 8; ++e) {
-      const int64_t i = g + index_in_group<T>(team.lane, e);
+      const int i = g + index_in_group<T>(team.lane, e);
       bad |= is_bad_value(v[e], is_logits);
       const uint32_t key = key_of(is_logits ? clean_logit(v[e]) : clean_probability(v[e]));
       const uint64_t candidate = uint64_t{key} << 32 | (~static_cast<uint32_t>(i));
@@ -234,7 +296,7 @@ __device__ int64_t argmax(Shared& shared, const Team& team, const RowView<T>& ro
   if (static_cast<int>(threadIdx.x) < team.ranks)
     atomicOr(&shared.status, static_cast<uint32_t>(shared.all[threadIdx.x][kWarps]));
   __syncthreads();
-  return static_cast<int64_t>(~static_cast<uint32_t>(warp_max(best)));
+  return static_cast<int>(~static_cast<uint32_t>(warp_max(best)));
 }
 
 }  // namespace quantgemm

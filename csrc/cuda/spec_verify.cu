@@ -8,46 +8,45 @@
 namespace quantgemm {
 namespace {
 
-__device__ RowLaw law_at(const RowScratch& scratch, int64_t slot, float slope) {  // by a warp
+__device__ __forceinline__ RowLaw law_at(const RowScratch& scratch, int64_t slot, float slope) {  // by a warp
   if (scratch.has_laws) return scratch.laws[slot];
   return law_of(combine_strips(scratch.strips + slot * scratch.num_strips, scratch.num_strips, slope), slope);
 }
 
-// One position, by one warp. Position `drafts` has no draft: it stops with the bonus.
+// One position, by one warp. Position `drafts` has no draft: it stops with the bonus. What does not
+// depend on each other is loaded together: this is a chain of round trips to memory.
 template <class T>
-__device__ Verdict judge(const VerifyArgs& args, int64_t sequence, const Rows& rows, int64_t k,
-                         const Parameters& s) {
+__device__ Verdict judge(const VerifyArgs& args, int64_t sequence, const Rows& rows, int64_t k, int64_t token,
+                         uint64_t fraction, const Parameters& s) {
   const RowScratch scratch = scratch_of(args);
   const int64_t slot = sequence * (args.max_drafts + 1) + k, flat = sequence * args.max_drafts + k;
-  const RowView<T> p = target_row<T>(args, rows.first + k);
   Verdict v{stored_law(), stored_law(), 0.0f, 0, true, false};
-  const int64_t token = k < rows.drafts ? args.drafts[flat] : -1;
+  if (k >= rows.drafts) token = -1;
   v.has_draft = token >= 0 && token < args.vocab;
   if (!v.has_draft && token != -1) v.status |= kBadToken;
-  if (args.target_is_logits) v.p_law = law_at(scratch, slot, s.slope);
-  if (!v.has_draft) return v;
-
-  float q_token = 1.0f;
-  if (args.draft != nullptr) {
-    const RowView<T> q = draft_row<T>(args, sequence, k);
-    if (args.draft_is_logits && args.draft_lse) {
-      const float cutoff = args.draft_cutoff ? args.draft_cutoff[flat] : minus_infinity();
-      v.q_law = law_from_lse(args.draft_lse[flat], cutoff, s);
-    } else if (args.draft_is_logits) {
-      v.q_law = law_at(scratch, scratch.slots + slot, s.slope);
-    }
-    const int64_t j = args.target_to_draft ? args.target_to_draft[token] : token;
-    q_token = 0.0f;
-    if (j >= 0 && j < q.length) {
-      const float y = q.at(j);
-      if (is_bad_value(y, args.draft_is_logits)) v.status |= kBadValue;
-      q_token = probability(y, v.q_law);
+  float x = 0.0f, y = 1.0f;
+  bool has_q = false;
+  if (v.has_draft) {
+    x = target_row<T>(args, rows.first + k).at(token);
+    if (args.draft != nullptr) {
+      const int64_t j = args.target_to_draft ? args.target_to_draft[token] : token;
+      has_q = j >= 0 && j < args.draft_vocab;
+      y = has_q ? draft_row<T>(args, sequence, k).at(j) : 0.0f;
     }
   }
-  const float x = p.at(token);
-  if (is_bad_value(x, args.target_is_logits)) v.status |= kBadValue;
+  if (args.target_is_logits) v.p_law = law_at(scratch, slot, s.slope);
+  if (!v.has_draft) return v;
+  if (args.draft_is_logits && args.draft_lse) {
+    const float cutoff = args.draft_cutoff ? args.draft_cutoff[flat] : minus_infinity();
+    v.q_law = law_from_lse(args.draft_lse[flat], cutoff, s);
+  } else if (args.draft_is_logits) {
+    v.q_law = law_at(scratch, scratch.slots + slot, s.slope);
+  }
+  if (is_bad_value(x, args.target_is_logits) || (has_q && is_bad_value(y, args.draft_is_logits)))
+    v.status |= kBadValue;
   v.p_token = probability(x, v.p_law);
-  v.stops = !accepts(noise_at(args, sequence, k, kAcceptDomain, v.status), v.p_token, q_token);
+  const float q_token = has_q ? probability(y, v.q_law) : y;
+  v.stops = !accepts(fraction, v.p_token, q_token);
   return v;
 }
 
@@ -63,7 +62,7 @@ template <class T>
 __device__ Ending end_greedy(const VerifyArgs& args, Shared& shared, const Team& team, const Rows& rows) {
   for (int64_t k = 0;; ++k) {
     const RowView<T> row = target_row<T>(args, rows.first + k);
-    const int64_t best = argmax(shared, team, row, args.target_is_logits);
+    const int best = argmax(shared, team, row, args.target_is_logits);
     const int64_t token = k < rows.drafts ? args.drafts[team.sequence * args.max_drafts + k] : -1;
     if (k < rows.drafts && token == best) continue;
     if (threadIdx.x == 0 && (token < -1 || token >= args.vocab)) shared.status |= kBadToken;
@@ -82,7 +81,11 @@ __device__ Ending end_sampled(const VerifyArgs& args, Shared& shared, const Team
   for (int64_t first = 0;; first += kWarps) {
     const int64_t k = first + team.warp;
     if (k <= rows.drafts) {
-      const Verdict v = judge<T>(args, team.sequence, rows, k, s);
+      uint32_t noise_status = 0;
+      const int64_t token = k < args.max_drafts ? args.drafts[team.sequence * args.max_drafts + k] : -1;
+      const uint64_t fraction = noise_at(args, team.sequence, k, kAcceptDomain, noise_status);
+      Verdict v = judge<T>(args, team.sequence, rows, k, token, fraction, s);
+      if (v.has_draft) v.status |= noise_status;
       if (team.lane == 0) shared.verdicts[team.warp] = v;
     }
     __syncthreads();
@@ -107,17 +110,18 @@ __device__ Ending end_sampled(const VerifyArgs& args, Shared& shared, const Team
       weights.q = draft_row<T>(args, team.sequence, accepted);
       weights.map = args.target_to_draft;
     } else {
-      weights.one_hot = args.drafts[team.sequence * args.max_drafts + accepted];
+      weights.one_hot = static_cast<int>(args.drafts[team.sequence * args.max_drafts + accepted]);
     }
   }
   uint32_t noise_status = 0;
   const uint64_t fraction = noise_at(args, team.sequence, accepted, args.token_domain, noise_status);
-  int64_t token = draw_token(shared, team, weights, fraction);
-  if (token < 0 && last.has_draft) {
+  int token;
+  for (bool residual = last.has_draft;; residual = false) {
+    token = draw_token(shared, team, weights, fraction);
+    if (token >= 0 || !residual) break;
     if (threadIdx.x == 0) shared.status |= kEmptyResidual;
     weights.q = RowView<T>(nullptr, 0), weights.one_hot = -1;
     __syncthreads();
-    token = draw_token(shared, team, weights, fraction);
   }
   if (threadIdx.x == 0) shared.status |= noise_status;
   if (token < 0) {

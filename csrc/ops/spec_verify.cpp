@@ -8,8 +8,9 @@
 namespace quantgemm {
 
 void run_verify(const char* op, VerifyArgs& args, const Tensor& rows) {
-  check_value(args.num_sequences <= 0x0fffffff / (args.max_drafts + 1), op, ": expected fewer than 2^28 ",
-              "positions, got ", args.num_sequences, " sequences of ", args.max_drafts + 1);
+  check_value(args.num_sequences <= 0x0fffffff && args.max_drafts < 0x7fff, op,
+              ": expected fewer than 2^28 sequences and 32767 drafts, got ", args.num_sequences, " and ",
+              args.max_drafts);
   if (!rows.is_cuda()) {
     torch::stable::parallel_for(0, args.num_sequences, 1,
                                 [&](int64_t begin, int64_t end) { spec_verify_cpu(args, begin, end); });
