@@ -29,7 +29,9 @@ VOCAB, SPEC_LEN = 128256, 5
 L2_BYTES = 60 << 20
 
 
-def inputs(batch: int, spec_len: int, vocab: int, seed: int, mode: dict[str, Any]) -> dict[str, Any]:
+def inputs(
+    batch: int, spec_len: int, vocab: int, seed: int, mode: dict[str, Any]
+) -> dict[str, Any]:
     g = torch.Generator(device="cuda").manual_seed(seed)
     dtype = mode.get("dtype", torch.float32)
     target = torch.empty(batch * (spec_len + 1), vocab, dtype=dtype, device="cuda")
@@ -143,9 +145,7 @@ def flashinfer_call(case: dict[str, Any]) -> Callable[[], Any] | None:
 
     batch, spec_len = case["draft_tokens"].shape
     target = case["target"].view(batch, spec_len + 1, -1)
-    return partial(
-        chain_speculative_sampling, case["draft"], case["draft_tokens"].int(), target
-    )
+    return partial(chain_speculative_sampling, case["draft"], case["draft_tokens"].int(), target)
 
 
 def peers_table(batches: list[int]) -> list[dict[str, Any]]:
@@ -219,7 +219,9 @@ def main() -> int:
         print("bench_sampling: no CUDA device, nothing measured")
         return 0
     bandwidth = copy_bandwidth()
-    print(f"copy {bandwidth / 1e12:.2f} TB/s; V = {VOCAB}, K = {SPEC_LEN} where nothing else is said")
+    print(
+        f"copy {bandwidth / 1e12:.2f} TB/s; V = {VOCAB}, K = {SPEC_LEN} where nothing else is said"
+    )
     tables = {"sampling_modes": modes_table(bandwidth, [16, 64, 256])}
     if not options.quick:
         tables["sampling_peers"] = peers_table([1, 16, 64])

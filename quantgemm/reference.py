@@ -106,7 +106,9 @@ def rejection_sample_loop(
     for b in range(batch):
         bits = 0
 
-        def parameter(values: Tensor | None, off: float, low: float, high: float, b: int = b) -> float:
+        def parameter(
+            values: Tensor | None, off: float, low: float, high: float, b: int = b
+        ) -> float:
             nonlocal bits
             value = off if values is None else float(values[b])
             good = low <= value <= high
@@ -138,8 +140,14 @@ def rejection_sample_loop(
                 return (1 << 64) - 1 if u >= 1 else 0
             return int(u * 2**53) << 11
 
-        def distribution(row: Tensor, is_probs: bool, shape: tuple[float, int, float, float] = shape) -> Tensor:
-            p = row.float().nan_to_num(0, 1, 0).clamp(0, 1) if is_probs else truncated_softmax(row, *shape)
+        def distribution(
+            row: Tensor, is_probs: bool, shape: tuple[float, int, float, float] = shape
+        ) -> Tensor:
+            p = (
+                row.float().nan_to_num(0, 1, 0).clamp(0, 1)
+                if is_probs
+                else truncated_softmax(row, *shape)
+            )
             return p.float()
 
         for k in range(last - first):
@@ -185,7 +193,12 @@ def rejection_sample_loop(
             elif token != -1:
                 bits |= BAD_TOKEN
             bits |= _bad_values(row, target_probs)
-            if q is not None and draft is not None and target_to_draft is None:
+            if (
+                q is not None
+                and draft is not None
+                and target_to_draft is None
+                and draft_lse is None
+            ):
                 bits |= _bad_values(draft[b, k, :vocab], draft_probs)
             weights = _fixed_point(p if q is None else p - q)
             if q is not None and weights.sum() == 0:
@@ -273,9 +286,13 @@ def rejection_sample_vectorized(
         if draft_probs:
             q_rows = draft
         elif draft_lse is not None:
-            heat = torch.ones_like(draft_lse[:, :1]) if temperature is None else temperature[:, None]
+            heat = (
+                torch.ones_like(draft_lse[:, :1]) if temperature is None else temperature[:, None]
+            )
             heat = heat.where(heat > 0, 1)[..., None].double()
-            q_rows = (draft.double() / heat - draft_lse[..., None].double()).exp().clamp(max=1).float()
+            q_rows = (
+                (draft.double() / heat - draft_lse[..., None].double()).exp().clamp(max=1).float()
+            )
             if draft_cutoff is not None:
                 q_rows = q_rows * (draft.float() >= draft_cutoff[..., None])
         else:
@@ -292,7 +309,9 @@ def rejection_sample_vectorized(
     accepted = has_draft & (q_token > 0) & (u * q_token.double() < p_token.double())
     greedy = None if temperature is None else temperature == 0
     if greedy is not None:
-        best_rows = _argmax(target, target_probs)[(cu_rows[:-1, None] + slots).clamp(max=len(target) - 1)]
+        best_rows = _argmax(target, target_probs)[
+            (cu_rows[:-1, None] + slots).clamp(max=len(target) - 1)
+        ]
         accepted = torch.where(greedy[:, None], ids == best_rows, accepted)
     stop = accepted.long().cumprod(1).sum(1, keepdim=True)  # [B, 1]
 
@@ -304,7 +323,11 @@ def rejection_sample_vectorized(
     else:
         assert q_rows is not None
         sequence = torch.arange(batch, device=device)
-        q = q_rows[sequence, stop.squeeze(1).clamp(max=max(most - 1, 0))] if most else p.new_zeros(p.shape)
+        q = (
+            q_rows[sequence, stop.squeeze(1).clamp(max=max(most - 1, 0))]
+            if most
+            else p.new_zeros(p.shape)
+        )
         q = _over_target(_probability(q), vocab, target_to_draft)
     weights = _fixed_point(p - q * refused)
     empty = weights.sum(1, keepdim=True) == 0
@@ -399,7 +422,9 @@ def _noise(
         return bits, bits[:, most:].expand(batch, most + 1)
     assert seed is not None and position is not None
     at = position[:, None] + slots
-    return _philox_rows(seed[:, None], at, ACCEPT_DOMAIN), _philox_rows(seed[:, None], at, TOKEN_DOMAIN)
+    return _philox_rows(seed[:, None], at, ACCEPT_DOMAIN), _philox_rows(
+        seed[:, None], at, TOKEN_DOMAIN
+    )
 
 
 def _philox_rows(seed: Tensor, position: Tensor, domain: int) -> Tensor:

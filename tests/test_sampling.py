@@ -121,7 +121,9 @@ def test_smaller_draft_vocabulary(order: str, device: str) -> None:
     assert torch.equal(vectorized[0].cpu(), want[0])
 
 
-def simple(p: Tensor, drafts: list[int], q: Tensor | None = None, **more: Any) -> tuple[Tensor, ...]:
+def simple(
+    p: Tensor, drafts: list[int], q: Tensor | None = None, **more: Any
+) -> tuple[Tensor, ...]:
     """One sequence, uniforms 0.5 unless given."""
     k = len(drafts)
     case: dict[str, Any] = {
@@ -190,7 +192,9 @@ def test_status_bits(device: str) -> None:
     _, _, _, status = simple(p, [3], device=device, temperature=torch.tensor([math.nan]))
     assert status == ref.BAD_PARAMETER
     for first, last in ((0, 5), (-1, 1), (1, 1), (2, 1), (1, 3)):
-        tokens, count, _, status = simple(p, [3], device=device, cu_rows=torch.tensor([first, last]))
+        tokens, count, _, status = simple(
+            p, [3], device=device, cu_rows=torch.tensor([first, last])
+        )
         assert count == 0 and status == ref.BAD_ROWS and (tokens == -1).all()
     wrong = torch.tensor([[2.0, math.nan]], dtype=torch.float64)
     tokens, _, _, status = simple(p, [3], device=device, uniforms=wrong)
@@ -229,9 +233,7 @@ def test_greedy_takes_the_lowest_of_equals(device: str) -> None:
     logits[4, 3] = math.nan
     logits[5, 0], logits[5, 1:] = -0.0, 0.0
     zero = torch.zeros(6)
-    tokens, _, status = ops.sample(
-        logits.to(device), zero.to(device), **on(device, seeds(6))
-    )
+    tokens, _, status = ops.sample(logits.to(device), zero.to(device), **on(device, seeds(6)))
     assert tokens.tolist() == [7, 4999, 0, 4096, 0, 0]
     assert status.tolist() == [0, 0, ref.NO_MASS, ref.BAD_VALUE, ref.BAD_VALUE, 0]
 
@@ -258,7 +260,9 @@ TRUNCATIONS: list[dict[str, Any]] = [
 
 def filled(settings: dict[str, Any], rows: int, device: str) -> dict[str, Tensor]:
     return {
-        name: torch.full((rows,), value, dtype=torch.int64 if name == "top_k" else torch.float32, device=device)
+        name: torch.full(
+            (rows,), value, dtype=torch.int64 if name == "top_k" else torch.float32, device=device
+        )
         for name, value in settings.items()
     }
 
@@ -289,7 +293,13 @@ def test_distribution_of_logits(settings: dict[str, Any], dtype: torch.dtype, de
             edge = "top_p" in settings or "min_p" in settings
             assert moved.sum() <= (2 if edge and dtype == torch.float32 and b < 2 else 0)
             scale = want[~moved].sum()
-            assert ((got - want).abs()[~moved] <= 3e-6 * got[~moved] + 1e-6 * scale * want[~moved] + 1e-30 + abs(got[moved].sum() - want[moved].sum()) * want[~moved] * 2).all()
+            assert (
+                (got - want).abs()[~moved]
+                <= 3e-6 * got[~moved]
+                + 1e-6 * scale * want[~moved]
+                + 1e-30
+                + abs(got[moved].sum() - want[moved].sum()) * want[~moved] * 2
+            ).all()
             heat = settings.get("temperature", 1.0)
             kept = logits[b].double() >= cutoff[b].item()
             full = torch.logsumexp(logits[b].double()[kept] / heat, 0)
@@ -315,7 +325,9 @@ def test_truncation_equals_the_cpu() -> None:
     same_cutoff = got[2].cpu() == want[2]
     assert same_cutoff.float().mean() > 0.95
     assert (got[0].cpu() == want[0]).float().mean() > 0.8
-    torch.testing.assert_close(got[1].cpu()[same_cutoff], want[1][same_cutoff], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        got[1].cpu()[same_cutoff], want[1][same_cutoff], rtol=1e-5, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -435,16 +447,36 @@ def test_mistakes() -> None:
         with pytest.raises(kind, match=message):
             ops.spec_verify(**(case | changes))
 
-    wrong(TypeError, "target: expected torch.float32.*got torch.float64", target=case["target"].double())
-    wrong(ValueError, r"target: expected shape \[rows, vocab\], got \[8\]", target=case["target"][0])
+    wrong(
+        TypeError,
+        "target: expected torch.float32.*got torch.float64",
+        target=case["target"].double(),
+    )
+    wrong(
+        ValueError, r"target: expected shape \[rows, vocab\], got \[8\]", target=case["target"][0]
+    )
     wrong(ValueError, "last stride 1.*got stride", target=torch.rand(8, 9).T)
-    wrong(TypeError, "draft_tokens: expected torch.int64, got torch.int32", draft_tokens=case["draft_tokens"].int())
-    wrong(ValueError, r"cu_rows: expected shape \[num_sequences \+ 1\] = \[3\], got \[2\]", cu_rows=torch.tensor([0, 1]))
+    wrong(
+        TypeError,
+        "draft_tokens: expected torch.int64, got torch.int32",
+        draft_tokens=case["draft_tokens"].int(),
+    )
+    wrong(
+        ValueError,
+        r"cu_rows: expected shape \[num_sequences \+ 1\] = \[3\], got \[2\]",
+        cu_rows=torch.tensor([0, 1]),
+    )
     wrong(TypeError, "draft: expected the dtype of target", draft=case["draft"].half())
     wrong(ValueError, r"draft: expected shape \[2, 2, draft_vocab\], got", draft=case["draft"][:1])
     wrong(ValueError, "draft_lse: expected with logits", draft_lse=torch.zeros(2, 2))
     wrong(ValueError, "draft_cutoff: expected with draft_lse", draft_cutoff=torch.zeros(2, 2))
-    wrong(ValueError, "target_to_draft: expected with draft", draft=None, draft_probs=False, target_to_draft=torch.zeros(8, dtype=torch.int64))
+    wrong(
+        ValueError,
+        "target_to_draft: expected with draft",
+        draft=None,
+        draft_probs=False,
+        target_to_draft=torch.zeros(8, dtype=torch.int64),
+    )
     wrong(ValueError, "top_k: expected with logits", top_k=torch.ones(2, dtype=torch.int64))
     wrong(TypeError, "temperature: expected torch.float32", temperature=torch.ones(2).double())
     wrong(ValueError, "position: expected together with seed", position=None)

@@ -204,9 +204,11 @@ def test_q_is_the_distribution_drafts_came_from(faulty: bool, device: str) -> No
     drafts, lse, cutoff, probs, _ = ops.draft_sample(
         rows, top_k=top_k, seed=seed, position=position, return_probs=True
     )
-    given = {"draft_lse": torch.logsumexp(rows, 1)[:, None].contiguous()} if faulty else {
-        "draft_lse": lse[:, None], "draft_cutoff": cutoff[:, None]
-    }
+    given = (
+        {"draft_lse": torch.logsumexp(rows, 1)[:, None].contiguous()}
+        if faulty
+        else {"draft_lse": lse[:, None], "draft_cutoff": cutoff[:, None]}
+    )
     tokens, _, _, _ = ops.spec_verify(
         target.repeat(count, 1),
         drafts[:, None],

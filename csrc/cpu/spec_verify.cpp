@@ -192,7 +192,7 @@ class Sequence {
     }
     const int64_t j = a.target_to_draft ? a.target_to_draft[token] : token;
     if (j >= 0 && j < row.length) read(row, j, q_law, a.draft_is_logits);
-    stopping_draft = row, has_stopping_draft = a.target_to_draft == nullptr;
+    stopping_draft = row, has_stopping_draft = !a.target_to_draft && !a.draft_lse;
     return q;
   }
 

@@ -27,11 +27,15 @@ __global__ void __launch_bounds__(kThreads) row_stats_kernel(VerifyArgs args) {
   for (int g = 0; g < kGroups; ++g)
     load_group(v[g], row, strip * kStrip + g * kGroup, lane, minus_infinity());
   uint32_t max_key = 0;
+  bool bad = false;
 #pragma unroll
   for (int g = 0; g < kGroups; ++g) {
     float group_max = minus_infinity();
 #pragma unroll
-    for (float& x : v[g]) x = clean_logit(x), group_max = fmaxf(group_max, x);
+    for (float& x : v[g]) {
+      bad |= is_bad_value(x, true);
+      x = clean_logit(x), group_max = fmaxf(group_max, x);
+    }
     const uint32_t key = __reduce_max_sync(~0u, key_of(group_max));
     max_key = key > max_key ? key : max_key;
     if (info.parameters.truncates() && lane == 0)
@@ -46,7 +50,8 @@ __global__ void __launch_bounds__(kThreads) row_stats_kernel(VerifyArgs args) {
       for (const float x : v[g]) sum += relative_weight(x, max, slope);
     for (int step = 16; step; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
   }
-  if (lane == 0) scratch.strips[info.slot * scratch.num_strips + strip] = {max, sum};
+  bad = __any_sync(~0u, bad);
+  if (lane == 0) scratch.strips[info.slot * scratch.num_strips + strip] = {max, bad ? -sum : sum};
 }
 
 constexpr int kCapacity = 1024;
@@ -227,13 +232,16 @@ struct Selection {
 template <class T>
 __global__ void __launch_bounds__(kThreads) row_cutoff_kernel(VerifyArgs args) {
   __shared__ Shared shared;
+  wait_for_previous_kernel();
   const RowScratch scratch = scratch_of(args);
   const SlotRow info = row_of_slot(args, blockIdx.x, blockIdx.y);
   if (!info.exists) return;
   const int64_t slot = info.slot;
   const Parameters& s = info.parameters;
-  const float2 sum = combine_strips(scratch.strips + slot * scratch.num_strips, scratch.num_strips, s.slope);
+  float2 sum = combine_strips(scratch.strips + slot * scratch.num_strips, scratch.num_strips, s.slope);
   RowLaw law = law_of(sum, s.slope);
+  const bool bad = signbit(sum.y);
+  sum.y = fabsf(sum.y);
   if (s.truncates() && sum.x != minus_infinity()) {
     const RowView<T> row = view_of<T>(args, info);
     if (threadIdx.x == 0) shared.count = 0;
@@ -276,7 +284,8 @@ __global__ void __launch_bounds__(kThreads) row_cutoff_kernel(VerifyArgs args) {
     }
     if (low > lowest) {
       law.cutoff = value_of_key(low);
-      law.scale = static_cast<float>(0x1p44 / static_cast<double>(select.template tally<true>(low, top)));
+      const double mass = static_cast<double>(select.template tally<true>(low, top));
+      law.scale = static_cast<float>(0x1p44 / mass) * (bad ? -1.0f : 1.0f);
     }
   }
   if (threadIdx.x == 0) scratch.laws[slot] = law;
@@ -292,15 +301,22 @@ int64_t verify_scratch_bytes(const VerifyArgs& args) {
 }
 
 cudaError_t launch_row_laws(const VerifyArgs& args, cudaStream_t stream) {
+  int device = 0, major = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  if (error != cudaSuccess) return error;
   const RowScratch scratch = scratch_of(args);
   const auto sequences = static_cast<unsigned>(args.num_sequences);
   const auto layers = static_cast<unsigned>(layers_of(args));
   const dim3 grid(sequences, static_cast<unsigned>((scratch.num_strips + kWarps - 1) / kWarps), layers);
   visit_real(args.value_type, [&]<class T>(T) {
     row_stats_kernel<T><<<grid, kThreads, 0, stream>>>(args);
-    if (scratch.has_laws) row_cutoff_kernel<T><<<dim3(sequences, layers), kThreads, 0, stream>>>(args);
+    if (!scratch.has_laws) return;
+    Launch launch(dim3(sequences, layers), kThreads, stream);
+    launch.follow_previous_kernel(major);
+    error = cudaLaunchKernelEx(&launch.config, row_cutoff_kernel<T>, args);
   });
-  return cudaGetLastError();
+  return error == cudaSuccess ? cudaGetLastError() : error;
 }
 
 }  // namespace quantgemm

@@ -71,17 +71,23 @@ __device__ __forceinline__ void unpack16(float (&v)[8], uint4 words) {
 }
 __device__ __forceinline__ void unpack(float* v, float4 x) { v[0] = x.x, v[1] = x.y, v[2] = x.z, v[3] = x.w; }
 
+// A group of an aligned row that lies inside it.
+template <class T>
+__device__ __forceinline__ void load_vectors(float (&v)[8], const RowView<T>& row, int begin, int lane) {
+  if constexpr (sizeof(T) == 4) {
+    const float4* x = reinterpret_cast<const float4*>(row.data + begin) + lane;
+    unpack(v, __ldg(x)), unpack(v + 4, __ldg(x + 32));
+  } else {
+    unpack16<T>(v, __ldg(reinterpret_cast<const uint4*>(row.data + begin) + lane));
+  }
+}
+
 // A group, from a multiple of 256; `fill` stands beyond the end.
 template <class T>
 __device__ __forceinline__ void load_group(float (&v)[8], const RowView<T>& row, int begin, int lane,
                                            float fill) {
   if (row.aligned && begin + kGroup <= row.length) {
-    if constexpr (sizeof(T) == 4) {
-      const float4* x = reinterpret_cast<const float4*>(row.data + begin) + lane;
-      unpack(v, __ldg(x)), unpack(v + 4, __ldg(x + 32));
-    } else {
-      unpack16<T>(v, __ldg(reinterpret_cast<const uint4*>(row.data + begin) + lane));
-    }
+    load_vectors(v, row, begin, lane);
   } else {
 #pragma unroll
     for (int e = 0; e < 8; ++e) {
@@ -121,10 +127,12 @@ __device__ __forceinline__ float2 warp_join(float2 x, float slope) {
   return x;
 }
 
-// The row's max and Σ exp2((x - max)·slope), by one warp.
+// The row's max and Σ exp2((x - max)·slope), by one warp. A strip that saw NaN or +inf has a negative
+// sum, and so has then the result; the law's scale passes the sign on.
 __device__ __forceinline__ float2 combine_strips(const float2* strips, int count, float slope) {
   constexpr int kAhead = 4;
   float2 sum = {minus_infinity(), 0.0f};
+  bool bad = false;
   for (int first = threadIdx.x % 32; first < count; first += 32 * kAhead) {
     float2 next[kAhead];
 #pragma unroll
@@ -133,13 +141,18 @@ __device__ __forceinline__ float2 combine_strips(const float2* strips, int count
       next[j] = i < count ? strips[i] : float2{minus_infinity(), 0.0f};
     }
 #pragma unroll
-    for (const float2& part : next) sum = join(sum, part, slope);
+    for (const float2& part : next) {
+      bad |= signbit(part.y);
+      sum = join(sum, {part.x, fabsf(part.y)}, slope);
+    }
   }
-  return warp_join(sum, slope);
+  sum = warp_join(sum, slope);
+  return {sum.x, __any_sync(~0u, bad) ? -sum.y : sum.y};
 }
 
 __device__ __forceinline__ RowLaw law_of(float2 sum, float slope) {
-  return {sum.x, slope, sum.y > 0.0f ? 1.0f / sum.y : 0.0f, minus_infinity()};
+  const float scale = sum.y != 0.0f ? 1.0f / sum.y : sum.y;
+  return {sum.x, slope, scale, minus_infinity()};
 }
 
 // What a slot stands for, if a row of logits lies there whose law somebody will ask for.
@@ -168,6 +181,36 @@ template <class T>
 __device__ __forceinline__ RowView<T> view_of(const VerifyArgs& a, const SlotRow& r) {
   return r.is_draft ? draft_row<T>(a, r.sequence, r.position) : target_row<T>(a, r.target_row);
 }
+
+// Programmatic dependent launch (PTX griddepcontrol, sm_90): a kernel's blocks are set up while the
+// previous kernel ends, and wait here for its results.
+__device__ __forceinline__ void wait_for_previous_kernel() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+struct Launch {
+  cudaLaunchConfig_t config = {};
+  cudaLaunchAttribute attributes[2];
+
+  Launch(dim3 grid, int threads, cudaStream_t stream) {
+    config.gridDim = grid, config.blockDim = threads, config.stream = stream;
+    config.attrs = attributes;
+  }
+  void follow_previous_kernel(int compute_major) {
+    if (compute_major < 9) return;
+    cudaLaunchAttribute& a = attributes[config.numAttrs++];
+    a.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    a.val.programmaticStreamSerializationAllowed = 1;
+  }
+  void in_clusters_of(int blocks) {
+    if (blocks == 1) return;
+    cudaLaunchAttribute& a = attributes[config.numAttrs++];
+    a.id = cudaLaunchAttributeClusterDimension;
+    a.val.clusterDim = {static_cast<unsigned>(blocks), 1, 1};
+  }
+};
 
 // Layers of positions: 0…max_drafts are the target's, then the draft's if their laws are needed.
 inline int layers_of(const VerifyArgs& a) {

@@ -79,8 +79,9 @@ template <class T>
 struct Weights {
   RowView<T> p, q;  // q.data null: the draft is one token, or there is none
   RowLaw p_law, q_law;
-  const int64_t* map;  // target_to_draft or null
-  int one_hot;         // the drafted token if q is one-hot, else -1
+  const int64_t* map;          // target_to_draft or null
+  int one_hot;                 // the drafted token if q is one-hot, else -1
+  const uint32_t* group_keys;  // of a truncated p: groups below the cutoff weigh nothing; or null
 
   // Calls f with what is known when the kernel is compiled about p and q.
   template <class Fn>
@@ -104,22 +105,20 @@ struct Weights {
     return probability(y, q_law);
   }
 
-  // max(p - q, 0) of a group; `bad` collects values that are no numbers.
+  // max(p - q, 0) from loaded groups p in r and q in y. `bad` collects what is no probability; of
+  // logits the row statistics know.
   template <bool Logits, Subtract Q>
-  __device__ __forceinline__ void of_group(float (&r)[8], int begin, int lane, bool& bad) const {
-    constexpr bool kRow = Q == Subtract::kProbabilities || Q == Subtract::kLogits;
-    constexpr bool kLogitQ = Q == Subtract::kLogits;
-    float y[8];
-    load_group(r, p, begin, lane, Logits ? minus_infinity() : 0.0f);
-    if constexpr (kRow) load_group(y, q, begin, lane, kLogitQ ? minus_infinity() : 0.0f);
+  __device__ __forceinline__ void finish(float (&r)[8], const float (&y)[8], int begin, int lane,
+                                         bool& bad) const {
 #pragma unroll
     for (int e = 0; e < 8; ++e) {
-      bad |= is_bad_value(r[e], Logits);
+      if (!Logits) bad |= is_bad_value(r[e], false);
       r[e] = Logits ? softmax_probability(r[e], p_law) : clean_probability(r[e]);
-      if constexpr (kRow) {
-        bad |= is_bad_value(y[e], kLogitQ);
-        r[e] = fmaxf(r[e] - (kLogitQ ? softmax_probability(y[e], q_law) : clean_probability(y[e])), 0.0f);
+      if constexpr (Q == Subtract::kProbabilities) {
+        bad |= is_bad_value(y[e], false);
+        r[e] = fmaxf(r[e] - clean_probability(y[e]), 0.0f);
       }
+      if constexpr (Q == Subtract::kLogits) r[e] = fmaxf(r[e] - softmax_probability(y[e], q_law), 0.0f);
       if constexpr (Q == Subtract::kMapped) {
         const int i = begin + index_in_group<T>(lane, e);
         if (i < p.length) r[e] = residual(r[e], mapped_q(i, bad));
@@ -134,21 +133,73 @@ struct Weights {
     }
   }
 
-  __device__ __forceinline__ uint64_t sum(int begin, int end, int lane, bool& bad) const {  // by a warp
-    const uint64_t total = visit([&]<bool Logits, Subtract Q>() {
-      uint64_t sum = 0;
-#pragma unroll 2
-      for (int at = begin; at < end; at += kGroup) {
-        float r[8];
-        of_group<Logits, Q>(r, at, lane, bad);
-        FixedSum group;
+  template <Subtract Q>
+  static constexpr bool kReadsQ = Q == Subtract::kProbabilities || Q == Subtract::kLogits;
+
+  template <bool Logits, Subtract Q>
+  __device__ __forceinline__ void of_group(float (&r)[8], int begin, int lane, bool& bad) const {
+    float y[8] = {};
+    load_group(r, p, begin, lane, Logits ? minus_infinity() : 0.0f);
+    if constexpr (kReadsQ<Q>) load_group(y, q, begin, lane, Q == Subtract::kLogits ? minus_infinity() : 0.0f);
+    finish<Logits, Q>(r, y, begin, lane, bad);
+  }
+
+  __device__ __forceinline__ static uint64_t total_of(const float (&r)[8]) {
+    FixedSum sum;
 #pragma unroll
-        for (const float x : r) group.add(x);
-        sum += group.value();
+    for (const float x : r) sum.add(x);
+    return sum.value();
+  }
+
+  // Two groups in flight per warp as long as both lie inside aligned rows.
+  template <bool Logits, Subtract Q>
+  __device__ __forceinline__ uint64_t sum_all(int begin, int end, int lane, bool& bad) const {
+    uint64_t total = 0;
+    int inside = p.aligned && (!kReadsQ<Q> || q.aligned) ? min(end, p.length) : 0;
+    if (kReadsQ<Q>) inside = min(inside, q.length);
+    for (; begin + 2 * kGroup <= inside; begin += 2 * kGroup) {
+      float r[2][8], y[2][8] = {};
+#pragma unroll
+      for (int u = 0; u < 2; ++u) {
+        load_vectors(r[u], p, begin + u * kGroup, lane);
+        if constexpr (kReadsQ<Q>) load_vectors(y[u], q, begin + u * kGroup, lane);
       }
-      return sum;
-    });
-    return warp_sum(total);
+#pragma unroll
+      for (int u = 0; u < 2; ++u) {
+        finish<Logits, Q>(r[u], y[u], begin + u * kGroup, lane, bad);
+        total += total_of(r[u]);
+      }
+    }
+    for (; begin < end; begin += kGroup) {
+      float r[8];
+      of_group<Logits, Q>(r, begin, lane, bad);
+      total += total_of(r);
+    }
+    return total;
+  }
+
+  // The same, visiting only groups that reach the cutoff.
+  template <bool Logits, Subtract Q>
+  __device__ __forceinline__ uint64_t sum_kept(int begin, int end, int lane, bool& bad) const {
+    uint64_t total = 0;
+    const uint32_t least = key_of(p_law.cutoff);
+    for (; begin < end; begin += 32 * kGroup) {
+      const int own = begin + lane * kGroup;
+      uint32_t wanted = __ballot_sync(~0u, own < end && group_keys[own / kGroup] >= least);
+      for (; wanted; wanted &= wanted - 1) {
+        float r[8];
+        of_group<Logits, Q>(r, begin + (__ffs(wanted) - 1) * kGroup, lane, bad);
+        total += total_of(r);
+      }
+    }
+    return total;
+  }
+
+  __device__ __forceinline__ uint64_t sum(int begin, int end, int lane, bool& bad) const {  // by a warp
+    return warp_sum(visit([&]<bool Logits, Subtract Q>() -> uint64_t {
+      if (Logits && group_keys != nullptr) return sum_kept<Logits, Q>(begin, end, lane, bad);
+      return sum_all<Logits, Q>(begin, end, lane, bad);
+    }));
   }
 };
 

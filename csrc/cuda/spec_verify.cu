@@ -8,9 +8,18 @@
 namespace quantgemm {
 namespace {
 
-__device__ __forceinline__ RowLaw law_at(const RowScratch& scratch, int64_t slot, float slope) {  // by a warp
-  if (scratch.has_laws) return scratch.laws[slot];
-  return law_of(combine_strips(scratch.strips + slot * scratch.num_strips, scratch.num_strips, slope), slope);
+// The law of a row of logits, by a warp; `bad` if there is NaN or +inf in the row.
+__device__ __forceinline__ RowLaw law_at(const RowScratch& scratch, int64_t slot, float slope, bool& bad) {
+  RowLaw law;
+  if (scratch.has_laws) {
+    law = scratch.laws[slot];
+  } else {
+    law =
+        law_of(combine_strips(scratch.strips + slot * scratch.num_strips, scratch.num_strips, slope), slope);
+  }
+  bad = signbit(law.scale);
+  law.scale = fabsf(law.scale);
+  return law;
 }
 
 // One position, by one warp. Position `drafts` has no draft: it stops with the bonus. What does not
@@ -34,19 +43,24 @@ __device__ Verdict judge(const VerifyArgs& args, int64_t sequence, const Rows& r
       y = has_q ? draft_row<T>(args, sequence, k).at(j) : 0.0f;
     }
   }
-  if (args.target_is_logits) v.p_law = law_at(scratch, slot, s.slope);
+  bool bad = false;  // somewhere in the rows, which matters if one of them is drawn from
+  if (args.target_is_logits) v.p_law = law_at(scratch, slot, s.slope, bad);
+  v.status |= bad && !v.has_draft ? kBadValue : 0;
   if (!v.has_draft) return v;
   if (args.draft_is_logits && args.draft_lse) {
     const float cutoff = args.draft_cutoff ? args.draft_cutoff[flat] : minus_infinity();
     v.q_law = law_from_lse(args.draft_lse[flat], cutoff, s);
   } else if (args.draft_is_logits) {
-    v.q_law = law_at(scratch, scratch.slots + slot, s.slope);
+    bool q_bad = false;
+    v.q_law = law_at(scratch, scratch.slots + slot, s.slope, q_bad);
+    bad |= q_bad && !args.target_to_draft;
   }
   if (is_bad_value(x, args.target_is_logits) || (has_q && is_bad_value(y, args.draft_is_logits)))
     v.status |= kBadValue;
   v.p_token = probability(x, v.p_law);
   const float q_token = has_q ? probability(y, v.q_law) : y;
   v.stops = !accepts(fraction, v.p_token, q_token);
+  if (v.stops && bad) v.status |= kBadValue;
   return v;
 }
 
@@ -104,7 +118,12 @@ __device__ Ending end_sampled(const VerifyArgs& args, Shared& shared, const Team
   }
 
   const RowView<T> p = target_row<T>(args, rows.first + accepted);
-  Weights<T> weights{p, RowView<T>(nullptr, 0), last.p_law, last.q_law, nullptr, -1};
+  Weights<T> weights{p, RowView<T>(nullptr, 0), last.p_law, last.q_law, nullptr, -1, nullptr};
+  if (last.p_law.cutoff != minus_infinity()) {
+    const RowScratch scratch = scratch_of(args);
+    weights.group_keys =
+        scratch.group_keys + (team.sequence * (args.max_drafts + 1) + accepted) * scratch.num_groups;
+  }
   if (last.has_draft) {
     if (args.draft != nullptr) {
       weights.q = draft_row<T>(args, team.sequence, accepted);
@@ -134,6 +153,23 @@ __device__ Ending end_sampled(const VerifyArgs& args, Shared& shared, const Team
   return {accepted, token, logprob, last.p_law, false};
 }
 
+// What is read first lies in many small tensors: one round trip for all of them.
+__device__ __forceinline__ void prefetch_inputs(const VerifyArgs& a, int64_t b) {
+  const int i = threadIdx.x;
+  const void* at = nullptr;
+  if (i == 0) at = a.cu_rows + b;
+  if (i == 1) at = a.seeds + b;
+  if (i == 2) at = a.positions + b;
+  if (i == 3) at = a.parameters.temperature + b;
+  const bool given =
+      (i == 0 && a.cu_rows) || (i > 0 && i < 3 && a.seeds) || (i == 3 && a.parameters.temperature);
+  if (given) asm volatile("prefetch.global.L2 [%0];" ::"l"(at));
+  const int64_t k = (i - 32) * 16;
+  if (i >= 32 && k < a.max_drafts) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(a.drafts + b * a.max_drafts + k));
+  }
+}
+
 // grid: ranks blocks (one cluster) per sequence
 template <class T>
 __global__ void __launch_bounds__(kThreads, 2) spec_verify_kernel(VerifyArgs args, int ranks) {
@@ -141,10 +177,12 @@ __global__ void __launch_bounds__(kThreads, 2) spec_verify_kernel(VerifyArgs arg
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const Team team{blockIdx.x / ranks, static_cast<int>(blockIdx.x) % ranks, ranks, lane, warp};
   const int64_t b = team.sequence, columns = args.max_drafts + 1;
+  prefetch_inputs(args, b);
   uint32_t status = 0;
   const Parameters s = parameters_of(args.parameters, b, args.vocab, status);
   const Rows rows = rows_of(args, b, status);
   if (threadIdx.x == 0) shared.status = status;
+  wait_for_previous_kernel();
   __syncthreads();
   Ending ending{-1, -1, 0.0f, {}, false};
   if (rows.drafts >= 0) {
@@ -177,6 +215,10 @@ __global__ void __launch_bounds__(kThreads, 2) spec_verify_kernel(VerifyArgs arg
   }
 }
 
+bool needs_laws(const VerifyArgs& args) {
+  return args.target_is_logits || (args.draft && args.draft_is_logits && !args.draft_lse);
+}
+
 template <class T>
 cudaError_t launch_typed(const VerifyArgs& args, cudaStream_t stream) {
   int device = 0, processors = 0, major = 0;
@@ -190,23 +232,17 @@ cudaError_t launch_typed(const VerifyArgs& args, cudaStream_t stream) {
     while (ranks < kMaxRanks && args.num_sequences * ranks * 2 <= 2 * processors &&
            args.vocab >= ranks * 2 * 4096)
       ranks *= 2;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = static_cast<unsigned>(args.num_sequences * ranks);
-  config.blockDim = kThreads;
-  config.stream = stream;
-  cudaLaunchAttribute cluster;
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim = {static_cast<unsigned>(ranks), 1, 1};
-  config.attrs = &cluster;
-  config.numAttrs = ranks > 1 ? 1 : 0;
-  return cudaLaunchKernelEx(&config, spec_verify_kernel<T>, args, ranks);
+  Launch launch(static_cast<unsigned>(args.num_sequences * ranks), kThreads, stream);
+  launch.in_clusters_of(ranks);
+  if (needs_laws(args)) launch.follow_previous_kernel(major);
+  return cudaLaunchKernelEx(&launch.config, spec_verify_kernel<T>, args, ranks);
 }
 
 }  // namespace
 
 cudaError_t launch_spec_verify(const VerifyArgs& args, cudaStream_t stream) {
   if (args.num_sequences == 0) return cudaSuccess;
-  if (args.target_is_logits || (args.draft && args.draft_is_logits && !args.draft_lse)) {
+  if (needs_laws(args)) {
     const cudaError_t error = launch_row_laws(args, stream);
     if (error != cudaSuccess) return error;
   }
