@@ -72,7 +72,7 @@ def bytes_read(case: dict[str, Any], mode: dict[str, Any]) -> int:
 
 def copies(make: Callable[[int], Any], num_bytes: int) -> list[Any]:
     """As many as together exceed the L2 several times, two at least."""
-    return [make(i) for i in range(max(2, min(48, 4 * L2_BYTES // num_bytes + 1)))]
+    return [make(i + 1) for i in range(max(2, min(48, 4 * L2_BYTES // num_bytes + 1)))]
 
 
 MODES: dict[str, dict[str, Any]] = {
@@ -88,9 +88,10 @@ def modes_table(bandwidth: float, batches: list[int]) -> list[dict[str, Any]]:
     rows = []
     for name, mode in MODES.items():
         for batch, vocab in [(1, 32000)] + [(b, VOCAB) for b in batches]:
-            first = inputs(batch, SPEC_LEN, vocab, 0, mode)
+            first = inputs(batch, SPEC_LEN, vocab, 0, mode=mode)
             need = bytes_read(first, mode)
-            cases = [first] + copies(lambda i: inputs(batch, SPEC_LEN, vocab, i + 1, mode), need)
+            make = partial(inputs, batch, SPEC_LEN, vocab, mode=mode)
+            cases = [first, *copies(make, need)]
             timing = time_gpu([partial(ops.spec_verify, **case) for case in cases])
             floor = need / bandwidth * 1e6
             rows.append(row(name, batch, vocab, timing, floor))
@@ -99,9 +100,8 @@ def modes_table(bandwidth: float, batches: list[int]) -> list[dict[str, Any]]:
         for name, settings in {"": {}, " top-k 50 top-p 0.9": {"truncated": True}}.items():
             batch = batches[-1]
             mode = {"one_hot": True, "dtype": dtype} | settings
-            cases = copies(
-                lambda i: inputs(batch, 0, VOCAB, i, mode), batch * VOCAB * dtype.itemsize
-            )
+            make = partial(inputs, batch, 0, VOCAB, mode=mode)
+            cases = copies(make, batch * VOCAB * dtype.itemsize)
             keys = ("seed", "position", "top_k", "top_p")
             calls = [
                 partial(ops.sample, c["target"], **{k: c[k] for k in keys if k in c}) for c in cases
@@ -151,7 +151,7 @@ def flashinfer_call(case: dict[str, Any]) -> Callable[[], Any] | None:
 def peers_table(batches: list[int]) -> list[dict[str, Any]]:
     rows = []
     for batch in batches:
-        cases = [inputs(batch, SPEC_LEN, VOCAB, i, {"probs": True}) for i in range(3)]
+        cases = [inputs(batch, SPEC_LEN, VOCAB, i, mode={"probs": True}) for i in range(3)]
         ours = time_gpu([partial(ops.spec_verify, **c) for c in cases]).median
         vectorized = partial(reference.rejection_sample_vectorized, **cases[0])
         graph = time_gpu([partial(reference.rejection_sample_vectorized, **c) for c in cases])
@@ -180,7 +180,7 @@ def grid_table(vocab: int = 32000) -> list[dict[str, Any]]:
     for batch in (1, 2, 4, 8, 16, 32, 64):
         entry: dict[str, Any] = {"batch": batch}
         for spec_len in (1, 3, 5, 8):
-            case = inputs(batch, spec_len, vocab, 0, {"probs": True})
+            case = inputs(batch, spec_len, vocab, 0, mode={"probs": True})
             loop = time_eager(partial(reference.rejection_sample_loop, **case), 1)
             entry[f"K={spec_len}"] = loop / time_gpu([partial(ops.spec_verify, **case)] * 8).median
         rows.append(entry)

@@ -134,7 +134,7 @@ def spec_verify(
 
 @torch.library.register_fake("quantgemm::spec_verify")
 def _(
-    target: torch.Tensor, draft_tokens: torch.Tensor, cu_rows: torch.Tensor, *_: Any
+    target: torch.Tensor, draft_tokens: torch.Tensor, cu_rows: torch.Tensor, *_: Any, **__: Any
 ) -> tuple[torch.Tensor, ...]:
     batch, columns = draft_tokens.shape[0], draft_tokens.shape[1] + 1
     return (
@@ -165,7 +165,7 @@ def sample(
 
 
 @torch.library.register_fake("quantgemm::sample")
-def _(logits: torch.Tensor, *_: Any) -> tuple[torch.Tensor, ...]:
+def _(logits: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, ...]:
     types = (torch.int64, torch.float32, torch.int32)
     return tuple(logits.new_empty([logits.shape[0]], dtype=t) for t in types)
 
@@ -192,9 +192,9 @@ def draft_sample(
 
 
 @torch.library.register_fake("quantgemm::draft_sample")
-def _(logits: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, ...]:
+def _(logits: torch.Tensor, *rest: Any, **named: Any) -> tuple[torch.Tensor, ...]:
     rows, vocab = logits.shape
-    return_probs = len(rest) > 7 and bool(rest[7])
+    return_probs = bool(rest[7]) if len(rest) > 7 else bool(named.get("return_probs", False))
     return (
         logits.new_empty([rows], dtype=torch.int64),
         logits.new_empty([rows], dtype=torch.float32),

@@ -216,7 +216,7 @@ class _Round:
             )
             drawn = ops.draft_sample(
                 logits,
-                **self.config.tensors(len(logits), self.device),
+                **self.config.tensors(len(logits), self.device),  # type: ignore[arg-type]
                 seed=self.seeds,
                 position=self.positions + k,
             )

@@ -287,19 +287,14 @@ def test_distribution_of_logits(settings: dict[str, Any], dtype: torch.dtype, de
         for b in range(3):
             want = ref.truncated_softmax(logits[b], **settings)
             got = probs[b].double().cpu()
-            # Rounding may move the edge of top-p and min-p past values that are worth next to nothing.
+            # Rounding may move the edge of top-p and min-p by a value or two.
             moved = (got > 0) != (want.float() > 0)
             moved &= torch.maximum(got, want) > 1e-30
             edge = "top_p" in settings or "min_p" in settings
             assert moved.sum() <= (2 if edge and dtype == torch.float32 and b < 2 else 0)
-            scale = want[~moved].sum()
-            assert (
-                (got - want).abs()[~moved]
-                <= 3e-6 * got[~moved]
-                + 1e-6 * scale * want[~moved]
-                + 1e-30
-                + abs(got[moved].sum() - want[moved].sum()) * want[~moved] * 2
-            ).all()
+            # The rest share what the moved ones gained or lost.
+            slack = 4e-6 + 2 * float((got[moved].sum() - want[moved].sum()).abs())
+            assert ((got - want).abs()[~moved] <= slack * want[~moved] + 1e-30).all()
             heat = settings.get("temperature", 1.0)
             kept = logits[b].double() >= cutoff[b].item()
             full = torch.logsumexp(logits[b].double()[kept] / heat, 0)

@@ -147,22 +147,22 @@ class Sequence {
     const bool has_draft = token >= 0 && token < a.vocab;
     if (!has_draft && token != -1) status |= kBadToken;
     law = a.target_is_logits ? law_of(p, s) : stored_law();
-    std::vector<float> q;  // [vocab]; empty: nothing to subtract
     if (has_draft) {
-      q = draft_row(k, token);
+      one_hot = a.draft == nullptr ? token : -1;
+      if (a.draft != nullptr) open_draft(k);
       const float p_token = read(p, token, law, a.target_is_logits);
+      const int64_t j = draft_index(token);
+      if (a.draft != nullptr && j >= 0) read(draft_row, j, draft_law, a.draft_is_logits);
       logprob = std::log(p_token);
-      if (accepts(noise_at(a, b, k, kAcceptDomain, status), p_token, q[static_cast<size_t>(token)]))
-        return token;
+      if (accepts(noise_at(a, b, k, kAcceptDomain, status), p_token, q_at(token))) return token;
     }
     ended = true;
     logprob = 0;
     const uint64_t fraction = noise_at(a, b, k, a.token_domain, status);
-    int64_t drawn = draw_from(p, q, fraction);
+    int64_t drawn = draw_from(p, has_draft, fraction);
     if (drawn < 0 && has_draft) {
       status |= kEmptyResidual;
-      q.clear();
-      drawn = draw_from(p, q, fraction);
+      drawn = draw_from(p, false, fraction);
     }
     if (drawn < 0) {
       status |= kNoMass;
@@ -172,48 +172,44 @@ class Sequence {
     return drawn;
   }
 
-  // q of position k over the target's vocabulary.
-  std::vector<float> draft_row(int64_t k, int64_t token) {
-    std::vector<float> q(static_cast<size_t>(a.vocab), 0.0f);
-    if (a.draft == nullptr) {
-      q[static_cast<size_t>(token)] = 1.0f;
-      return q;
-    }
-    const Row<T> row = draft(k);
-    RowLaw q_law = stored_law();
-    if (a.draft_is_logits) {
-      const int64_t at = b * a.max_drafts + k;
-      const float cutoff = a.draft_cutoff ? a.draft_cutoff[at] : minus_infinity();
-      q_law = a.draft_lse ? law_from_lse(a.draft_lse[at], cutoff, draft_s) : law_of(row, draft_s);
-    }
-    for (int64_t i = 0; i < a.vocab; ++i) {
-      const int64_t j = a.target_to_draft ? a.target_to_draft[i] : i;
-      if (j >= 0 && j < row.length) q[static_cast<size_t>(i)] = probability(row.at(j), q_law);
-    }
-    const int64_t j = a.target_to_draft ? a.target_to_draft[token] : token;
-    if (j >= 0 && j < row.length) read(row, j, q_law, a.draft_is_logits);
-    stopping_draft = row, has_stopping_draft = !a.target_to_draft && !a.draft_lse;
-    return q;
+  void open_draft(int64_t k) {
+    draft_row = draft(k);
+    draft_law = stored_law();
+    if (!a.draft_is_logits) return;
+    const int64_t at = b * a.max_drafts + k;
+    const float cutoff = a.draft_cutoff ? a.draft_cutoff[at] : minus_infinity();
+    draft_law = a.draft_lse ? law_from_lse(a.draft_lse[at], cutoff, draft_s) : law_of(draft_row, draft_s);
   }
 
-  int64_t draw_from(const Row<T>& p, const std::vector<float>& q, uint64_t fraction) {
-    const auto weight = [&](int64_t i) {
-      const float q_i = q.empty() ? 0.0f : q[static_cast<size_t>(i)];
-      return to_fixed(residual(probability(p.at(i), law), q_i));
-    };
+  int64_t draft_index(int64_t i) const {
+    const int64_t j = a.target_to_draft ? a.target_to_draft[i] : i;
+    return j >= 0 && j < draft_row.length ? j : -1;
+  }
+
+  // q of a target's token at the position that is open.
+  float q_at(int64_t i) const {
+    if (a.draft == nullptr) return static_cast<float>(i == one_hot);
+    const int64_t j = draft_index(i);
+    return j < 0 ? 0.0f : probability(draft_row.at(j), draft_law);
+  }
+
+  int64_t draw_from(const Row<T>& p, bool subtract, uint64_t fraction) {
+    std::vector<uint64_t> weights(static_cast<size_t>(p.length));
     uint64_t total = 0;
     for (int64_t i = 0; i < p.length; ++i) {
-      total += weight(i);
-      if (is_bad_value(p.at(i), a.target_is_logits)) status |= kBadValue;
+      const float x = p.at(i);
+      if (is_bad_value(x, a.target_is_logits)) status |= kBadValue;
+      const float r = residual(probability(x, law), subtract ? q_at(i) : 0.0f);
+      total += weights[static_cast<size_t>(i)] = to_fixed(r);
     }
-    if (!q.empty() && has_stopping_draft)
-      for (int64_t j = 0; j < std::min(stopping_draft.length, p.length); ++j)
-        if (is_bad_value(stopping_draft.at(j), a.draft_is_logits)) status |= kBadValue;
+    if (subtract && a.draft != nullptr && !a.target_to_draft && !a.draft_lse)
+      for (int64_t j = 0; j < std::min(draft_row.length, p.length); ++j)
+        if (is_bad_value(draft_row.at(j), a.draft_is_logits)) status |= kBadValue;
     if (total == 0) return -1;
     uint64_t rest = draw(fraction, total);
-    int64_t i = 0;
-    for (; weight(i) <= rest; ++i) rest -= weight(i);
-    return i;
+    size_t i = 0;
+    for (; weights[i] <= rest; ++i) rest -= weights[i];
+    return static_cast<int64_t>(i);
   }
 
   const VerifyArgs& a;
@@ -221,8 +217,9 @@ class Sequence {
   Parameters s, draft_s;
   Rows rows;
   RowLaw law = stored_law();
-  Row<T> stopping_draft{nullptr, 0};
-  bool has_stopping_draft = false;
+  Row<T> draft_row{nullptr, 0};
+  RowLaw draft_law = stored_law();
+  int64_t one_hot = -1;
   uint32_t status = 0;
   bool ended = false;
 };
