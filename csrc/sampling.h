@@ -43,7 +43,7 @@ QG_HD bool accepts(uint64_t fraction, float p, float q) {
 }
 
 // ---- the law of a row: p(x) = clean(x) for stored probabilities, and for logits
-//      x >= cutoff ? exp2((x - max) * slope) * scale : 0 ----
+//      x >= cutoff ? exp2((x - max) * slope) * scale : 0; a row without mass has max = scale = 0 ----
 struct RowLaw {
   float max, slope, scale, cutoff;  // slope = log2(e) / temperature; 0 marks stored probabilities
 };
@@ -90,8 +90,7 @@ QG_HD float relative_weight(float clean, float max, float slope) {
 QG_HD float softmax_probability(float x, const RowLaw& law) {
   const float clean = clean_logit(x);
   const float p = multiply(relative_weight(clean, law.max, law.slope), law.scale);
-  const bool kept = clean >= law.cutoff && clean != minus_infinity();
-  return kept ? (p < 1.0f ? p : 1.0f) : 0.0f;
+  return clean >= law.cutoff ? (p < 1.0f ? p : 1.0f) : 0.0f;
 }
 QG_HD float probability(float x, const RowLaw& law) {
   return law.slope == 0.0f ? clean_probability(x) : softmax_probability(x, law);
@@ -187,6 +186,7 @@ QG_HD float min_p_cutoff(float max, const Parameters& s) {
 
 // The law of a draft row whose log-sum-exp (and cutoff) the drafter handed over.
 QG_HD RowLaw law_from_lse(float lse, float cutoff, const Parameters& s) {
+  if (lse == minus_infinity()) return {0.0f, s.slope, 0.0f, cutoff};
   const float max = static_cast<float>(static_cast<double>(lse) * static_cast<double>(s.temperature));
   return {max, s.slope, 1.0f, cutoff};
 }

@@ -59,7 +59,7 @@ RowLaw law_of(const Row<T>& row, const Parameters& s) {
     x[static_cast<size_t>(i)] = clean_logit(row.at(i));
     max = std::max(max, x[static_cast<size_t>(i)]);
   }
-  if (max == minus_infinity()) return {max, s.slope, 0.0f, max};
+  if (max == minus_infinity()) return {0.0f, s.slope, 0.0f, max};
   double total = 0;
   for (const float v : x) total += relative_weight(v, max, s.slope);
   float cutoff = minus_infinity();

@@ -11,6 +11,13 @@ namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / 32;
 
+// PTX max.NaN: NaN wins.
+__device__ __forceinline__ float max_or_nan(float a, float b) {
+  float max;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(max) : "f"(a), "f"(b));
+  return max;
+}
+
 // grid (sequences, strips / 8, layers)
 template <class T>
 __global__ void __launch_bounds__(kThreads) row_stats_kernel(VerifyArgs args) {
@@ -30,11 +37,13 @@ __global__ void __launch_bounds__(kThreads) row_stats_kernel(VerifyArgs args) {
   bool bad = false;
 #pragma unroll
   for (int g = 0; g < kGroups; ++g) {
-    float group_max = minus_infinity();
+    float group_max = v[g][0];
 #pragma unroll
-    for (float& x : v[g]) {
-      bad |= is_bad_value(x, true);
-      x = clean_logit(x), group_max = fmaxf(group_max, x);
+    for (int e = 1; e < 8; ++e) group_max = max_or_nan(group_max, v[g][e]);
+    if (__any_sync(~0u, is_bad_value(group_max, true))) {
+      bad = true, group_max = minus_infinity();
+#pragma unroll
+      for (float& x : v[g]) x = clean_logit(x), group_max = fmaxf(group_max, x);
     }
     const uint32_t key = __reduce_max_sync(~0u, key_of(group_max));
     max_key = key > max_key ? key : max_key;
@@ -50,7 +59,6 @@ __global__ void __launch_bounds__(kThreads) row_stats_kernel(VerifyArgs args) {
       for (const float x : v[g]) sum += relative_weight(x, max, slope);
     for (int step = 16; step; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
   }
-  bad = __any_sync(~0u, bad);
   if (lane == 0) scratch.strips[info.slot * scratch.num_strips + strip] = {max, bad ? -sum : sum};
 }
 

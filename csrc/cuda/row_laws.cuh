@@ -152,7 +152,7 @@ __device__ __forceinline__ float2 combine_strips(const float2* strips, int count
 
 __device__ __forceinline__ RowLaw law_of(float2 sum, float slope) {
   const float scale = sum.y != 0.0f ? 1.0f / sum.y : sum.y;
-  return {sum.x, slope, scale, minus_infinity()};
+  return {sum.y != 0.0f ? sum.x : 0.0f, slope, scale, minus_infinity()};
 }
 
 // What a slot stands for, if a row of logits lies there whose law somebody will ask for.

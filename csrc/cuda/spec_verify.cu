@@ -227,9 +227,9 @@ cudaError_t launch_typed(const VerifyArgs& args, cudaStream_t stream) {
     error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
   if (error != cudaSuccess) return error;
-  int ranks = 1;  // enough blocks to fill the chip twice, each with 4096 values at least
+  int ranks = 1;  // at most one block per multiprocessor, each with 4096 values at least
   if (major >= 9)
-    while (ranks < kMaxRanks && args.num_sequences * ranks * 2 <= 2 * processors &&
+    while (ranks < kMaxRanks && args.num_sequences * ranks * 2 <= processors &&
            args.vocab >= ranks * 2 * 4096)
       ranks *= 2;
   Launch launch(static_cast<unsigned>(args.num_sequences * ranks), kThreads, stream);
