@@ -50,4 +50,52 @@ struct ActivationArgs {
   Real x_type;
 };
 
+// ---- sampling and speculative verification; any pointer of parameters may be null: off ----
+struct SamplingParameters {
+  const float* temperature;  // [num_sequences], 0 = greedy
+  const int64_t* top_k;      // [num_sequences], 0 = off
+  const float* top_p;        // [num_sequences], 1 = off
+  const float* min_p;        // [num_sequences], 0 = off
+};
+
+// Bits of a sequence's status.
+enum VerifyStatus : uint32_t {
+  kBadToken = 1,        // a drafted id outside the vocabulary (other than -1): drafts end there
+  kBadValue = 2,        // NaN, +inf or a negative probability among the values that decided
+  kNoMass = 4,          // the row has no mass: its argmax was taken
+  kBadParameter = 8,    // temperature (then greedy), top_k, top_p or min_p (then off) out of range
+  kEmptyResidual = 16,  // rejected although p <= q everywhere: drawn from p
+  kBadRows = 32,        // cu_rows does not fit: no token
+  kBadUniform = 64,     // a uniform outside [0, 1) was moved inside
+};
+
+enum NoiseDomain : uint32_t { kDraftDomain = 0, kAcceptDomain = 1, kTokenDomain = 2 };
+
+struct VerifyArgs {
+  const void* target;              // rows of vocab values of value_type, target_stride apart
+  const void* draft;               // [num_sequences, max_drafts, draft_vocab] of value_type; null: one-hot
+  const int64_t* cu_rows;          // [num_sequences + 1]; null: row b is sequence b's only one
+  const int64_t* drafts;           // [num_sequences, max_drafts], ids of the target's vocabulary
+  const float* draft_lse;          // [num_sequences, max_drafts] or null: computed from the row
+  const float* draft_cutoff;       // [num_sequences, max_drafts] or null: none; only with draft_lse
+  const int64_t* target_to_draft;  // [vocab], -1 = not in the draft's vocabulary; null: the same ids
+  SamplingParameters parameters;
+  const int64_t* seeds;      // [num_sequences]
+  const int64_t* positions;  // [num_sequences]
+  const double* uniforms;    // [num_sequences, max_drafts + 1] or null; the last one draws the token
+  int64_t* tokens;           // [num_sequences, max_drafts + 1], -1 after the last
+  int64_t* counts;           // [num_sequences] or null
+  float* logprobs;           // [num_sequences, max_drafts + 1] or null, 0 after the last
+  int32_t* status;           // [num_sequences]
+  float* lse;                // [num_sequences] or null: of the row the token was drawn from
+  float* cutoff;             // [num_sequences] or null
+  float* probs;              // [num_sequences, vocab] or null: the row the token was drawn from
+  void* strips;              // CUDA: room for the row statistics (cuda/row_laws.cuh)
+  int64_t num_sequences, max_drafts, num_rows, vocab, draft_vocab;
+  int64_t target_stride, draft_strides[2];
+  uint32_t token_domain;
+  bool target_is_logits, draft_is_logits;
+  Real value_type;
+};
+
 }  // namespace quantgemm

@@ -8,16 +8,24 @@ rules (`register_fake`) let `torch.compile` and `torch.export` see through an op
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
 import quantgemm._C  # noqa: F401  registers the ops
 from quantgemm.formats import Format, format_by_id
 
-__all__ = ["activation_row_bytes", "dequantize", "quantize", "quantize_activations"]
+__all__ = [
+    "activation_row_bytes",
+    "dequantize",
+    "draft_sample",
+    "quantize",
+    "quantize_activations",
+    "sample",
+    "spec_verify",
+]
 
-Shape = TypeVar("Shape", bound=Callable[..., torch.Tensor])
+Shape = TypeVar("Shape", bound=Callable[..., Any])
 
 
 def register_fake(op: str) -> Callable[[Shape], Shape]:
@@ -81,3 +89,124 @@ def activation_row_bytes(cols: int) -> int:
 
 def _cols(fmt: Format, row_bytes: int) -> int:
     return row_bytes // fmt.block_bytes * fmt.block_elems
+
+
+def spec_verify(
+    target: torch.Tensor,
+    draft_tokens: torch.Tensor,
+    cu_rows: torch.Tensor,
+    draft: torch.Tensor | None = None,
+    target_probs: bool = False,
+    draft_probs: bool = False,
+    draft_lse: torch.Tensor | None = None,
+    draft_cutoff: torch.Tensor | None = None,
+    target_to_draft: torch.Tensor | None = None,
+    temperature: torch.Tensor | None = None,
+    top_k: torch.Tensor | None = None,
+    top_p: torch.Tensor | None = None,
+    min_p: torch.Tensor | None = None,
+    seed: torch.Tensor | None = None,
+    position: torch.Tensor | None = None,
+    uniforms: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Accept drafted tokens, replace the first refused one, or add a bonus token.
+
+    target: ``[rows, vocab]`` logits (or probabilities), one row per drafted token and one more, of
+    sequence b from row ``cu_rows[b]`` to ``cu_rows[b+1]``; draft_tokens: int64 ``[B, K]``, -1 = no
+    more drafts; draft: ``[B, K, draft_vocab]`` logits or probabilities, None if the drafter put all
+    mass on its token. Parameters are ``[B]`` tensors on the device; noise comes from seed and
+    position, or from uniforms float64 ``[B, K+1]``. Logits of draft get the same temperature and
+    truncation as the target's unless draft_lse (and draft_cutoff) of `draft_sample` say otherwise.
+    Returns tokens ``[B, K+1]`` (-1 after the last), count ``[B]``, logprobs and status bits
+    (`quantgemm.reference` names them).
+    """
+    return torch.ops.quantgemm.spec_verify(  # type: ignore[no-any-return]
+        target,
+        draft_tokens,
+        cu_rows,
+        draft,
+        target_probs,
+        draft_probs,
+        draft_lse,
+        draft_cutoff,
+        target_to_draft,
+        temperature,
+        top_k,
+        top_p,
+        min_p,
+        seed,
+        position,
+        uniforms,
+    )
+
+
+@register_fake("quantgemm::spec_verify")
+def _(
+    target: torch.Tensor, draft_tokens: torch.Tensor, cu_rows: torch.Tensor, *_: Any, **__: Any
+) -> tuple[torch.Tensor, ...]:
+    batch, columns = draft_tokens.shape[0], draft_tokens.shape[1] + 1
+    return (
+        target.new_empty([batch, columns], dtype=torch.int64),
+        target.new_empty([batch], dtype=torch.int64),
+        target.new_empty([batch, columns], dtype=torch.float32),
+        target.new_empty([batch], dtype=torch.int32),
+    )
+
+
+def sample(
+    logits: torch.Tensor,
+    temperature: torch.Tensor | None = None,
+    top_k: torch.Tensor | None = None,
+    top_p: torch.Tensor | None = None,
+    min_p: torch.Tensor | None = None,
+    seed: torch.Tensor | None = None,
+    position: torch.Tensor | None = None,
+    uniforms: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """One token per row of logits ``[B, vocab]``: tokens, logprobs and status ``[B]``.
+
+    The token is the one `spec_verify` gives for a sequence without drafts.
+    """
+    return torch.ops.quantgemm.sample(  # type: ignore[no-any-return]
+        logits, temperature, top_k, top_p, min_p, seed, position, uniforms
+    )
+
+
+@register_fake("quantgemm::sample")
+def _(logits: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, ...]:
+    types = (torch.int64, torch.float32, torch.int32)
+    return tuple(logits.new_empty([logits.shape[0]], dtype=t) for t in types)
+
+
+def draft_sample(
+    logits: torch.Tensor,
+    temperature: torch.Tensor | None = None,
+    top_k: torch.Tensor | None = None,
+    top_p: torch.Tensor | None = None,
+    min_p: torch.Tensor | None = None,
+    seed: torch.Tensor | None = None,
+    position: torch.Tensor | None = None,
+    uniforms: torch.Tensor | None = None,
+    return_probs: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A drafted token per row, with noise that `spec_verify` never uses for itself.
+
+    Returns tokens, lse and cutoff ``[B]`` (`spec_verify` takes the latter two with the same logits
+    as draft_lse and draft_cutoff), probs float32 ``[B, vocab]`` or ``[B, 0]``, and status.
+    """
+    return torch.ops.quantgemm.draft_sample(  # type: ignore[no-any-return]
+        logits, temperature, top_k, top_p, min_p, seed, position, uniforms, return_probs
+    )
+
+
+@register_fake("quantgemm::draft_sample")
+def _(logits: torch.Tensor, *rest: Any, **named: Any) -> tuple[torch.Tensor, ...]:
+    rows, vocab = logits.shape
+    return_probs = bool(rest[7]) if len(rest) > 7 else bool(named.get("return_probs", False))
+    return (
+        logits.new_empty([rows], dtype=torch.int64),
+        logits.new_empty([rows], dtype=torch.float32),
+        logits.new_empty([rows], dtype=torch.float32),
+        logits.new_empty([rows, vocab if return_probs else 0], dtype=torch.float32),
+        logits.new_empty([rows], dtype=torch.int32),
+    )

@@ -42,8 +42,31 @@ def run_cases() -> None:
         x = torch.randn(3, cols, generator=generator)
         ops.quantize_activations(x.cuda())
         ops.quantize_activations(x.half().cuda())
+    run_sampling_cases(generator)
     torch.cuda.synchronize()
     print("cases done")
+
+
+def run_sampling_cases(generator: torch.Generator) -> None:
+    """Ragged drafts, greedy and sampled sequences, every kind of draft, one block and several."""
+    cu_rows = torch.tensor([0, 4, 5, 7, 10, 12], device="cuda")
+    drafts = torch.randint(-1, 40, (5, 3), generator=generator).cuda()
+    noise = {"seed": torch.arange(5).cuda(), "position": torch.arange(5).cuda()}
+    heat = torch.tensor([1.0, 0.0, 0.5, 0.0, 2.0]).cuda()
+    for vocab in (1, 37, 1001, 20011):
+        for dtype in (torch.float32, torch.bfloat16):
+            target = torch.randn(12, vocab, generator=generator).to(dtype).cuda()
+            draft = torch.randn(5, 3, vocab, generator=generator).to(dtype).cuda()
+            ops.spec_verify(target, drafts, cu_rows, draft, temperature=heat, **noise)
+            ops.spec_verify(target.abs(), drafts, cu_rows, None, True, temperature=heat, **noise)
+            ops.spec_verify(target.abs(), drafts, cu_rows, draft.abs(), True, True, **noise)
+            for k, p in ((10, 0.9), (0, 0.9), (5000, 1.0)):
+                settings = {
+                    "top_k": torch.full((5,), k, device="cuda"),
+                    "top_p": torch.full((5,), p, device="cuda"),
+                }
+                ops.spec_verify(target, drafts, cu_rows, draft, **settings, **noise)
+                ops.draft_sample(target[:5], **settings, **noise, return_probs=True)
 
 
 def main() -> int:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -25,7 +26,45 @@ def op_cases(device: str) -> dict[str, tuple[Callable, tuple]]:
         "quantize": (Q.quantize.default, (x, int(QType.Q8_0), None)),
         "quantize with importance": (Q.quantize.default, (x, int(QType.Q4_K), weights)),
         "quantize_activations": (Q.quantize_activations.default, (x.half(),)),
+        **sampling_cases(device),
     }
+
+
+def sampling_cases(device: str) -> dict[str, tuple[Callable, tuple]]:
+    generator = torch.Generator().manual_seed(2)
+    logits = torch.randn(12, 5000, generator=generator).to(device)
+    draft = torch.randn(4, 2, 5000, generator=generator).to(device)
+    cu_rows = torch.tensor([0, 3, 4, 6, 9], device=device)
+    drafts = torch.randint(0, 5000, (4, 2), generator=generator).to(device)
+    heat = torch.tensor([1.0, 0.0, 0.5, 2.0], device=device)
+    top_k = torch.tensor([0, 5, 50, 2000], device=device)
+    top_p = torch.tensor([0.9, 1.0, 0.5, 0.9], device=device)
+    seed, position = torch.arange(4, device=device), torch.arange(4, device=device)
+    noise = (seed, position, None)
+    verify, rows = Q.spec_verify.default, (drafts, cu_rows)
+    options = (False, False, None, None, None, heat, top_k, top_p, None)
+    probs = (True, True, None, None, None, None, None, None, None)
+    return {
+        "spec_verify logits": (verify, (logits, *rows, draft, *options, *noise)),
+        "spec_verify probabilities": (
+            verify,
+            (logits.softmax(-1), *rows, draft.softmax(-1), *probs, *noise),
+        ),
+        "sample": (Q.sample.default, (logits[:4], heat, top_k, top_p, None, *noise)),
+        "draft_sample": (
+            Q.draft_sample.default,
+            (logits[:4], heat, top_k, None, None, *noise, True),
+        ),
+    }
+
+
+def outputs(result: torch.Tensor | tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    return (result,) if isinstance(result, torch.Tensor) else tuple(result)
+
+
+def assert_same_bytes(got: Any, want: Any) -> None:
+    for a, b in zip(outputs(got), outputs(want), strict=True):
+        assert torch.equal(a.cpu().view(torch.uint8), b.cpu().view(torch.uint8))
 
 
 CASES = list(op_cases("cpu"))
@@ -53,16 +92,15 @@ def test_compiles_without_a_break(name: str, device: str) -> None:
     op, args = op_cases(device)[name]
     backend = "inductor" if device == "cuda" else "aot_eager"  # no C++ compilation on the CPU
     compiled = torch.compile(lambda *a: op(*a), fullgraph=True, backend=backend)
-    assert torch.equal(compiled(*args), op(*args))
+    assert_same_bytes(compiled(*args), op(*args))
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_meta_tensors(name: str) -> None:
     op, args = op_cases("cpu")[name]
-    want = op(*args)
     on_meta = [a.to("meta") if isinstance(a, torch.Tensor) else a for a in args]
-    got = op(*on_meta)
-    assert got.is_meta and got.shape == want.shape and got.dtype == want.dtype
+    for got, want in zip(outputs(op(*on_meta)), outputs(op(*args)), strict=True):
+        assert got.is_meta and got.shape == want.shape and got.dtype == want.dtype
 
 
 @pytest.mark.cuda
@@ -77,10 +115,11 @@ def test_cuda_graph(name: str) -> None:
         out = op(*args)
     args[0].copy_(args[0].flip(0))
     want = op(*args)
-    out.zero_()
+    for tensor in outputs(out):
+        tensor.zero_()
     graph.replay()
     torch.cuda.synchronize()
-    assert torch.equal(out.view(torch.uint8), want.view(torch.uint8))
+    assert_same_bytes(out, want)
 
 
 @pytest.mark.cuda
@@ -96,7 +135,7 @@ def test_runs_on_the_current_stream(name: str) -> None:
         delayed.copy_(args[0])
         got = op(delayed, *args[1:])
     stream.synchronize()
-    assert torch.equal(got.view(torch.uint8), want.view(torch.uint8))
+    assert_same_bytes(got, want)
 
 
 @pytest.mark.cuda
@@ -106,8 +145,8 @@ def test_other_device_than_the_current_one(name: str) -> None:
     op, args = op_cases("cuda:1")[name]
     want = op(*[a.to("cuda:0") if isinstance(a, torch.Tensor) else a for a in args])
     got = op(*args)
-    assert got.device.index == 1
-    assert torch.equal(got.cpu().view(torch.uint8), want.cpu().view(torch.uint8))
+    assert all(tensor.device.index == 1 for tensor in outputs(got))
+    assert_same_bytes(got, want)
 
 
 @pytest.mark.skipif(quantgemm.build_info().cuda is not None, reason="this build has CUDA kernels")

@@ -9,5 +9,6 @@ namespace quantgemm {
 void dequantize_cpu(const DequantizeArgs& args, int64_t first_block, int64_t last_block);
 void quantize_cpu(const QuantizeArgs& args, int64_t first_block, int64_t last_block);
 void quantize_activations_cpu(const ActivationArgs& args, int64_t first_row, int64_t last_row);
+void spec_verify_cpu(const VerifyArgs& args, int64_t first_sequence, int64_t last_sequence);
 
 }  // namespace quantgemm

@@ -12,4 +12,9 @@ cudaError_t launch_dequantize(const DequantizeArgs& args, cudaStream_t stream);
 cudaError_t launch_quantize(const QuantizeArgs& args, cudaStream_t stream);
 cudaError_t launch_quantize_activations(const ActivationArgs& args, cudaStream_t stream);
 
+// Rows of logits: maxima, sums and cutoffs into args.strips, of this many bytes (row_laws.cuh).
+int64_t verify_scratch_bytes(const VerifyArgs& args);
+cudaError_t launch_row_laws(const VerifyArgs& args, cudaStream_t stream);
+cudaError_t launch_spec_verify(const VerifyArgs& args, cudaStream_t stream);
+
 }  // namespace quantgemm

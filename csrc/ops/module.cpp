@@ -8,6 +8,20 @@ STABLE_TORCH_LIBRARY(quantgemm, m) {
   m.def("dequantize(Tensor blocks, int qtype, ScalarType dtype=float) -> Tensor");
   m.def("quantize(Tensor x, int qtype, Tensor? importance=None) -> Tensor");
   m.def("quantize_activations(Tensor x) -> Tensor");
+  m.def(
+      "spec_verify(Tensor target, Tensor draft_tokens, Tensor cu_rows, Tensor? draft=None, "
+      "bool target_probs=False, bool draft_probs=False, Tensor? draft_lse=None, Tensor? draft_cutoff=None, "
+      "Tensor? target_to_draft=None, Tensor? temperature=None, Tensor? top_k=None, Tensor? top_p=None, "
+      "Tensor? min_p=None, Tensor? seed=None, Tensor? position=None, Tensor? uniforms=None) "
+      "-> (Tensor tokens, Tensor count, Tensor logprobs, Tensor status)");
+  m.def(
+      "sample(Tensor logits, Tensor? temperature=None, Tensor? top_k=None, Tensor? top_p=None, "
+      "Tensor? min_p=None, Tensor? seed=None, Tensor? position=None, Tensor? uniforms=None) "
+      "-> (Tensor tokens, Tensor logprobs, Tensor status)");
+  m.def(
+      "draft_sample(Tensor logits, Tensor? temperature=None, Tensor? top_k=None, Tensor? top_p=None, "
+      "Tensor? min_p=None, Tensor? seed=None, Tensor? position=None, Tensor? uniforms=None, "
+      "bool return_probs=False) -> (Tensor tokens, Tensor lse, Tensor cutoff, Tensor probs, Tensor status)");
 }
 
 namespace {
@@ -16,6 +30,9 @@ void register_backend(torch::stable::detail::StableLibrary& m) {
   m.impl("dequantize", TORCH_BOX(&quantgemm::dequantize));
   m.impl("quantize", TORCH_BOX(&quantgemm::quantize));
   m.impl("quantize_activations", TORCH_BOX(&quantgemm::quantize_activations));
+  m.impl("spec_verify", TORCH_BOX(&quantgemm::spec_verify));
+  m.impl("sample", TORCH_BOX(&quantgemm::sample));
+  m.impl("draft_sample", TORCH_BOX(&quantgemm::draft_sample));
 }
 
 }  // namespace

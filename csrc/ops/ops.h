@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: MIT
 // The C++ side of torch.ops.quantgemm: one function per op, registered in module.cpp.
 #pragma once
+#include <tuple>
+
 #include "checks.h"
 
 namespace quantgemm {
@@ -8,6 +10,23 @@ namespace quantgemm {
 Tensor dequantize(Tensor blocks, int64_t qtype, ScalarType dtype);
 Tensor quantize(Tensor x, int64_t qtype, std::optional<Tensor> importance);
 Tensor quantize_activations(Tensor x);
+
+using OptTensor = std::optional<Tensor>;
+std::tuple<Tensor, Tensor, Tensor, Tensor> spec_verify(Tensor target, Tensor draft_tokens, Tensor cu_rows,
+                                                       OptTensor draft, bool target_probs, bool draft_probs,
+                                                       OptTensor draft_lse, OptTensor draft_cutoff,
+                                                       OptTensor target_to_draft, OptTensor temperature,
+                                                       OptTensor top_k, OptTensor top_p, OptTensor min_p,
+                                                       OptTensor seed, OptTensor position,
+                                                       OptTensor uniforms);
+std::tuple<Tensor, Tensor, Tensor> sample(Tensor logits, OptTensor temperature, OptTensor top_k,
+                                          OptTensor top_p, OptTensor min_p, OptTensor seed,
+                                          OptTensor position, OptTensor uniforms);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> draft_sample(Tensor logits, OptTensor temperature,
+                                                                OptTensor top_k, OptTensor top_p,
+                                                                OptTensor min_p, OptTensor seed,
+                                                                OptTensor position, OptTensor uniforms,
+                                                                bool return_probs);
 
 bool can_quantize(int64_t qtype);
 

@@ -1,0 +1,272 @@
+# SPDX-License-Identifier: MIT
+"""Speculative generation: a small model (or the text itself) drafts, the target verifies.
+
+    result = speculative_generate(target, draft, prompt_ids, max_new_tokens=64)
+    result.tokens, result.statistics.tokens_per_step
+
+`target` and `draft` are callables from ids ``[1, n]`` to logits ``[1, n, vocab]``, or transformers
+models with the same tokenizer. Whatever the draft does, the output follows the target.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from quantgemm import ops
+
+__all__ = [
+    "GenerationResult",
+    "NgramDraft",
+    "SamplingConfig",
+    "SpeculationStatistics",
+    "invert_vocabulary_map",
+    "speculative_generate",
+]
+
+Tensor = torch.Tensor
+Model = Callable[[Tensor], Any]
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 are off."""
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int = 0
+
+    def tensors(self, rows: int, device: torch.device) -> dict[str, Tensor]:
+        """The parameters as the ops take them; what is off is left out."""
+        given: dict[str, tuple[float, torch.dtype]] = {}
+        if self.temperature != 1:
+            given["temperature"] = (self.temperature, torch.float32)
+        if self.top_k:
+            given["top_k"] = (self.top_k, torch.int64)
+        if self.top_p != 1:
+            given["top_p"] = (self.top_p, torch.float32)
+        if self.min_p:
+            given["min_p"] = (self.min_p, torch.float32)
+        return {
+            name: torch.full((rows,), value, dtype=dtype, device=device)
+            for name, (value, dtype) in given.items()
+        }
+
+
+@dataclass(frozen=True)
+class NgramDraft:
+    """Drafts what followed the last tokens the last time they stood in the text: no model needed.
+
+    Tries the `longest` last tokens first, then fewer, down to `shortest`.
+    """
+
+    longest: int = 3
+    shortest: int = 1
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.shortest <= self.longest:
+            raise ValueError(
+                f"shortest: expected 1 <= shortest <= longest, got {self.shortest}, {self.longest}"
+            )
+
+    def propose(self, ids: Sequence[int], count: int) -> list[int]:
+        """At most `count` tokens that may follow `ids`."""
+        for length in range(min(self.longest, len(ids) - 1), self.shortest - 1, -1):
+            tail = list(ids[len(ids) - length :])
+            for start in range(len(ids) - length - 1, -1, -1):
+                if list(ids[start : start + length]) == tail:
+                    return list(ids[start + length : start + length + count])
+        return []
+
+
+@dataclass
+class SpeculationStatistics:
+    """What the drafts were worth."""
+
+    steps: int = 0
+    """calls of the target, one per sequence and step"""
+    emitted: int = 0
+    drafted: list[int] = field(default_factory=list)
+    """per position of a draft: how often there was one"""
+    accepted: list[int] = field(default_factory=list)
+    """per position: how often it was accepted"""
+
+    @property
+    def tokens_per_step(self) -> float:
+        return self.emitted / self.steps if self.steps else 0.0
+
+    @property
+    def mean_accepted_length(self) -> float:
+        return sum(self.accepted) / self.steps if self.steps else 0.0
+
+    @property
+    def acceptance_per_position(self) -> list[float]:
+        """Of the drafts at a position, how many were accepted."""
+        return [a / d if d else 0.0 for a, d in zip(self.accepted, self.drafted, strict=True)]
+
+    def add(self, drafted: int, accepted: int, emitted: int) -> None:
+        self.steps += 1
+        self.emitted += emitted
+        for k in range(drafted):
+            self.drafted[k] += 1
+            self.accepted[k] += k < accepted
+
+
+@dataclass(frozen=True)
+class GenerationResult:
+    tokens: list[list[int]]
+    """new tokens of each prompt"""
+    statistics: SpeculationStatistics
+
+
+def invert_vocabulary_map(draft_to_target: Tensor, vocab: int) -> Tensor:
+    """int64 ``[vocab]``: each target id's place in the draft's vocabulary, -1 = not in it.
+
+    draft_to_target: ``[draft_vocab]``, the target id of each draft id. Made once per model.
+    """
+    inverse = torch.full((vocab,), -1, dtype=torch.int64, device=draft_to_target.device)
+    inverse[draft_to_target] = torch.arange(len(draft_to_target), device=draft_to_target.device)
+    return inverse
+
+
+def speculative_generate(
+    target: Model,
+    draft: Model | NgramDraft,
+    prompts: Tensor | Sequence[Tensor],
+    max_new_tokens: int = 64,
+    num_drafts: int = 4,
+    config: SamplingConfig | None = None,
+    eos_token_id: int | None = None,
+    draft_to_target: Tensor | None = None,
+) -> GenerationResult:
+    """Tokens of the target's distribution, several per call of the target.
+
+    prompts: ids ``[n]``, or a list of such; draft_to_target: for a draft model with a smaller
+    vocabulary. The models are called on the whole text each step (they keep no cache here), one
+    sequence at a time; all sequences are verified together.
+    """
+    config = config or SamplingConfig()
+    prompts = [prompts] if isinstance(prompts, Tensor) else list(prompts)
+    if num_drafts < 0 or max_new_tokens < 0:
+        raise ValueError(
+            f"num_drafts, max_new_tokens: expected 0 or more, got {num_drafts}, {max_new_tokens}"
+        )
+    for prompt in prompts:
+        if prompt.dim() != 1 or len(prompt) == 0:
+            raise ValueError(f"prompts: expected ids of shape [n], got {list(prompt.shape)}")
+    stats = SpeculationStatistics(drafted=[0] * num_drafts, accepted=[0] * num_drafts)
+    ids = [prompt.tolist() for prompt in prompts]
+    ends = [len(i) + max_new_tokens for i in ids]
+    active = [b for b in range(len(ids)) if max_new_tokens > 0]
+    while active:
+        device = prompts[0].device
+        round_ = _Round(config, [ids[b] for b in active], active, device, draft_to_target)
+        if isinstance(draft, NgramDraft):
+            round_.look_up(draft, num_drafts)
+        else:
+            round_.draft_with(draft, num_drafts)
+        for b, new, drafted in zip(active, *round_.verify(target), strict=True):
+            accepted = len(new) - 1
+            if eos_token_id in new:
+                new = new[: new.index(eos_token_id) + 1]
+                ends[b] = len(ids[b]) + len(new)
+            new = new[: ends[b] - len(ids[b])]
+            stats.add(drafted, accepted, len(new))
+            ids[b] += new
+        active = [b for b in active if len(ids[b]) < ends[b]]
+    tokens = [i[len(prompt) :] for i, prompt in zip(ids, prompts, strict=True)]
+    return GenerationResult(tokens, stats)
+
+
+class _Round:
+    """One step of all active sequences: drafts, then verification."""
+
+    def __init__(
+        self,
+        config: SamplingConfig,
+        ids: list[list[int]],
+        sequences: list[int],
+        device: torch.device,
+        draft_to_target: Tensor | None,
+    ) -> None:
+        self.config, self.ids, self.device = config, ids, device
+        self.map = draft_to_target
+        # A token's noise belongs to its place in the text, so it does not depend on the steps.
+        self.seeds = torch.tensor([config.seed * 1_000_003 + b for b in sequences], device=device)
+        self.positions = torch.tensor([len(i) for i in ids], device=device)
+        self.drafts: list[list[int]] = [[] for _ in ids]
+        self.given: dict[str, Tensor] = {}
+
+    def look_up(self, ngram: NgramDraft, count: int) -> None:
+        self.drafts = [ngram.propose(i, count) for i in self.ids]
+
+    def draft_with(self, model: Model, count: int) -> None:
+        rows, lse, cutoff = [], [], []
+        for k in range(count):
+            logits = torch.stack(
+                [
+                    _logits(model, i + d, self.device)[-1]
+                    for i, d in zip(self.ids, self.drafts, strict=True)
+                ]
+            )
+            drawn = ops.draft_sample(
+                logits,
+                **self.config.tensors(len(logits), self.device),  # type: ignore[arg-type]
+                seed=self.seeds,
+                position=self.positions + k,
+            )
+            tokens = drawn[0] if self.map is None else self.map[drawn[0]]
+            for d, token in zip(self.drafts, tokens.tolist(), strict=True):
+                d.append(token)
+            rows.append(logits)
+            lse.append(drawn[1])
+            cutoff.append(drawn[2])
+        if count:
+            self.given = {
+                "draft": torch.stack(rows, 1),
+                "draft_lse": torch.stack(lse, 1),
+                "draft_cutoff": torch.stack(cutoff, 1),
+            }
+
+    def verify(self, target: Model) -> tuple[list[list[int]], list[int]]:
+        """New tokens of each sequence, and how many were drafted."""
+        lengths = [len(d) for d in self.drafts]
+        rows = [
+            _logits(target, i + d, self.device)[len(i) - 1 :]
+            for i, d in zip(self.ids, self.drafts, strict=True)
+        ]
+        logits, most = torch.cat(rows), max(lengths)
+        padded = [d + [-1] * (most - len(d)) for d in self.drafts]
+        given = dict(self.given)
+        if "draft" in given:
+            given["draft"] = given["draft"].to(logits.dtype)
+            if self.map is not None:
+                given["target_to_draft"] = invert_vocabulary_map(self.map, logits.shape[1])
+        starts = torch.tensor([0, *(n + 1 for n in lengths)], device=self.device).cumsum(0)
+        tokens, count, _, _ = ops.spec_verify(
+            logits,
+            torch.tensor(padded, dtype=torch.int64, device=self.device).view(len(lengths), most),
+            starts,
+            **given,  # type: ignore[arg-type]
+            **self.config.tensors(len(lengths), self.device),  # type: ignore[arg-type]
+            seed=self.seeds,
+            position=self.positions,
+        )
+        kept = zip(tokens.tolist(), count.tolist(), strict=True)
+        return [row[:n] for row, n in kept], lengths
+
+
+def _logits(model: Model, ids: list[int], device: torch.device) -> Tensor:
+    """[n, vocab] of a callable or of a transformers model."""
+    with torch.no_grad():
+        out = model(torch.tensor([ids], device=device))
+    logits = getattr(out, "logits", out)
+    if not isinstance(logits, Tensor) or logits.dim() != 3 or logits.shape[:2] != (1, len(ids)):
+        shape = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ValueError(f"model: expected logits of shape [1, {len(ids)}, vocab], got {shape}")
+    return logits[0]
