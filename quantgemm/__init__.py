@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, version
 
-from quantgemm import formats, ops
+from quantgemm import formats, ops, reference, sampling
 from quantgemm.build import BuildInfo, build_info
 from quantgemm.formats import QType
 from quantgemm.gguf import (
@@ -46,5 +46,7 @@ __all__ = [
     "open_gguf",
     "open_whisper_bin",
     "ops",
+    "reference",
+    "sampling",
     "save_gguf",
 ]
