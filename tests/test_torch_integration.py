@@ -90,6 +90,7 @@ def test_opcheck(name: str, device: str) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_compiles_without_a_break(name: str, device: str) -> None:
     op, args = op_cases(device)[name]
+    torch._dynamo.reset()  # each case is a program of its own, not a recompilation of the last
     backend = "inductor" if device == "cuda" else "aot_eager"  # no C++ compilation on the CPU
     compiled = torch.compile(lambda *a: op(*a), fullgraph=True, backend=backend)
     assert_same_bytes(compiled(*args), op(*args))

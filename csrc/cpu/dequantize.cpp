@@ -12,7 +12,8 @@ namespace {
 // A run of eight quads keeps its shifts, and is one or two groups: vector registers from bits to floats.
 template <BlockFormat F>
 QG_HD void decode_block(bytes_ptr block, float* weights) {
-  constexpr int kRun = 32, kSpan = F::kGroup < kRun ? F::kGroup : kRun;
+  constexpr int kRun = F::kElems < 32 ? F::kElems : 32, kSpan = F::kGroup < kRun ? F::kGroup : kRun;
+  static_assert(F::kElems % kRun == 0 && kRun % kSpan == 0);
 #pragma GCC unroll 8  // so that shifts are constants
   for (int r = 0; r < F::kElems; r += kRun) {
     uint32_t quads[kRun / 4];
