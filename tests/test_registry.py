@@ -61,8 +61,9 @@ blocks = np.random.default_rng(0).integers(0, 256, (5, toy.row_bytes(48)), dtype
 want = torch.from_numpy(toy.decode(blocks))
 got = torch.ops.quantgemm.dequantize(torch.from_numpy(blocks), 77)
 assert got.shape == (5, 48) and torch.equal(got, want) and want.unique().numel() > 20
-on_meta = torch.ops.quantgemm.dequantize(torch.from_numpy(blocks).to("meta"), 77)
-assert on_meta.is_meta and on_meta.shape == want.shape
+decode = lambda b: torch.ops.quantgemm.dequantize(b, 77)
+traced = torch.compile(decode, fullgraph=True, backend="eager")
+assert torch.equal(traced(torch.from_numpy(blocks)), want)
 print("TOY2 decodes")
 """
 

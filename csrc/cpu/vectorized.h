@@ -11,8 +11,7 @@ namespace quantgemm {
 #if defined(__x86_64__) && defined(__GNUC__)
 #define QG_TARGET(isa) __attribute__((target(isa)))
 
-// 256 bits wide: bodies pass data through small arrays, and a 512-bit load of two 256-bit stores waits
-// for both to reach the cache.
+// 256 bits wide, so that what a body stores in a small array is loaded again in the same width.
 template <class Body, class... Args>
 QG_TARGET("avx512f,avx512bw,avx512vl,avx512dq,prefer-vector-width=256")
 void run_avx512(Args... args) {
