@@ -50,6 +50,29 @@ struct ActivationArgs {
   Real x_type;
 };
 
+// ---- products: y[m, n] = x[m, k] · dequantize(w)[n, k]ᵀ, m tokens, n outputs, k inputs ----
+enum class GemmAlgo { kNaive, kTiled, kDp4a, kMma, kMmaQ8 };
+
+struct GemmArgs {
+  const void* x;               // [m, k] of type
+  const uint8_t* activations;  // [m, ActivationRow::bytes(k)], x as int8; for dp4a and mma_q8 alone
+  const uint8_t* w;            // [n, k / block elems · block bytes of qtype]
+  void* y;                     // [m, n] of type
+  void* scratch;               // CUDA: as many bytes as the algorithm asks for, uninitialised
+  int64_t m, n, k;
+  int64_t qtype;
+  Real type;
+};
+
+struct EmbeddingArgs {
+  const int64_t* ids;  // [num_ids], each a row of w; any other id gives a row of NaN
+  const uint8_t* w;    // [num_rows, row_blocks · block bytes of qtype]
+  void* out;           // [num_ids, row_blocks · block elems] of out_type
+  int64_t num_ids, num_rows, row_blocks;
+  int64_t qtype;
+  Real out_type;
+};
+
 // ---- sampling and speculative verification; any pointer of parameters may be null: off ----
 struct SamplingParameters {
   const float* temperature;  // [num_sequences], 0 = greedy

@@ -19,6 +19,9 @@ __all__ = [
     "activation_row_bytes",
     "dequantize",
     "draft_sample",
+    "embedding",
+    "gemm",
+    "gemm_fp32",
     "quantize",
     "quantize_activations",
     "sample",
@@ -80,6 +83,50 @@ def quantize_activations(x: torch.Tensor) -> torch.Tensor:
 @register_fake("quantgemm::quantize_activations")
 def _(x: torch.Tensor) -> torch.Tensor:
     return x.new_empty([*x.shape[:-1], activation_row_bytes(x.shape[-1])], dtype=torch.uint8)
+
+
+def gemm(x: torch.Tensor, w: torch.Tensor, qtype: int, algo: str = "auto") -> torch.Tensor:
+    """Product with quantised weights: ``y[..., n] = x[..., k] · dequantize(w)[n, k]ᵀ``.
+
+    x: float32/float16/bfloat16 ``[..., k]``; w: GGUF rows, uint8 ``[n, row_bytes]``; qtype: their
+    ggml type id. Sums are float32, y has x's dtype. algo: ``naive``, ``tiled``, ``dp4a``, ``mma``,
+    ``mma_q8``, or ``auto``, which never rounds activations, or ``auto_q8``, which may round them to
+    int8 with a scale per 32 (`explain_gemm` says what either chooses). Differentiable in x.
+    """
+    return torch.ops.quantgemm.gemm(x, w, int(qtype), algo)  # type: ignore[no-any-return]
+
+
+@register_fake("quantgemm::gemm")
+def _(x: torch.Tensor, w: torch.Tensor, qtype: int, algo: str = "auto") -> torch.Tensor:
+    return x.new_empty([*x.shape[:-1], w.shape[0]])
+
+
+def gemm_fp32(x: torch.Tensor, w: torch.Tensor, algo: str) -> torch.Tensor:
+    """The ladder's first step: float32 ``[..., k]`` times float32 ``[n, k]``, naive or tiled."""
+    return torch.ops.quantgemm.gemm_fp32(x, w, algo)  # type: ignore[no-any-return]
+
+
+@register_fake("quantgemm::gemm_fp32")
+def _(x: torch.Tensor, w: torch.Tensor, algo: str) -> torch.Tensor:
+    return x.new_empty([*x.shape[:-1], w.shape[0]])
+
+
+def embedding(
+    ids: torch.Tensor, w: torch.Tensor, qtype: int, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
+    """Rows of a quantised table, decoded: ids ``[...]``, w uint8 ``[rows, row_bytes]``.
+
+    Returns ``[..., cols]``. An id outside the table is an IndexError on the CPU; on a GPU, which
+    cannot raise without waiting for it, it gives a row of NaN.
+    """
+    return torch.ops.quantgemm.embedding(ids, w, int(qtype), dtype)  # type: ignore[no-any-return]
+
+
+@register_fake("quantgemm::embedding")
+def _(
+    ids: torch.Tensor, w: torch.Tensor, qtype: int, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
+    return w.new_empty([*ids.shape, _cols(format_by_id(qtype), w.shape[1])], dtype=dtype)
 
 
 def activation_row_bytes(cols: int) -> int:

@@ -12,6 +12,17 @@ cudaError_t launch_dequantize(const DequantizeArgs& args, cudaStream_t stream);
 cudaError_t launch_quantize(const QuantizeArgs& args, cudaStream_t stream);
 cudaError_t launch_quantize_activations(const ActivationArgs& args, cudaStream_t stream);
 
+// The ladder: each rung with the scratch memory it wants for these sizes on the current device.
+cudaError_t launch_gemm_naive(const GemmArgs& args, cudaStream_t stream);
+cudaError_t launch_gemm_tiled(const GemmArgs& args, cudaStream_t stream);
+cudaError_t launch_gemm_dp4a(const GemmArgs& args, cudaStream_t stream);
+cudaError_t launch_gemm_mma(const GemmArgs& args, cudaStream_t stream);
+cudaError_t launch_gemm_mma_q8(const GemmArgs& args, cudaStream_t stream);
+int64_t gemm_dp4a_scratch_bytes(const GemmArgs& args);
+int64_t gemm_mma_scratch_bytes(const GemmArgs& args);
+int64_t gemm_mma_q8_scratch_bytes(const GemmArgs& args);
+cudaError_t launch_embedding(const EmbeddingArgs& args, cudaStream_t stream);
+
 // Rows of logits: maxima, sums and cutoffs into args.strips, of this many bytes (row_laws.cuh).
 int64_t verify_scratch_bytes(const VerifyArgs& args);
 cudaError_t launch_row_laws(const VerifyArgs& args, cudaStream_t stream);

@@ -44,6 +44,8 @@ struct BF16 : PlainNumber<30, uint16_t> {
   QG_HD static float value(bytes_ptr e) { return bfloat16_to_float(load<uint16_t, 2>(e)); }
 };
 
+inline constexpr int kFloat32Type = F32::kType;  // what float32 matrices are when read as rows of bytes
+
 using PlainFormats = FormatList<F32, F16, BF16, F64, I8, I16, I32, I64>;
 
 using BlockFormats = FormatList<Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q8_1, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, Q8_K,  //

@@ -53,6 +53,11 @@ void check_implemented(bool ok, const Parts&... message) {
   if (!ok) raise(PyExc_NotImplementedError, concat(message...));
 }
 
+template <class... Parts>
+void check_index(bool ok, const Parts&... message) {
+  if (!ok) raise(PyExc_IndexError, concat(message...));
+}
+
 inline std::string shape_of(const Tensor& t) {
   std::string text = "[";
   for (int64_t i = 0; i < t.dim(); ++i) text += (i ? ", " : "") + std::to_string(t.size(i));
@@ -94,10 +99,15 @@ inline void check_device(const char* name, const Tensor& t) {
   check_implemented(t.is_cpu() || t.is_cuda(), name, ": expected a CPU or CUDA tensor");
 }
 
+inline std::string device_of(const Tensor& t) {
+  return t.is_cuda() ? "cuda:" + std::to_string(t.get_device()) : "cpu";
+}
+
 // Rows of a format: what a type id means for sizes.
 struct RowFormat {
   std::string name;
   int64_t elems, bytes;
+  bool plain;
 };
 
 template <class... Lists, class Fn>
@@ -107,7 +117,8 @@ bool visit_formats(int64_t qtype, Fn&& f) {
 
 inline RowFormat check_qtype(int64_t qtype) {
   RowFormat row;
-  const bool found = visit_formats(qtype, [&](auto f) { row = {f.kName, f.kElems, f.kBytes}; });
+  const bool found =
+      visit_formats(qtype, [&](auto f) { row = {f.kName, f.kElems, f.kBytes, PlainFormat<decltype(f)>}; });
   if (!found) {
     std::string known;
     const auto list = [&](auto f) { known += concat(known.empty() ? "" : ", ", f.kName, " = ", f.kType); };

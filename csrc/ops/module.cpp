@@ -2,12 +2,16 @@
 // Table of contents. Ops: schema once, one implementation for the CPU and CUDA backends (each op
 // branches at its end). The Python module itself carries only what is not an op: the format table,
 // by which the tests compare C++ and Python, and what was built.
+#include "../gemm_select.h"
 #include "ops.h"
 
 STABLE_TORCH_LIBRARY(quantgemm, m) {
   m.def("dequantize(Tensor blocks, int qtype, ScalarType dtype=float) -> Tensor");
   m.def("quantize(Tensor x, int qtype, Tensor? importance=None) -> Tensor");
   m.def("quantize_activations(Tensor x) -> Tensor");
+  m.def("gemm(Tensor x, Tensor w, int qtype, str algo='auto') -> Tensor");
+  m.def("gemm_fp32(Tensor x, Tensor w, str algo) -> Tensor");
+  m.def("embedding(Tensor ids, Tensor w, int qtype, ScalarType dtype=float) -> Tensor");
   m.def(
       "spec_verify(Tensor target, Tensor draft_tokens, Tensor cu_rows, Tensor? draft=None, "
       "bool target_probs=False, bool draft_probs=False, Tensor? draft_lse=None, Tensor? draft_cutoff=None, "
@@ -30,6 +34,9 @@ void register_backend(torch::stable::detail::StableLibrary& m) {
   m.impl("dequantize", TORCH_BOX(&quantgemm::dequantize));
   m.impl("quantize", TORCH_BOX(&quantgemm::quantize));
   m.impl("quantize_activations", TORCH_BOX(&quantgemm::quantize_activations));
+  m.impl("gemm", TORCH_BOX(&quantgemm::gemm));
+  m.impl("gemm_fp32", TORCH_BOX(&quantgemm::gemm_fp32));
+  m.impl("embedding", TORCH_BOX(&quantgemm::embedding));
   m.impl("spec_verify", TORCH_BOX(&quantgemm::spec_verify));
   m.impl("sample", TORCH_BOX(&quantgemm::sample));
   m.impl("draft_sample", TORCH_BOX(&quantgemm::draft_sample));
@@ -75,10 +82,32 @@ py::dict build_info() {
   return info;
 }
 
+// What `auto` chooses for a product, why, and which algorithms could serve it.
+py::dict choose_gemm(int64_t m, int64_t n, int64_t k, int64_t qtype, const std::string& dtype, int arch,
+                     bool may_round) {
+  const RowFormat row = check_qtype(qtype);
+  const Real type = dtype == "float32"   ? Real::kFloat32
+                    : dtype == "float16" ? Real::kFloat16
+                                         : Real::kBFloat16;
+  const GemmProblem problem{m, n, k, row.plain, row.elems, type, arch};
+  const GemmChoice choice = select_gemm(problem, may_round);
+  py::dict result, obstacles;
+  for (const GemmAlgo algo : kGemmAlgos) {
+    const char* obstacle = gemm_obstacle(algo, problem);
+    obstacles[name_of(algo)] = obstacle == nullptr ? py::object(py::none()) : py::object(py::str(obstacle));
+  }
+  result["algo"] = name_of(choice.algo);
+  result["reason"] = choice.reason;
+  result["obstacles"] = obstacles;
+  return result;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "quantgemm's compiled module: importing it registers torch.ops.quantgemm";
   m.def("format_table", &format_table, "Every GGUF type as the C++ kernels know it");
+  m.def("select_gemm", &choose_gemm,
+        "Choice of gemm_select.h for sizes, type id, dtype name and 10 x capability");
   m.def("build_info", &build_info, "Compiler, CUDA version and architectures of this build");
 }

@@ -10,6 +10,9 @@ namespace quantgemm {
 Tensor dequantize(Tensor blocks, int64_t qtype, ScalarType dtype);
 Tensor quantize(Tensor x, int64_t qtype, std::optional<Tensor> importance);
 Tensor quantize_activations(Tensor x);
+Tensor gemm(Tensor x, Tensor w, int64_t qtype, std::string algo);
+Tensor gemm_fp32(Tensor x, Tensor w, std::string algo);
+Tensor embedding(Tensor ids, Tensor w, int64_t qtype, ScalarType dtype);
 
 using OptTensor = std::optional<Tensor>;
 std::tuple<Tensor, Tensor, Tensor, Tensor> spec_verify(Tensor target, Tensor draft_tokens, Tensor cu_rows,

@@ -1,0 +1,9 @@
+// SPDX-License-Identifier: MIT
+#include "launch.h"
+
+namespace quantgemm {
+
+int64_t gemm_mma_q8_scratch_bytes(const GemmArgs&) { return 0; }
+cudaError_t launch_gemm_mma_q8(const GemmArgs&, cudaStream_t) { return cudaErrorNotSupported; }
+
+}  // namespace quantgemm

@@ -1,0 +1,81 @@
+// SPDX-License-Identifier: MIT
+// Which algorithm multiplies: pure functions of the problem, without a CUDA call, so that they are
+// tested where there is no GPU. `auto` never rounds activations; `auto_q8` may (to int8 per 32).
+#pragma once
+#include <optional>
+#include <string>
+
+#include "args.h"
+#include "formats/activation.h"
+
+namespace quantgemm {
+
+struct GemmProblem {
+  int64_t m, n, k;
+  bool plain;           // w is unquantised
+  int64_t block_elems;  // of w's format
+  Real type;            // of x and y
+  int arch;             // 10 · compute capability, e.g. 90; 0 = the CPU
+};
+
+struct GemmChoice {
+  GemmAlgo algo;
+  const char* reason;
+};
+
+inline constexpr GemmAlgo kGemmAlgos[] = {GemmAlgo::kNaive, GemmAlgo::kTiled, GemmAlgo::kDp4a, GemmAlgo::kMma,
+                                          GemmAlgo::kMmaQ8};
+
+inline const char* name_of(GemmAlgo algo) {
+  switch (algo) {
+    case GemmAlgo::kNaive: return "naive";
+    case GemmAlgo::kTiled: return "tiled";
+    case GemmAlgo::kDp4a: return "dp4a";
+    case GemmAlgo::kMma: return "mma";
+    case GemmAlgo::kMmaQ8: return "mma_q8";
+  }
+  return "";
+}
+
+inline bool rounds_activations(GemmAlgo algo) { return algo == GemmAlgo::kDp4a || algo == GemmAlgo::kMmaQ8; }
+
+// Why an algorithm cannot serve a problem; null if it can.
+inline const char* gemm_obstacle(GemmAlgo algo, const GemmProblem& p) {
+  if (rounds_activations(algo) && p.plain) return "integer products need quantised weights";
+  if (rounds_activations(algo) && p.block_elems % ActivationRow::kGroup != 0)
+    return "activations have a scale per 32 values, which is no multiple of this type's block";
+  if (algo == GemmAlgo::kMma || algo == GemmAlgo::kMmaQ8) {
+    if (p.arch == 0) return "the CPU has no tensor cores";
+    if (p.arch < 80) return "mma.sync with cp.async needs compute capability 8.0";
+  }
+  if (algo == GemmAlgo::kMma) {
+    if (p.type == Real::kFloat32) return "tensor cores would round float32 activations";
+    if (p.plain) return "weights are not quantised";
+    if (p.block_elems % 32 != 0) return "blocks are shorter than a step of 32 along k";
+  }
+  return nullptr;
+}
+
+inline GemmChoice select_gemm(const GemmProblem& p, bool may_round) {
+  const auto can = [&](GemmAlgo algo) { return gemm_obstacle(algo, p) == nullptr; };
+  if (p.arch == 0) {
+    if (may_round && can(GemmAlgo::kDp4a))
+      return {GemmAlgo::kDp4a, "int8 dot products read a quarter of float32"};
+    return {GemmAlgo::kTiled, "vector float32 arithmetic on decoded weights"};
+  }
+  if (may_round && p.m <= 8 && can(GemmAlgo::kDp4a))
+    return {GemmAlgo::kDp4a,
+            "few tokens: reading the weights is the limit, int8 dot products keep up with it"};
+  if (can(GemmAlgo::kMma)) return {GemmAlgo::kMma, "tensor cores, activations kept as they are"};
+  return {GemmAlgo::kTiled, "float32 arithmetic: tensor cores cannot keep this precision or type"};
+}
+
+// Algorithms that can serve a problem, e.g. "naive, tiled".
+inline std::string able_gemms(const GemmProblem& p) {
+  std::string names;
+  for (const GemmAlgo algo : kGemmAlgos)
+    if (gemm_obstacle(algo, p) == nullptr) names += (names.empty() ? "" : ", ") + std::string(name_of(algo));
+  return names;
+}
+
+}  // namespace quantgemm
