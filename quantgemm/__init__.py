@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, version
 
-from quantgemm import formats, ops, reference, sampling
+from quantgemm import formats, nn, ops, reference, sampling
 from quantgemm.build import BuildInfo, build_info
 from quantgemm.formats import QType
 from quantgemm.gguf import (
@@ -26,6 +26,8 @@ from quantgemm.gguf import (
     open_whisper_bin,
     save_gguf,
 )
+from quantgemm.nn import QuantEmbedding, QuantLinear, ReplaceReport, replace_linear
+from quantgemm.plan import GemmPlan, explain_gemm
 
 try:
     __version__ = version("quantgemm")
@@ -39,14 +41,21 @@ __all__ = [
     "GGUFTensor",
     "GGUFValue",
     "GGUFWriter",
+    "GemmPlan",
     "QType",
+    "QuantEmbedding",
+    "QuantLinear",
+    "ReplaceReport",
     "__version__",
     "build_info",
+    "explain_gemm",
     "formats",
+    "nn",
     "open_gguf",
     "open_whisper_bin",
     "ops",
     "reference",
+    "replace_linear",
     "sampling",
     "save_gguf",
 ]
