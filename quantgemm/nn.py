@@ -87,9 +87,25 @@ class QuantModule(torch.nn.Module):
         self._mark_type()
 
     def _mark_type(self) -> None:
-        self.weight_type = torch.full(
-            (), self._type_id, dtype=torch.int32, device=self.weight.device
-        )
+        """Makes weight_type beside the weight, and remembers that it is right."""
+        place = self.weight.device
+        self.weight_type = torch.full((), self._type_id, dtype=torch.int32, device=place)
+        self._seen_type = self.weight_type  # the object: copies and pickles keep the relation
+
+    def _check_type(self) -> None:
+        """Loaders that put tensors into modules one by one, as accelerate's, ask nobody.
+
+        So a weight_type that was not made here is looked at once, when the layer is first used:
+        Q4_0 and Q4_K rows have as many bytes, and the other's numbers would be noise.
+        """
+        kind = self.weight_type
+        if kind is self._seen_type or type(kind) is not torch.Tensor or kind.is_meta:
+            return
+        if kind.is_cuda and torch.cuda.is_current_stream_capturing():
+            return
+        if problem := self._unfit({"weight_type": kind}, ""):
+            raise ValueError(f"{type(self).__name__}: {problem}")
+        self._seen_type = kind
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         def move(tensor: torch.Tensor) -> torch.Tensor:
@@ -98,8 +114,10 @@ class QuantModule(torch.nn.Module):
             keep = not tensor.is_floating_point() and moved.dtype != tensor.dtype
             return tensor.to(moved.device) if keep else moved
 
+        ours = self.weight_type is self._seen_type
         super()._apply(move, recurse)  # type: ignore[no-untyped-call]
-        self._mark_type()  # to_empty() has just made it garbage
+        if ours:
+            self._mark_type()  # to_empty() has just made it garbage
         return self
 
     def _load_from_state_dict(
@@ -183,6 +201,8 @@ class QuantLinear(QuantModule):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x ``[..., in_features]`` to y ``[..., out_features]``."""
+        if not torch.compiler.is_compiling():
+            self._check_type()
         y = ops.gemm(x, self.weight, self._type_id, self.algo)
         # In place: y is nobody else's, keeps its dtype, and is rounded once where bias is wider.
         return y if self.bias is None else y.add_(self.bias)
@@ -287,6 +307,8 @@ class QuantEmbedding(QuantModule):
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """ids int64 or int32 ``[...]`` to ``[..., embedding_dim]``."""
+        if not torch.compiler.is_compiling():
+            self._check_type()
         return ops.embedding(ids, self.weight, self._type_id, self.dtype)
 
     @classmethod

@@ -580,6 +580,24 @@ def quant_mlp_of_zeros() -> nn.Module:
     return nn.Sequential(QuantLinear(64, 96, "Q8_0"), nn.GELU(), QuantLinear(96, 64, "Q8_0"))
 
 
+def test_a_wrong_type_from_a_loader_that_does_not_ask(tmp_path: Path) -> None:
+    """Rows of Q4_0 and Q4_K are equally long: no check of shapes would find out."""
+    accelerate = pytest.importorskip("accelerate")
+    from safetensors.torch import save_file
+
+    model = nn.Sequential(quant_linear("Q4_0"), nn.Identity())
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    with accelerate.init_empty_weights():
+        other = nn.Sequential(QuantLinear(256, 24, "Q4_K"), nn.Identity())
+    where = {"0": "cpu", "1": "cpu"}
+    accelerate.load_checkpoint_in_model(other, str(tmp_path / "model.safetensors"), where)
+    wrong = r"QuantLinear: weight_type: expected 12 \(Q4_K\), got 2 \(Q4_0\)"
+    for _ in range(2):
+        with pytest.raises(ValueError, match=wrong):
+            other(random(1, 256))
+        other.half().float()  # does not hide it
+
+
 class LoRA(nn.Module):
     def __init__(self, base: nn.Module, rank: int = 4) -> None:
         super().__init__()
