@@ -924,3 +924,17 @@ def test_accelerate_offloads_from_a_gpu() -> None:
     assert got.is_cuda
     assert_close(got.cpu(), want)
     assert model[0].weight.is_meta
+
+
+@pytest.mark.cuda
+def test_a_backward_pass_decodes_a_part_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = QuantLinear(4096, 4096, "Q4_0", bias=False, device="cuda")
+    x = torch.ones(1, 4096, device="cuda", requires_grad=True)
+    y = layer(x)
+    monkeypatch.setattr(ops, "DECODED_BYTES", 1 << 20)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    y.sum().backward()
+    extra = torch.cuda.max_memory_allocated() - before
+    assert extra < 32 << 20, "the whole weight would be 64 MiB of float32"
