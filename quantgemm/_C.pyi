@@ -16,5 +16,14 @@ class RawBuildInfo(TypedDict):
     cuda_architectures: str
     torch_abi: str
 
+class RawGemmChoice(TypedDict):
+    algo: str
+    reason: str
+    obstacles: dict[str, str | None]
+    rounding: list[str]
+
 def format_table() -> list[FormatRow]: ...
 def build_info() -> RawBuildInfo: ...
+def select_gemm(
+    m: int, n: int, k: int, qtype: int, dtype: str, arch: int, may_round: bool
+) -> RawGemmChoice: ...

@@ -26,6 +26,8 @@ from quantgemm.gguf import (
     open_whisper_bin,
     save_gguf,
 )
+from quantgemm.nn import QuantEmbedding, QuantLinear, ReplaceReport, replace_linear
+from quantgemm.plan import GemmPlan, explain_gemm
 
 try:
     __version__ = version("quantgemm")
@@ -39,14 +41,20 @@ __all__ = [
     "GGUFTensor",
     "GGUFValue",
     "GGUFWriter",
+    "GemmPlan",
     "QType",
+    "QuantEmbedding",
+    "QuantLinear",
+    "ReplaceReport",
     "__version__",
     "build_info",
+    "explain_gemm",
     "formats",
     "open_gguf",
     "open_whisper_bin",
     "ops",
     "reference",
+    "replace_linear",
     "sampling",
     "save_gguf",
 ]

@@ -3,6 +3,7 @@
 
 The C++ op checks its arguments and raises; what stands here adds nothing on the way in. The shape
 rules (`register_fake`) let `torch.compile` and `torch.export` see through an op without running it.
+`gemm` has its gradient and its rule under `torch.autocast` here too.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
+from torch.autograd import forward_ad
 
 import quantgemm._C  # noqa: F401  registers the ops
 from quantgemm.formats import Format, format_by_id
@@ -29,6 +31,10 @@ __all__ = [
 ]
 
 Shape = TypeVar("Shape", bound=Callable[..., Any])
+
+# Weights that a backward pass decodes at a time: less than a large matrix as floats, and enough
+# columns of it that the product with each part still runs at full speed.
+DECODED_BYTES = 128 << 20
 
 
 def register_fake(op: str) -> Callable[[Shape], Shape]:
@@ -91,14 +97,78 @@ def gemm(x: torch.Tensor, w: torch.Tensor, qtype: int, algo: str = "auto") -> to
     x: float32/float16/bfloat16 ``[..., k]``; w: GGUF rows, uint8 ``[n, row_bytes]``; qtype: their
     ggml type id. Sums are float32, y has x's dtype. algo: ``naive``, ``tiled``, ``dp4a``, ``mma``,
     ``mma_q8``, or ``auto``, which never rounds activations, or ``auto_q8``, which may round them to
-    int8 with a scale per 32 (`explain_gemm` says what either chooses). Differentiable in x.
+    int8 with a scale per 32 (`explain_gemm` says what either chooses).
+
+    Differentiable in x, also twice: the gradient is ``grad_y · dequantize(w)`` in x's dtype, as if
+    no algorithm rounded activations. Under `torch.autocast` x is cast as `nn.Linear` casts it.
     """
-    return torch.ops.quantgemm.gemm(x, w, int(qtype), algo)  # type: ignore[no-any-return]
+    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad):
+        return torch.ops.quantgemm.gemm(x, w, int(qtype), algo)  # type: ignore[no-any-return]
+    if forward_ad._current_level >= 0 and _tangent(x) is not None:
+        # torch gives custom ops no place for this rule and would drop the tangent without a word.
+        raise NotImplementedError("gemm has no forward-mode derivative: use torch.autograd.grad")
+    # The autograd rule below is Python: without need of it, a call costs half as much.
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.quantgemm.gemm(x, w, int(qtype), algo)  # type: ignore[no-any-return]
 
 
 @register_fake("quantgemm::gemm")
 def _(x: torch.Tensor, w: torch.Tensor, qtype: int, algo: str = "auto") -> torch.Tensor:
     return x.new_empty([*x.shape[:-1], w.shape[0]])
+
+
+def _tangent(x: torch.Tensor) -> torch.Tensor | None:
+    return forward_ad.unpack_dual(x).tangent  # type: ignore[no-any-return, no-untyped-call]
+
+
+def _save_weights(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    _, w, ctx.qtype, _ = inputs
+    ctx.save_for_backward(w)
+
+
+def _gemm_backward(ctx: Any, grad_y: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+    """grad_x ``[..., k]`` of grad_y ``[..., n]``, made of ops that autograd can follow again.
+
+    Parts are columns of w, not rows: each column of grad_x is one finished sum of its own, so what
+    is decoded at a time changes the memory, not the rounding.
+    """
+    (w,) = ctx.saved_tensors
+    fmt = format_by_id(ctx.qtype)
+    num_blocks = w.shape[1] // fmt.block_bytes
+    decoded_bytes = max(1, w.shape[0] * fmt.block_elems * grad_y.element_size())
+    step = max(1, DECODED_BYTES // decoded_bytes) * fmt.block_bytes
+    if num_blocks * fmt.block_bytes <= step:
+        return grad_y @ dequantize(w, ctx.qtype, grad_y.dtype), None, None, None
+    parts = [
+        grad_y @ dequantize(w[:, i : i + step], ctx.qtype, grad_y.dtype)
+        for i in range(0, w.shape[1], step)
+    ]
+    return torch.cat(parts, -1), None, None, None
+
+
+torch.library.register_autograd("quantgemm::gemm", _gemm_backward, setup_context=_save_weights)
+
+# The rules live as long as this object does.
+_autocast_rules = torch.library.Library("quantgemm", "FRAGMENT")  # type: ignore[no-untyped-call]
+
+
+def _register_autocast(device_type: str, key: str) -> None:
+    """torch.library.register_autocast with the dtype of the region instead of a fixed one."""
+
+    def gemm_in_autocast(
+        x: torch.Tensor, w: torch.Tensor, qtype: int, algo: str = "auto"
+    ) -> torch.Tensor:
+        # float64 stays, as torch's own rule has it: the op then says what it takes.
+        if x.device.type == device_type and x.is_floating_point() and x.dtype != torch.float64:
+            x = x.to(torch.get_autocast_dtype(device_type))
+        with torch.autocast(device_type, enabled=False):
+            return torch.ops.quantgemm.gemm(x, w, qtype, algo)  # type: ignore[no-any-return]
+
+    _autocast_rules.impl("gemm", gemm_in_autocast, key)  # type: ignore[no-untyped-call]
+
+
+_register_autocast("cpu", "AutocastCPU")
+_register_autocast("cuda", "AutocastCUDA")
 
 
 def gemm_fp32(x: torch.Tensor, w: torch.Tensor, algo: str) -> torch.Tensor:

@@ -92,13 +92,16 @@ py::dict choose_gemm(int64_t m, int64_t n, int64_t k, int64_t qtype, const std::
   const GemmProblem problem{m, n, k, row.plain, row.elems, type, arch};
   const GemmChoice choice = select_gemm(problem, may_round);
   py::dict result, obstacles;
+  py::list rounding;
   for (const GemmAlgo algo : kGemmAlgos) {
     const char* obstacle = gemm_obstacle(algo, problem);
     obstacles[name_of(algo)] = obstacle == nullptr ? py::object(py::none()) : py::object(py::str(obstacle));
+    if (rounds_activations(algo)) rounding.append(name_of(algo));
   }
   result["algo"] = name_of(choice.algo);
   result["reason"] = choice.reason;
   result["obstacles"] = obstacles;
+  result["rounding"] = rounding;  // the algorithms that make x int8 first
   return result;
 }
 
