@@ -149,20 +149,24 @@ QG_HD SuperScales<G> search_scales_and_minima(const SearchBlock& block, ScaleRan
   for (int trial = 0; trial < kTrials + kRounds; ++trial) {
     const int round = trial - kTrials;
     if (trial == kOwnTrials) scales = other_scales, minima = other_minima;
+    float inverse = 0, inverse_min = 0;
     if (trial == 0) {
       now.d = shared_scale(scales, curvatures, block, range);
       now.dmin = shared_scale(minima, weights, block, range);
+      inverse = inverse_or_zero(now.d.value), inverse_min = inverse_or_zero(now.dmin.value);
     } else if (round < 0) {
       const bool is_own = trial < kOwnTrials;
       const float aim = is_own ? 1 - 0.1f * static_cast<float>((trial - 1) % kAimsOfD) : 1.0f;
       const float aim_min = is_own && trial > kAimsOfD ? 0.85f : 1.0f;
-      now.d = half_scale(scales.extreme() / (range.high * aim), block);
-      now.dmin = half_scale(minima.extreme() / (range.high * aim_min), block);
+      const float largest = scales.extreme(), largest_min = minima.extreme();
+      now.d = half_scale(largest / (range.high * aim), block);
+      now.dmin = half_scale(largest_min / (range.high * aim_min), block);
+      inverse = largest > 0 ? range.high * aim / largest : 0.0f;
+      inverse_min = largest_min > 0 ? range.high * aim_min / largest_min : 0.0f;
     } else if (round == 0) {
       now = best;
     }
     const float d = now.d.value, dmin = now.dmin.value;
-    const float inverse = inverse_or_zero(d), inverse_min = inverse_or_zero(dmin);
     const int reach = round < 0 ? 0 : round == 0 ? 4 : 1;
     // Normal equations of x ≈ d · (s q) − dmin · m over the block.
     float total = 0, ss = 0, sm = 0, mm = 0, xs = 0, xm = 0;
@@ -182,7 +186,8 @@ QG_HD SuperScales<G> search_scales_and_minima(const SearchBlock& block, ScaleRan
         // With these codes the best minimum is the mean of scale · q − x; its neighbours and the one
         // at the start, too.
         const CodeMoments codes = code_moments<Levels>(group, inverse_or_zero(d * s_try), offset);
-        const float middle = range.nearest((codes.q * (d * s_try) - plain.x) / plain.one, inverse_min);
+        const float middle =
+            range.nearest((codes.q * (d * s_try) - plain.x) / plain.one, inverse_or_zero(dmin));
         for (int j = -1; j <= 2; ++j) {
           const float m_try = j == 2 ? start_m : clamp(middle + static_cast<float>(j), range.low, range.high);
           const float e = squared_error<Levels>(group, d * s_try, -(dmin * m_try));

@@ -140,7 +140,7 @@ struct Encoder<Q6_K> {
     using Levels = UniformLevels<-32, 31>;
     const SearchBlock search = search_block<256>(x, importance);
     const auto scales = search_scales<Levels, 16, 16>(search, {-128, 127}, kSeedsOf6Bits,
-                                                      ReferenceScale<Levels>{{-32, -0.1f, 9}});
+                                                      ReferenceScale<Levels, false>{{-32, -0.1f, 9}});
     const SuperCodes<Levels, 16, 16> codes{search, scales};
     for (int half = 0; half < 2; ++half) {
       const auto of_half = [&](int i) { return codes(128 * half + i); };
@@ -158,7 +158,7 @@ struct Encoder<IQ4_XS> {
   QG_HD static void encode(const float* x, const float* importance, uint8_t* block) {
     const SearchBlock search = search_block<256>(x, importance);
     const auto scales = search_scales<Iq4Levels, 32, 8>(search, {-32, 31}, kSeedsOfIq4,
-                                                        ReferenceScale<Iq4Levels>{kLandingsOfIq4});
+                                                        ReferenceScale<Iq4Levels, true>{kLandingsOfIq4});
     const SuperCodes<Iq4Levels, 32, 8> codes{search, scales};
     uint32_t low = 0, high = 0;
     for (int g = 0; g < 8; ++g) {
@@ -178,7 +178,7 @@ struct Encoder<IQ4_NL> {
   QG_HD static void encode(const float* x, const float* importance, uint8_t* block) {
     const SearchBlock search = search_block<32>(x, importance);
     const Group<32> group = search.group<32>(0);
-    const float other = ReferenceScale<Iq4Levels>{kLandingsOfIq4}(group);
+    const float other = ReferenceScale<Iq4Levels, true>{kLandingsOfIq4}(group);
     const HalfScale d = search_half_scale<Iq4Levels>(search, group, kSeedsOfIq4, other);
     store<2>(block, d.bits);
     write_nibbles<2, 16>(block + 2, [&](int j) {
