@@ -59,7 +59,7 @@ QG_HD SuperScales<G> search_scales(const SearchBlock& block, ScaleRange range, S
   for (int g = 0; g < G; ++g) {
     const Group<N> group = block.group<N>(g);
     own.of[g] = fit_scale<Levels>(group, seeds).scale;
-    other.of[g] = reference(group);
+    other.of[g] = reference(block.group_in_units<N>(g, 1)) * block.to_unit;
   }
   // Step 2 is done by trial: eight d that take the largest scale to aim, … three quarters of it.
   constexpr int kOwnTrials = 8, kTrials = kOwnTrials + 1;
@@ -139,8 +139,8 @@ QG_HD SuperScales<G> search_scales_and_minima(const SearchBlock& block, ScaleRan
     const AffineFit fit = fit_affine<Levels, N, false>(group, plain, seeds);
     scales.of[g] = fit.scale, curvatures.of[g] = fit.curvature;
     minima.of[g] = -fit.offset, weights.of[g] = plain.one;
-    const ScaleAndMinimum other = reference(group);
-    other_scales.of[g] = other.scale, other_minima.of[g] = other.minimum;
+    const ScaleAndMinimum other = reference(block.group_in_units<N>(g, 1));
+    other_scales.of[g] = other.scale * block.to_unit, other_minima.of[g] = other.minimum * block.to_unit;
   }
   // Step 2: where rounding is fine the curvatures tell its cost. Where it is coarse (one group far
   // larger than the rest) they mislead, so pairs (d, dmin) that aim lower are tried as well.
@@ -222,13 +222,12 @@ QG_HD SuperScales<G> search_scales_and_minima(const SearchBlock& block, ScaleRan
 }
 
 // ---- a block that is one group: the scale itself is a half, and so is the offset ----
-// other: a scale that is tried as well.
-template <class Levels, int N>
-QG_HD HalfScale search_half_scale(const SearchBlock& block, const Group<N>& group, Seeds seeds, float other) {
-  HalfScale best;
-  if (block.vanishes) return best;
+template <class Levels, int N, class Reference>
+QG_HD HalfScale search_half_scale(const SearchBlock& block, Seeds seeds, Reference reference) {
+  if (block.vanishes) return {};
+  const Group<N> group = block.group<N>(0);
   const float extreme = group_extreme(group);
-  best = half_scale(other, block);
+  HalfScale best = half_scale(reference(block.group_in_units<N>(0, 1)) * block.to_unit, block);
   float least = squared_error<Levels>(group, best.value, 0);
   for (int k = 0; k < 2 * seeds.count + kRounds; ++k) {
     const float inverse =

@@ -177,9 +177,8 @@ struct Encoder<IQ4_NL> {
   static constexpr bool kUsesImportance = true;
   QG_HD static void encode(const float* x, const float* importance, uint8_t* block) {
     const SearchBlock search = search_block<32>(x, importance);
-    const Group<32> group = search.group<32>(0);
-    const float other = ReferenceScale<Iq4Levels, true>{kLandingsOfIq4}(group);
-    const HalfScale d = search_half_scale<Iq4Levels>(search, group, kSeedsOfIq4, other);
+    const HalfScale d = search_half_scale<Iq4Levels, 32>(search, kSeedsOfIq4,
+                                                         ReferenceScale<Iq4Levels, true>{kLandingsOfIq4});
     store<2>(block, d.bits);
     write_nibbles<2, 16>(block + 2, [&](int j) {
       return Iq4Levels::codes(search.group<8>(j / 8).x[0] * inverse_or_zero(d.value));

@@ -3,7 +3,8 @@
 // are its own. scale_search.h mostly does better, but not always: the searches of block_search.h try
 // these fits as well and keep what has the smallest true error, so that no block gets worse than
 // ggml's. For that the weighting, the guesses and even the order of sums and products stay what they
-// are there: among equally good fits, of a constant group say, rounding decides.
+// are there, and groups come in units of their own: among equally good fits, of a constant group say,
+// rounding decides, and above 1e5 overflow.
 #pragma once
 #include <cmath>
 
@@ -70,6 +71,14 @@ struct ReferenceScale {
           scale = xq.v[k] / qq.v[k], best = scale * xq.v[k];
     }
     return scale;
+  }
+};
+
+// For types that ggml has a closed form for.
+struct NoReference {
+  template <int N>
+  QG_HD float operator()(const Group<N>&) const {
+    return 0;
   }
 };
 

@@ -65,12 +65,16 @@ struct SearchBlock {
   // under importance keeps a group that nobody asked for well defined.
   template <int N>
   QG_HD Group<N> group(int g) const {
+    return group_in_units<N>(g, to_unit);
+  }
+  template <int N>
+  QG_HD Group<N> group_in_units(int g, float unit) const {
     Group<N> result;
     QG_UNROLL
     for (int i = 0; i < N / 8; ++i) {
       const Floats finite =
           at_least(at_most(not_nan(load8(x + N * g + 8 * i)), kLargestFloat), -kLargestFloat);
-      result.x[i] = finite * to_unit;
+      result.x[i] = finite * unit;
       result.w[i] = broadcast(1);
       if (importance)
         result.w[i] =
