@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""What ggml makes of a weight matrix in the types whose scales it searches for: an independent numpy
-version of its searches, in float32 and with its order of additions, so that most bits come out the
+"""What ggml makes of a weight matrix in the types whose scales it searches for: a numpy version of
+its reference encoders, in float32 and with their order of additions, so that all bits come out the
 same. And rows on which searches part: `stress_rows`."""
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def scale_and_minimum(
 
 
 def scale_by_guesses(x: np.ndarray, landings: list[F32], levels) -> np.ndarray:
-    """x ≈ scale · level, errors weighted by x²: regressions with the extreme landing here and there."""
+    """x ≈ scale · level, errors weighted by x²: regressions with the extreme on several levels."""
     weights, largest = x * x, extreme(x)
     best = scale = None
     for landing in landings:
@@ -94,7 +94,7 @@ def scale_by_guesses(x: np.ndarray, landings: list[F32], levels) -> np.ndarray:
 
 
 def scale_by_descent(x: np.ndarray) -> np.ndarray:
-    """The three-bit search: codes are changed one at a time while the error, weighted by x², falls."""
+    """The three-bit search: codes change one at a time while the error, weighted by x², falls."""
     weights, largest = x * x, extreme(x)
     q = np.clip(nearest(-4 / largest * x), -4, 3)
     xq, qq = added(weights * x * q), added(weights * q * q)
@@ -117,7 +117,7 @@ def in_groups(x: np.ndarray, size: int) -> np.ndarray:
     return np.ascontiguousarray(x.reshape(-1, size).T)
 
 
-def with_minima(x: np.ndarray, size: int, high: int, steps: int, range_of_scales: int) -> np.ndarray:
+def with_minima(x: np.ndarray, size: int, high: int, steps: int, last: int) -> np.ndarray:
     groups = in_groups(x, size)
     weights = np.abs(groups)
     if size == 32:
@@ -128,9 +128,9 @@ def with_minima(x: np.ndarray, size: int, high: int, steps: int, range_of_scales
     for fit in fits:
         fit = fit.reshape(-1, 256 // size)
         largest = np.maximum(fit.max(axis=1, keepdims=True), 0)
-        inverse = np.where(largest > 0, range_of_scales / largest, F32(0))
-        integers = np.minimum(nearest(inverse * fit), range_of_scales)
-        steps_of.append((half(largest / range_of_scales) * integers).ravel())
+        inverse = np.where(largest > 0, last / largest, F32(0))
+        integers = np.minimum(nearest(inverse * fit), last)
+        steps_of.append((half(largest / last) * integers).ravel())
     d, minimum = steps_of
     q = np.clip(nearest((groups + minimum) / np.where(d == 0, F32(1), d)), 0, high)
     return (d * q - minimum).T.reshape(x.shape)
@@ -140,7 +140,9 @@ def without_minima(x: np.ndarray, size: int, scale: np.ndarray, low: int, levels
     scale = scale.reshape(-1, 256 // size)
     largest = np.take_along_axis(scale, np.abs(scale).argmax(axis=1)[:, None], axis=1)
     d = np.where(largest == 0, F32(0), 1 / (low / largest))
-    integers = np.clip(nearest(low / np.where(largest == 0, F32(1), largest) * scale), low, -low - 1)
+    integers = np.clip(
+        nearest(low / np.where(largest == 0, F32(1), largest) * scale), low, -low - 1
+    )
     steps = (half(d) * integers).ravel()
     # What finds the codes: for IQ4 the scale before it became a half.
     exact = (d * integers).ravel() if levels is iq4 else steps
@@ -194,6 +196,7 @@ def stress_rows(count: int, cols: int, seed: int = 0) -> dict[str, np.ndarray]:
         return 10 ** rng.uniform(-spread, 0, (count, cols // size)).repeat(size, axis=1)
 
     where = np.arange(cols) / cols
+    means = rng.standard_normal((count, cols // 32))
     start, slope = rng.uniform(-1, 1, (2, count, 1))
     rows = {
         "gaussian": x,
@@ -222,7 +225,7 @@ def stress_rows(count: int, cols: int, seed: int = 0) -> dict[str, np.ndarray]:
         "two scales": x * rng.choice([0.01, 1], shape),
         "groups of 16": x * per_group(16, 3),
         "groups of 32": x * per_group(32, 3),
-        "shifted groups": x * per_group(32, 1) + rng.standard_normal((count, cols // 32)).repeat(32, 1),
+        "shifted groups": x * per_group(32, 1) + means.repeat(32, axis=1),
         "quantised": np.round(2 * x) / 4 * per_group(32, 2),
         "bfloat16": (x.astype(F32).view(np.uint32) & 0xFFFF0000).view(F32),
     }  # fmt: skip

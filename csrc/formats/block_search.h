@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT
 // Scales of a whole block. A super-block of G groups stores one half d (and dmin) and per group a
 // small integer s (and m):  weight = (d · s) · q − (dmin · m). Searched in three steps:
-//   1. every group alone, with real scales (scale_search.h);
-//   2. a d for which rounding those to integers costs least;
+//   1. every group alone, with real scales (scale_search.h, reference_fits.h);
+//   2. trials of d: some that suit the first fits, and the one that ggml takes for the second;
 //   3. rounds: in each group try integers around the last ones with the best codes for each, then
 //      regress d (and dmin) over all groups. The best round, by its true squared error, is kept.
 #pragma once
@@ -70,7 +70,8 @@ QG_HD SuperScales<G> search_scales(const SearchBlock& block, ScaleRange range, S
       const bool is_own = trial < kOwnTrials;
       const GroupScales<G>& scales = is_own ? own : other;
       const int step = is_own ? static_cast<int>(range.aim()) / 24 * trial : 0;
-      const float inverse = (range.aim() - static_cast<float>(step)) * inverse_or_zero(scales.extreme());
+      const float largest = scales.extreme(), aim = range.aim() - static_cast<float>(step);
+      const float inverse = largest != 0 ? aim / largest : 0.0f;
       now.d = half_scale(inverse_or_zero(inverse), block);
       for (int g = 0; g < G; ++g) now.s[g] = static_cast<int8_t>(range.nearest(scales.of[g], inverse));
     } else if (round == 0) {

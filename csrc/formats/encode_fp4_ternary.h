@@ -85,9 +85,10 @@ struct Encoder<NVFP4> {
       block[g] = e4m3_from(largest_magnitude<16>(group) / 6.0f);
       const float scale = NVFP4::affine(block, g).scale;
       const float unit = scale > 0 ? scale : 0x1p127f;  // a group that vanished: codes 0
-      Ints low = fp4_codes(load8(group), unit), high = fp4_codes(load8(group + 8), unit);
-      if (block[g] == kLargestE4m3)
-        low = saturated_fp4_codes(load8(group), unit), high = saturated_fp4_codes(load8(group + 8), unit);
+      const auto codes = [&](const float* x8) {
+        return block[g] == kLargestE4m3 ? saturated_fp4_codes(load8(x8), unit) : fp4_codes(load8(x8), unit);
+      };
+      const Ints low = codes(group), high = codes(group + 8);
       store<4>(block + 4 + 8 * g, low_bytes(low | (high << 4)));
     }
   }

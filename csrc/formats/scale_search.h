@@ -4,7 +4,7 @@
 // best code is the nearest level. A seed guesses where the largest weight lands on the levels: each
 // seed is rounded and regressed once, and the best is polished by repeating the two steps. Without
 // importance w = 1: the plain squared error is what is minimised, no weight counts more.
-// Only + − × / and comparisons, in a fixed order: CPU and GPU get the same bits.
+// Only + − × / √ and comparisons, in a fixed order: CPU and GPU get the same bits.
 #pragma once
 #include "lanes.h"
 
