@@ -137,18 +137,21 @@ def with_minima(x: np.ndarray, size: int, high: int, steps: int, last: int) -> n
 
 
 def without_minima(x: np.ndarray, size: int, scale: np.ndarray, low: int, levels) -> np.ndarray:
-    scale = scale.reshape(-1, 256 // size)
+    scale, groups = scale.reshape(-1, 256 // size), in_groups(x, size)
     largest = np.take_along_axis(scale, np.abs(scale).argmax(axis=1)[:, None], axis=1)
-    d = np.where(largest == 0, F32(0), 1 / (low / largest))
-    integers = np.clip(
-        nearest(low / np.where(largest == 0, F32(1), largest) * scale), low, -low - 1
-    )
-    steps = (half(d) * integers).ravel()
-    # What finds the codes: for IQ4 the scale before it became a half.
-    exact = (d * integers).ravel() if levels is iq4 else steps
-    groups = in_groups(x, size)
-    q = levels(groups / np.where(exact == 0, F32(1), exact))
-    return (steps * q).T.reshape(x.shape)
+    largest = np.where(largest == 0, F32(np.inf), largest)  # nothing but zeros: d becomes 0
+    if levels is iq4:  # found with the scale before it becomes a half
+        d = np.where(np.isinf(largest), F32(0), largest / low)
+        integers = np.clip(nearest(1 / np.where(d == 0, F32(np.inf), d) * scale), low, -low - 1)
+        step = (d * integers).ravel()
+        q = levels(1 / np.where(step == 0, F32(np.inf), step) * groups)
+    else:
+        inverse = low / largest
+        d = np.where(inverse == 0, F32(0), 1 / inverse)
+        integers = np.clip(nearest(inverse * scale), low, -low - 1)
+        step = (half(d) * integers).ravel()
+        q = levels(groups / np.where(step == 0, F32(1), step))
+    return ((half(d) * integers).ravel() * q).T.reshape(x.shape)
 
 
 def levels_of(bits: int):
