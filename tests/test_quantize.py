@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import BLOCK_FORMATS, DEVICES, SHARED
+from ggml_search import decoded_by_ggml, stress_rows
 
 from quantgemm import ops
 from quantgemm.formats import FORMATS, Format, QType
@@ -105,6 +106,25 @@ def test_bytes_of_pypi_gguf(fmt: Format, device: str) -> None:
         assert np.array_equal(quantize(x, fmt, device=device), want), name
 
 
+@on_devices
+@types(["NVFP4"])
+def test_weights_above_the_largest_nvfp4_scale(fmt: Format, device: str) -> None:
+    """ggml takes the first of the sixteen levels whose distance, a float32, is least: among weights
+    that no longer feel the levels that is the zero."""
+    rng = np.random.default_rng(0)
+    x = 2.0 ** rng.uniform(11, 127, (64, 64)) * rng.choice([-1, 1], (64, 64))
+    x = np.concatenate([x, rng.integers(-4000, 4000, (64, 64)), np.full((1, 64), np.inf)])
+    x = x.astype(np.float32)
+    x[:, ::16] = 3000
+    blocks = quantize(x, fmt, device=device)
+    assert (blocks[:, :4] == 0x7E).all()
+    levels = np.array([0, 1, 2, 3, 4, 6, 8, 12], np.float32) * 224
+    levels = np.concatenate([levels, -levels])
+    want = np.abs(levels - x[..., None]).argmin(axis=-1).reshape(-1, 4, 2, 8)
+    packed = blocks[:, 4:].reshape(-1, 4, 8)
+    assert np.array_equal(packed, want[:, :, 0] | want[:, :, 1] << 4)
+
+
 @needs_vectors
 @on_devices
 @types(SEARCHED)
@@ -115,6 +135,39 @@ def test_row_errors_against_ggml(fmt: Format, device: str) -> None:
     floor = 1e-7 * rms(source)  # where ggml has no error at all
     for row in range(len(source)):
         assert ours[row] <= 1.002 * ggml[row] + floor[row], f"row {row}"
+
+
+@needs_vectors
+@types(SEARCHED)
+def test_oracle_is_ggml(fmt: Format) -> None:
+    """ggml_search.py has every bit of what ggml's bytes decode to."""
+    source, _, decoded = golden(fmt)
+    assert np.array_equal(decoded_by_ggml(source, fmt.name), decoded)
+
+
+@on_devices
+@types(SEARCHED)
+@pytest.mark.parametrize(("count", "cols"), [(60, 256), (6, 1024)])
+def test_row_errors_of_difficult_rows(fmt: Format, count: int, cols: int, device: str) -> None:
+    for name, x in stress_rows(count, cols, seed=cols).items():
+        ours = rms(fmt.decode(quantize(x, fmt, device=device)) - x)
+        ggml = rms(decoded_by_ggml(x, fmt.name) - x)
+        too_large = ours > 1.002 * ggml + 1e-7 * rms(x)
+        assert not too_large.any(), f"{name}, rows {np.flatnonzero(too_large)}"
+
+
+@types(SEARCHED)
+@pytest.mark.parametrize("factor", [1e-9, 1e-5, 1e6, 1e8])
+def test_row_errors_far_from_one(fmt: Format, factor: float) -> None:
+    """Halves lose bits below, float32 sums overflow above."""
+    for name, x in stress_rows(8, 256, seed=1).items():
+        x = x * np.float32(factor)
+        ours = rms(fmt.decode(quantize(x, fmt)) - x)
+        with np.errstate(all="ignore"):
+            ggml = rms(decoded_by_ggml(x, fmt.name) - x)
+        representable = np.isfinite(ggml)
+        too_large = ours > 1.002 * ggml + 1e-7 * rms(x)
+        assert not too_large[representable].any(), f"{name}, rows {np.flatnonzero(too_large)}"
 
 
 @types(SEARCHED)

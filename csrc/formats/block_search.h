@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: MIT
 // Scales of a whole block. A super-block of G groups stores one half d (and dmin) and per group a
 // small integer s (and m):  weight = (d · s) · q − (dmin · m). Searched in three steps:
-//   1. every group alone, with real scales (scale_search.h);
-//   2. a d for which rounding those to integers costs least;
+//   1. every group alone, with real scales (scale_search.h, reference_fits.h);
+//   2. trials of d: some that suit the first fits, and the one that ggml takes for the second;
 //   3. rounds: in each group try integers around the last ones with the best codes for each, then
 //      regress d (and dmin) over all groups. The best round, by its true squared error, is kept.
 #pragma once
-#include "scale_search.h"
+#include "reference_fits.h"
 
 namespace quantgemm {
 
@@ -33,38 +33,56 @@ QG_HD SuperScales<G> zero_scales() {
   return scales;
 }
 
+// Scales (or minima) of the groups before they become integers.
+template <int G>
+struct GroupScales {
+  float of[G];
+  QG_HD float extreme() const {  // the first of largest magnitude
+    float result = 0;
+    for (int g = 0; g < G; ++g)
+      if (of[g] * of[g] > result * result) result = of[g];
+    return result;
+  }
+};
+
 constexpr float kNoError = 0x1p127f;  // larger than every squared error
 constexpr int kRounds = 3;
 
 // ---- weight = (d · s) · q ----
-template <class Levels, int N, int G>
-QG_HD SuperScales<G> search_scales(const SearchBlock& block, ScaleRange range, Seeds seeds) {
+// reference(group): the scale of reference_fits.h.
+template <class Levels, int N, int G, class Reference>
+QG_HD SuperScales<G> search_scales(const SearchBlock& block, ScaleRange range, Seeds seeds,
+                                   Reference reference) {
   SuperScales<G> best = zero_scales<G>(), now = best;
   if (block.vanishes) return best;
-  float scale[G];
-  float largest = 0;
+  GroupScales<G> own, other;
   for (int g = 0; g < G; ++g) {
-    scale[g] = fit_scale<Levels>(block.group<N>(g), seeds).scale;
-    if (scale[g] * scale[g] > largest * largest) largest = scale[g];
+    const Group<N> group = block.group<N>(g);
+    own.of[g] = fit_scale<Levels>(group, seeds).scale;
+    other.of[g] = reference(block.group_in_units<N>(g, 1)) * block.to_unit;
   }
   // Step 2 is done by trial: eight d that take the largest scale to aim, … three quarters of it.
-  constexpr int kTrials = 8;
+  constexpr int kOwnTrials = 8, kTrials = kOwnTrials + 1;
   float least = kNoError;
   for (int trial = 0; trial < kTrials + kRounds; ++trial) {
     const int round = trial - kTrials;
     if (round < 0) {
-      const int step = static_cast<int>(range.aim()) / 24 * trial;
-      now.d = half_scale(largest / (range.aim() - static_cast<float>(step)), block);
+      const bool is_own = trial < kOwnTrials;
+      const GroupScales<G>& scales = is_own ? own : other;
+      const int step = is_own ? static_cast<int>(range.aim()) / 24 * trial : 0;
+      const float largest = scales.extreme(), aim = range.aim() - static_cast<float>(step);
+      const float inverse = largest != 0 ? aim / largest : 0.0f;
+      now.d = half_scale(inverse_or_zero(inverse), block);
+      for (int g = 0; g < G; ++g) now.s[g] = static_cast<int8_t>(range.nearest(scales.of[g], inverse));
     } else if (round == 0) {
-      now.d = best.d;
+      now = best;
     }
-    const float inverse = inverse_or_zero(now.d.value);
     const int reach = round == 0 ? 8 : 1;
     float total = 0, xq = 0, qq = 0;
     bool moved = false;
     for (int g = 0; g < G; ++g) {
       const Group<N> group = block.group<N>(g);
-      const float start = range.nearest(scale[g], inverse);
+      const float start = now.s[g];
       float least_here = kNoError, s = start;
       for (int k = -reach; k <= reach; ++k) {
         const float candidate = clamp(start + static_cast<float>(k), range.low, range.high);
@@ -76,7 +94,6 @@ QG_HD SuperScales<G> search_scales(const SearchBlock& block, ScaleRange range, S
       if (round < 0) continue;
       const CodeMoments m = code_moments<Levels>(group, inverse_or_zero(now.d.value * s), 0);
       xq += m.xq * s, qq += m.qq * s * s;
-      scale[g] = now.d.value * s;
       moved |= s != start;
     }
     if (total < least) least = total, best = now;
@@ -90,17 +107,11 @@ QG_HD SuperScales<G> search_scales(const SearchBlock& block, ScaleRange range, S
 
 // ---- weight = (d · s) · q − (dmin · m) ----
 
-template <int G>
-QG_HD float largest_scale(const ScaleFit (&fits)[G]) {
-  float largest = 0;
-  for (int g = 0; g < G; ++g) largest = fits[g].scale > largest ? fits[g].scale : largest;
-  return largest;
-}
-
 // A half d such that integers times d come nearest to the scales, weighted by their curvatures.
 template <int G>
-QG_HD HalfScale shared_scale(const ScaleFit (&fits)[G], const SearchBlock& block, ScaleRange range) {
-  const float largest = largest_scale(fits);
+QG_HD HalfScale shared_scale(const GroupScales<G>& scales, const GroupScales<G>& curvatures,
+                             const SearchBlock& block, ScaleRange range) {
+  const float largest = scales.extreme();
   HalfScale best;
   float least = kNoError;
   for (float aim = range.high; aim >= 0.65f * range.high; aim -= 1) {
@@ -108,45 +119,55 @@ QG_HD HalfScale shared_scale(const ScaleFit (&fits)[G], const SearchBlock& block
     const float inverse = inverse_or_zero(d.value);
     float cost = 0;
     for (int g = 0; g < G; ++g) {
-      const float e = fits[g].scale - d.value * range.nearest(fits[g].scale, inverse);
-      cost += e * e * fits[g].curvature;
+      const float e = scales.of[g] - d.value * range.nearest(scales.of[g], inverse);
+      cost += e * e * curvatures.of[g];
     }
     if (cost < least) least = cost, best = d;
   }
   return best;
 }
 
-template <class Levels, int N, int G>
-QG_HD SuperScales<G> search_scales_and_minima(const SearchBlock& block, ScaleRange range, Seeds seeds) {
+// reference(group): the scale and minimum of reference_fits.h.
+template <class Levels, int N, int G, class Reference>
+QG_HD SuperScales<G> search_scales_and_minima(const SearchBlock& block, ScaleRange range, Seeds seeds,
+                                              Reference reference) {
   SuperScales<G> best = zero_scales<G>(), now = best;
   if (block.vanishes) return best;
-  ScaleFit scales[G], minima[G];
+  GroupScales<G> scales, minima, curvatures, weights, other_scales, other_minima;
   for (int g = 0; g < G; ++g) {
     const Group<N> group = block.group<N>(g);
     const PlainMoments plain = plain_moments(group);
     const AffineFit fit = fit_affine<Levels, N, false>(group, plain, seeds);
-    scales[g].scale = fit.scale, scales[g].curvature = fit.curvature;
-    minima[g].scale = -fit.offset, minima[g].curvature = plain.one;
+    scales.of[g] = fit.scale, curvatures.of[g] = fit.curvature;
+    minima.of[g] = -fit.offset, weights.of[g] = plain.one;
+    const ScaleAndMinimum other = reference(block.group_in_units<N>(g, 1));
+    other_scales.of[g] = other.scale * block.to_unit, other_minima.of[g] = other.minimum * block.to_unit;
   }
   // Step 2: where rounding is fine the curvatures tell its cost. Where it is coarse (one group far
   // larger than the rest) they mislead, so pairs (d, dmin) that aim lower are tried as well.
-  constexpr int kAimsOfD = 4, kTrials = 1 + 2 * kAimsOfD;
-  const float largest = largest_scale(scales), largest_min = largest_scale(minima);
-  now.d = shared_scale(scales, block, range);
-  now.dmin = shared_scale(minima, block, range);
+  constexpr int kAimsOfD = 4, kOwnTrials = 1 + 2 * kAimsOfD, kTrials = kOwnTrials + 1;
   float least = kNoError;
   for (int trial = 0; trial < kTrials + kRounds; ++trial) {
     const int round = trial - kTrials;
-    if (trial > 0 && round < 0) {
-      const float aim = 1 - 0.1f * static_cast<float>((trial - 1) % kAimsOfD);
-      const float aim_min = trial <= kAimsOfD ? 1.0f : 0.85f;
+    if (trial == kOwnTrials) scales = other_scales, minima = other_minima;
+    float inverse = 0, inverse_min = 0;
+    if (trial == 0) {
+      now.d = shared_scale(scales, curvatures, block, range);
+      now.dmin = shared_scale(minima, weights, block, range);
+      inverse = inverse_or_zero(now.d.value), inverse_min = inverse_or_zero(now.dmin.value);
+    } else if (round < 0) {
+      const bool is_own = trial < kOwnTrials;
+      const float aim = is_own ? 1 - 0.1f * static_cast<float>((trial - 1) % kAimsOfD) : 1.0f;
+      const float aim_min = is_own && trial > kAimsOfD ? 0.85f : 1.0f;
+      const float largest = scales.extreme(), largest_min = minima.extreme();
       now.d = half_scale(largest / (range.high * aim), block);
       now.dmin = half_scale(largest_min / (range.high * aim_min), block);
+      inverse = largest > 0 ? range.high * aim / largest : 0.0f;
+      inverse_min = largest_min > 0 ? range.high * aim_min / largest_min : 0.0f;
     } else if (round == 0) {
-      now.d = best.d, now.dmin = best.dmin;
+      now = best;
     }
     const float d = now.d.value, dmin = now.dmin.value;
-    const float inverse = inverse_or_zero(d), inverse_min = inverse_or_zero(dmin);
     const int reach = round < 0 ? 0 : round == 0 ? 4 : 1;
     // Normal equations of x ≈ d · (s q) − dmin · m over the block.
     float total = 0, ss = 0, sm = 0, mm = 0, xs = 0, xm = 0;
@@ -154,15 +175,22 @@ QG_HD SuperScales<G> search_scales_and_minima(const SearchBlock& block, ScaleRan
     for (int g = 0; g < G; ++g) {
       const Group<N> group = block.group<N>(g);
       const PlainMoments plain = plain_moments(group);
-      const float start = range.nearest(scales[g].scale, inverse);
-      float least_here = kNoError, s = start, m = 0;
+      if (round < 0) {
+        now.s[g] = static_cast<int8_t>(range.nearest(scales.of[g], inverse));
+        now.m[g] = static_cast<int8_t>(range.nearest(minima.of[g], inverse_min));
+      }
+      const float start = now.s[g], start_m = now.m[g];
+      const float offset = round < 0 ? -minima.of[g] : -(dmin * start_m);
+      float least_here = kNoError, s = start, m = start_m;
       for (int k = -reach; k <= reach; ++k) {
         const float s_try = clamp(start + static_cast<float>(k), range.low, range.high);
-        // With these codes the best minimum is the mean of scale · q − x; its neighbours, too.
-        const CodeMoments codes = code_moments<Levels>(group, inverse_or_zero(d * s_try), -minima[g].scale);
-        const float middle = range.nearest((codes.q * (d * s_try) - plain.x) / plain.one, inverse_min);
-        for (int j = -1; j <= 1; ++j) {
-          const float m_try = clamp(middle + static_cast<float>(j), range.low, range.high);
+        // With these codes the best minimum is the mean of scale · q − x; its neighbours and the one
+        // at the start, too.
+        const CodeMoments codes = code_moments<Levels>(group, inverse_or_zero(d * s_try), offset);
+        const float middle =
+            range.nearest((codes.q * (d * s_try) - plain.x) / plain.one, inverse_or_zero(dmin));
+        for (int j = -1; j <= 2; ++j) {
+          const float m_try = j == 2 ? start_m : clamp(middle + static_cast<float>(j), range.low, range.high);
           const float e = squared_error<Levels>(group, d * s_try, -(dmin * m_try));
           if (e < least_here) least_here = e, s = s_try, m = m_try;
         }
@@ -173,8 +201,7 @@ QG_HD SuperScales<G> search_scales_and_minima(const SearchBlock& block, ScaleRan
       const CodeMoments codes = code_moments<Levels>(group, inverse_or_zero(d * s), -(dmin * m));
       ss += codes.qq * s * s, sm += codes.q * s * m, mm += plain.one * m * m;
       xs += codes.xq * s, xm += plain.x * m;
-      scales[g].scale = d * s, minima[g].scale = dmin * m;
-      moved |= s != start;
+      moved |= s != start || m != start_m;
     }
     if (total < least) least = total, best = now;
     if (round < 0) continue;
@@ -196,13 +223,13 @@ QG_HD SuperScales<G> search_scales_and_minima(const SearchBlock& block, ScaleRan
 }
 
 // ---- a block that is one group: the scale itself is a half, and so is the offset ----
-template <class Levels, int N>
-QG_HD HalfScale search_half_scale(const SearchBlock& block, Seeds seeds) {
-  HalfScale best;
-  if (block.vanishes) return best;
+template <class Levels, int N, class Reference>
+QG_HD HalfScale search_half_scale(const SearchBlock& block, Seeds seeds, Reference reference) {
+  if (block.vanishes) return {};
   const Group<N> group = block.group<N>(0);
   const float extreme = group_extreme(group);
-  float least = kNoError;
+  HalfScale best = half_scale(reference(block.group_in_units<N>(0, 1)) * block.to_unit, block);
+  float least = squared_error<Levels>(group, best.value, 0);
   for (int k = 0; k < 2 * seeds.count + kRounds; ++k) {
     const float inverse =
         k < 2 * seeds.count ? seeds.landing<Levels>(k) / extreme : inverse_or_zero(best.value);

@@ -21,6 +21,19 @@ QG_HD Ints fp4_codes(const Floats& x, float unit) {
   return index + (above(x * -1.0f, 0.5f * unit) << 3);
 }
 
+// The same where x may lie far above the last level: |x| less a level is rounded then, and the first
+// of the levels that come equally near is taken, above 2^28 · unit and at infinity the zero.
+QG_HD Ints saturated_fp4_codes(const Floats& x, float unit) {
+  constexpr float kLevels[8] = {0, 1, 2, 3, 4, 6, 8, 12};
+  const Floats size = magnitude(x), least = size - 12 * unit;
+  const auto is_worse = [&](int i) { return above(size - kLevels[i] * unit - least, 0); };
+  Ints index{};
+  QG_UNROLL
+  for (int i = 0; i < 7; ++i)
+    index = index + above(size, 0.5f * (kLevels[i] + kLevels[i + 1]) * unit) * is_worse(i);
+  return index + ((above(x * -1.0f, 0.5f * unit) * is_worse(0)) << 3);
+}
+
 // floor(log2 x), where log2 is rounded to float32 first: a number a few units in the last place
 // below a power of two counts as that power, which is what the makers of GGUF files compute.
 QG_HD int floor_log2(float x) {
@@ -48,18 +61,18 @@ struct Encoder<MXFP4> {
   }
 };
 
-// The e4m3 number nearest to x ≥ 0 (halves up), as GGUF files have it: 256 and above are 448, and
-// weights out of its reach get the largest code.
+// The e4m3 number nearest to x ≥ 0 (halves up), as GGUF files have it: 256 and above are 448.
+constexpr uint8_t kLargestE4m3 = 0x7e;
 QG_HD uint8_t e4m3_from(float x) {
   const uint32_t bits = bit_cast<uint32_t>(x);
   const int exponent = static_cast<int>(bits >> 23) - 120;
-  if (!(x < 256.0f)) return 0x7e;
+  if (!(x < 256.0f)) return kLargestE4m3;
   if (exponent <= 0) {
     const int steps = static_cast<int>(x * 512.0f + 0.5f);
     return static_cast<uint8_t>(steps < 7 ? steps : 7);
   }
   const uint32_t rounded = ((static_cast<uint32_t>(exponent) << 4 | ((bits >> 19) & 15)) + 1) >> 1;
-  return static_cast<uint8_t>(rounded < 0x78 ? rounded : 0x7e);
+  return static_cast<uint8_t>(rounded < 0x78 ? rounded : kLargestE4m3);
 }
 
 template <>
@@ -72,7 +85,10 @@ struct Encoder<NVFP4> {
       block[g] = e4m3_from(largest_magnitude<16>(group) / 6.0f);
       const float scale = NVFP4::affine(block, g).scale;
       const float unit = scale > 0 ? scale : 0x1p127f;  // a group that vanished: codes 0
-      const Ints low = fp4_codes(load8(group), unit), high = fp4_codes(load8(group + 8), unit);
+      const auto codes = [&](const float* x8) {
+        return block[g] == kLargestE4m3 ? saturated_fp4_codes(load8(x8), unit) : fp4_codes(load8(x8), unit);
+      };
+      const Ints low = codes(group), high = codes(group + 8);
       store<4>(block + 4 + 8 * g, low_bytes(low | (high << 4)));
     }
   }

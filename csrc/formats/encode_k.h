@@ -15,6 +15,7 @@ constexpr Seeds kSeedsOf2Bits{0.85f, -0.3f, 8};     // scale and minimum
 constexpr Seeds kSeedsOf3Bits{1.1f, -0.06f, 8};     // scale alone
 constexpr Seeds kSeedsOf6Bits{1.04f, -0.015f, 12};  // scale alone
 constexpr Seeds kSeedsOfIq4{1.1f, -0.03f, 14};
+constexpr Landings kLandingsOfIq4{127, 1, 7};
 
 // Stored codes of weights i … i+7, nearest to x under the chosen scales of their group.
 template <class Levels, int N, int G>
@@ -51,7 +52,8 @@ struct Encoder<Q2_K> {
   QG_HD static void encode(const float* x, const float* importance, uint8_t* block) {
     using Levels = UniformLevels<0, 3>;
     const SearchBlock search = search_block<256>(x, importance);
-    const auto scales = search_scales_and_minima<Levels, 16, 16>(search, {0, 15}, kSeedsOf2Bits);
+    const auto scales = search_scales_and_minima<Levels, 16, 16>(
+        search, {0, 15}, kSeedsOf2Bits, ReferenceAffine<Levels, Emphasis::kMagnitude>{{-0.5f, 16}});
     const SuperCodes<Levels, 16, 16> codes{search, scales};
     for (int g = 0; g < 16; ++g) block[g] = static_cast<uint8_t>(scales.s[g] | scales.m[g] << 4);
     for (int half = 0; half < 2; ++half)
@@ -67,7 +69,8 @@ struct Encoder<Q3_K> {
   QG_HD static void encode(const float* x, const float* importance, uint8_t* block) {
     using Levels = UniformLevels<-4, 3>;
     const SearchBlock search = search_block<256>(x, importance);
-    const auto scales = search_scales<Levels, 16, 16>(search, {-32, 31}, kSeedsOf3Bits);
+    const auto scales =
+        search_scales<Levels, 16, 16>(search, {-32, 31}, kSeedsOf3Bits, ReferenceDescent<Levels>{});
     const SuperCodes<Levels, 16, 16> codes{search, scales};
     for (int l = 0; l < 32; l += 8) {
       Ints third = codes(l) >> 2;
@@ -105,8 +108,10 @@ struct EncoderOf32Groups {
   static constexpr bool kUsesImportance = true;
   QG_HD static void encode(const float* x, const float* importance, uint8_t* block) {
     using Levels = UniformLevels<0, (1 << Bits) - 1>;
+    constexpr Guesses kGuesses = Bits == 4 ? Guesses{-1, 21} : Guesses{-0.5f, 16};
     const SearchBlock search = search_block<256>(x, importance);
-    const auto scales = search_scales_and_minima<Levels, 32, 8>(search, {0, 63}, kAffineSeeds);
+    const auto scales = search_scales_and_minima<Levels, 32, 8>(
+        search, {0, 63}, kAffineSeeds, ReferenceAffine<Levels, Emphasis::kMagnitudeAndMean>{kGuesses});
     const SuperCodes<Levels, 32, 8> codes{search, scales};
     write_scales_and_minima(block, scales);
     uint8_t* nibbles = block + 16;
@@ -134,7 +139,8 @@ struct Encoder<Q6_K> {
   QG_HD static void encode(const float* x, const float* importance, uint8_t* block) {
     using Levels = UniformLevels<-32, 31>;
     const SearchBlock search = search_block<256>(x, importance);
-    const auto scales = search_scales<Levels, 16, 16>(search, {-128, 127}, kSeedsOf6Bits);
+    const auto scales = search_scales<Levels, 16, 16>(search, {-128, 127}, kSeedsOf6Bits,
+                                                      ReferenceScale<Levels, false>{{-32, -0.1f, 9}});
     const SuperCodes<Levels, 16, 16> codes{search, scales};
     for (int half = 0; half < 2; ++half) {
       const auto of_half = [&](int i) { return codes(128 * half + i); };
@@ -151,7 +157,8 @@ struct Encoder<IQ4_XS> {
   static constexpr bool kUsesImportance = true;
   QG_HD static void encode(const float* x, const float* importance, uint8_t* block) {
     const SearchBlock search = search_block<256>(x, importance);
-    const auto scales = search_scales<Iq4Levels, 32, 8>(search, {-32, 31}, kSeedsOfIq4);
+    const auto scales = search_scales<Iq4Levels, 32, 8>(search, {-32, 31}, kSeedsOfIq4,
+                                                        ReferenceScale<Iq4Levels, true>{kLandingsOfIq4});
     const SuperCodes<Iq4Levels, 32, 8> codes{search, scales};
     uint32_t low = 0, high = 0;
     for (int g = 0; g < 8; ++g) {
@@ -170,7 +177,8 @@ struct Encoder<IQ4_NL> {
   static constexpr bool kUsesImportance = true;
   QG_HD static void encode(const float* x, const float* importance, uint8_t* block) {
     const SearchBlock search = search_block<32>(x, importance);
-    const HalfScale d = search_half_scale<Iq4Levels, 32>(search, kSeedsOfIq4);
+    const HalfScale d = search_half_scale<Iq4Levels, 32>(search, kSeedsOfIq4,
+                                                         ReferenceScale<Iq4Levels, true>{kLandingsOfIq4});
     store<2>(block, d.bits);
     write_nibbles<2, 16>(block + 2, [&](int j) {
       return Iq4Levels::codes(search.group<8>(j / 8).x[0] * inverse_or_zero(d.value));

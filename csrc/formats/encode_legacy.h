@@ -43,7 +43,7 @@ struct SymmetricEncoder {
     if (importance) {
       using Levels = UniformLevels<-kHalf, kHalf - 1>;
       const SearchBlock search = search_block<32>(x, importance);
-      const HalfScale d = search_half_scale<Levels, 32>(search, {1.1f, -0.03f, 10});
+      const HalfScale d = search_half_scale<Levels, 32>(search, {1.1f, -0.03f, 10}, NoReference{});
       store<2>(block, d.bits);
       return write_codes_of_32<2, Bits>(block + 2, [&](int i) {
         return Levels::codes(search.group<8>(i / 8).x[0] * inverse_or_zero(d.value));

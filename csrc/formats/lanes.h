@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT
 // Eight numbers at once, for the encoders: a vector register where g++ compiles, eight registers of
-// one thread in CUDA code. Lanes mix only in sum, largest and smallest, whose order is fixed, so
-// every machine computes the same bits. That assumes no contraction to fused multiply-add: encoders
-// are compiled with -ffp-contract=off and --fmad=false.
+// one thread in CUDA code. Lanes mix only in sum, largest and smallest, whose order is fixed, and
+// where encoders read single ones, so every machine computes the same bits. That assumes no
+// contraction to fused multiply-add: encoders are compiled with -ffp-contract=off and --fmad=false.
 #pragma once
 #include "portable.h"
 

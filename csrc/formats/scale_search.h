@@ -4,7 +4,7 @@
 // best code is the nearest level. A seed guesses where the largest weight lands on the levels: each
 // seed is rounded and regressed once, and the best is polished by repeating the two steps. Without
 // importance w = 1: the plain squared error is what is minimised, no weight counts more.
-// Only + − × / and comparisons, in a fixed order: CPU and GPU get the same bits.
+// Only + − × / √ and comparisons, in a fixed order: CPU and GPU get the same bits.
 #pragma once
 #include "lanes.h"
 
@@ -65,12 +65,16 @@ struct SearchBlock {
   // under importance keeps a group that nobody asked for well defined.
   template <int N>
   QG_HD Group<N> group(int g) const {
+    return group_in_units<N>(g, to_unit);
+  }
+  template <int N>
+  QG_HD Group<N> group_in_units(int g, float unit) const {
     Group<N> result;
     QG_UNROLL
     for (int i = 0; i < N / 8; ++i) {
       const Floats finite =
           at_least(at_most(not_nan(load8(x + N * g + 8 * i)), kLargestFloat), -kLargestFloat);
-      result.x[i] = finite * to_unit;
+      result.x[i] = finite * unit;
       result.w[i] = broadcast(1);
       if (importance)
         result.w[i] =
@@ -173,17 +177,33 @@ struct Seeds {
 
 constexpr Seeds kAffineSeeds{0.7f, -0.35f, 6};  // for codes of 4 or 5 bits
 
-// The number of largest magnitude, with its sign.
+struct Span {
+  float low, high;
+};
 template <int N>
-QG_HD float group_extreme(const Group<N>& group) {
-  Floats high = broadcast(0), low = broadcast(0);
+QG_HD Span group_span(const Group<N>& group) {
+  Floats high = group.x[0], low = group.x[0];
   QG_UNROLL
-  for (int i = 0; i < N / 8; ++i) {
+  for (int i = 1; i < N / 8; ++i) {
     high = larger(high, group.x[i]);
     low = smaller(low, group.x[i]);
   }
-  const float top = largest(high), bottom = smallest(low);
-  return top > -bottom ? top : bottom;
+  return {smallest(low), largest(high)};
+}
+
+// The number of largest magnitude, with its sign; the first of several.
+template <int N>
+QG_HD float group_extreme(const Group<N>& group) {
+  const auto [low, high] = group_span(group);
+  float result = high > -low ? high : low;
+  if (high == -low) {
+    QG_UNROLL
+    for (int i = N - 1; i >= 0; --i) {
+      const float x = group.x[i / 8].v[i % 8];
+      if (x == high || x == low) result = x;
+    }
+  }
+  return result;
 }
 
 // x ≈ scale · q. Curvature: what a small change of the scale adds to the error, over its square.
@@ -216,13 +236,7 @@ struct AffineFit {
 };
 template <class Levels, int N, bool FreeOffset>
 QG_HD AffineFit fit_affine(const Group<N>& group, const PlainMoments& plain, Seeds seeds) {
-  Floats high = group.x[0], low = group.x[0];
-  QG_UNROLL
-  for (int i = 1; i < N / 8; ++i) {
-    high = larger(high, group.x[i]);
-    low = smaller(low, group.x[i]);
-  }
-  const float top = largest(high), lowest = smallest(low);
+  const auto [lowest, top] = group_span(group);
   const float bottom = FreeOffset || lowest < 0 ? lowest : 0.0f;
   AffineFit fit;
   fit.offset = bottom;
