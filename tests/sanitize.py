@@ -15,7 +15,7 @@ import sys
 
 import torch
 
-from quantgemm import _C, ops
+from quantgemm import _C, explain_gemm, ops
 from quantgemm.formats import FORMATS
 
 TOOLS = {
@@ -45,9 +45,24 @@ def run_cases() -> None:
         x = torch.randn(3, cols, generator=generator)
         ops.quantize_activations(x.cuda())
         ops.quantize_activations(x.half().cuda())
+    run_gemm_cases(generator)
     run_sampling_cases(generator)
     torch.cuda.synchronize()
     print("cases done")
+
+
+def run_gemm_cases(generator: torch.Generator) -> None:
+    """Every rung and type, rows that start anywhere, ragged sizes, a few tokens and a tile."""
+    for type_id, fmt in FORMATS.items():
+        block = max(32, fmt.block_elems)
+        for m, n, k in ((1, 37, block), (3, 130, 3 * block), (8, 5, 5 * block), (70, 67, block)):
+            w = torch.randint(0, 256, (n, fmt.row_bytes(k)), dtype=torch.uint8, generator=generator)
+            ids = torch.tensor([0, n - 1, n, -1])
+            ops.embedding(ids.cuda(), w.cuda(), type_id, torch.bfloat16)
+            for dtype in (torch.float32, torch.bfloat16):
+                x = torch.randn(m, k, generator=generator).to(dtype).cuda()
+                for algo in explain_gemm(m, n, k, type_id, "cuda", dtype).available:
+                    ops.gemm(x, w.cuda(), type_id, algo)
 
 
 def run_sampling_cases(generator: torch.Generator) -> None:
