@@ -110,9 +110,9 @@ struct IQ4_XS {
     const int low = (b[4 + (g >> 1)] >> (4 * (g & 1))) & 15, high = (load<uint16_t, 2>(b + 2) >> (2 * g)) & 3;
     return {half_to_float(load<uint16_t, 2>(b)) * static_cast<float>((low | high << 4) - 32), 0};
   }
-  QG_HD static uint32_t quad(bytes_ptr b, int i) {
-    return iq4_levels(nibbles_of_32<8>(b + 8 + 16 * (i >> 3), i & 7));
-  }
+  QG_HD static uint32_t nibbles(bytes_ptr b, int i) { return nibbles_of_32<8>(b + 8 + 16 * (i >> 3), i & 7); }
+  QG_HD static uint32_t levels(uint32_t four) { return iq4_levels(four); }
+  QG_HD static uint32_t quad(bytes_ptr b, int i) { return levels(nibbles(b, i)); }
 };
 
 }  // namespace quantgemm
