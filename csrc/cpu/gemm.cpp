@@ -82,7 +82,8 @@ class PanelProduct {
     const int64_t n = round_up(range.last_n - range.first_n, kTileRows);
     rows_ = tokens <= kernel_.few_tokens ? kTileRows : std::min<int64_t>(n, kRows);
     const int64_t step = std::lcm<int64_t>(decoder_.elems, kernel_.unit);
-    cols_ = std::max<int64_t>(kernel_.panel_cols / step, 1) * step;
+    sum_cols_ = std::max<int64_t>(kernel_.panel_cols / step, 1) * step;
+    cols_ = packing_ ? sum_cols_ : std::min(4 * sum_cols_, round_up(args.k, sum_cols_));
     stride_ = cols_ + 64;
     packed_stride_ = cols_ / kernel_.unit * kernel_.packed_unit_bytes + 64;
     sums_.resize(static_cast<size_t>(tokens * rows_));
@@ -104,11 +105,6 @@ class PanelProduct {
  private:
   static constexpr int64_t kTokens = 512, kRows = 64;
 
-  PanelRow row_of_codes(int64_t r) const {
-    const int64_t group = decoder_.granule == 0 ? 0 : r * stride_ / decoder_.granule;
-    return {codes_ + r * stride_, scales_ + group, offsets_ + group, decoder_.granule, decoder_.offset};
-  }
-
   // Columns first … first + cols − 1 of row j of w, with zeros up to padded columns, to row r of the panel.
   void decode_row(int64_t j, int64_t r, int64_t first, int64_t cols, int64_t padded) {
     bytes_ptr w = args_.w + (j * (args_.k / decoder_.elems) + first / decoder_.elems) * decoder_.bytes;
@@ -119,6 +115,10 @@ class PanelProduct {
       std::fill(weights + cols, weights + padded, 0.0f);
       return;
     }
+    // The same columns of the row that will take this one's place: too far away for the processor to guess.
+    if (bytes_ptr next = w + rows_ * args_.k / decoder_.elems * decoder_.bytes; j + rows_ < range_.last_n)
+      for (int64_t b = 0; b < cols / decoder_.elems * decoder_.bytes; b += 64)
+        __builtin_prefetch(next + b, 0, 2);
     const int64_t code_row = packing_ ? 0 : r, granule = decoder_.granule;
     int8_t* codes = codes_ + code_row * stride_;
     float *scales = scales_ + code_row * stride_ / granule,
@@ -128,12 +128,33 @@ class PanelProduct {
     std::fill(codes + cols, codes + padded, 0);
     std::fill(scales + cols / granule, scales + padded / granule, 0.0f);
     std::fill(offsets + cols / granule, offsets + padded / granule, 0.0f);
-    if (packing_) kernel_.pack(row_of_codes(0), padded, packed);
+    if (packing_) kernel_.pack({codes, scales, offsets, decoder_.granule, decoder_.offset}, padded, packed);
+  }
+
+  void multiply_tile(int64_t i, int tokens, int64_t r, int64_t first, int64_t cols, float* sums) {
+    const int64_t x_stride = x_stride_of(kernel_, args_.k);
+    for (int64_t e = 0; e < cols; e += sum_cols_) {
+      const uint8_t* x = static_cast<const uint8_t*>(args_.scratch) + i * x_stride +
+                         (first + e) / kernel_.unit * kernel_.x_unit_bytes;
+      GemmTile tile{
+          x,
+          x_stride,
+          {codes_ + (packing_ ? 0 : r) * stride_ + e, nullptr, nullptr, decoder_.granule, decoder_.offset},
+          stride_,
+          packed_ + r * packed_stride_,
+          packed_stride_,
+          std::min(sum_cols_, cols - e),
+          sums,
+          rows_};
+      const int64_t group = decoder_.granule == 0 ? 0 : (r * stride_ + e) / decoder_.granule;
+      tile.row.scales = scales_ + group;
+      tile.row.offsets = offsets_ + group;
+      (packing_ ? kernel_.many : kernel_.few)[tokens - 1](tile);
+    }
   }
 
   void multiply_panel(int64_t first_m, int64_t last_m, int64_t first_n, int64_t last_n) {
     std::fill(sums_.begin(), sums_.end(), 0.0f);
-    const int64_t x_stride = x_stride_of(kernel_, args_.k);
     for (int64_t e = 0; e < args_.k; e += cols_) {
       const int64_t cols = std::min(cols_, args_.k - e), padded = round_up(cols, kernel_.unit);
       for (int64_t j = first_n; j < last_n; ++j) decode_row(j, j - first_n, e, cols, padded);
@@ -142,19 +163,8 @@ class PanelProduct {
         // Tiles of nearly equal size, instead of full ones and a thin last.
         const int64_t left = last_m - i, tiles = (left + most - 1) / most,
                       tokens = (left + tiles - 1) / tiles;
-        for (int64_t r = 0; r < last_n - first_n; r += kTileRows) {
-          const GemmTile tile{static_cast<const uint8_t*>(args_.scratch) + i * x_stride +
-                                  e / kernel_.unit * kernel_.x_unit_bytes,
-                              x_stride,
-                              row_of_codes(packing_ ? 0 : r),
-                              stride_,
-                              packed_ + r * packed_stride_,
-                              packed_stride_,
-                              padded,
-                              sums_.data() + (i - first_m) * rows_ + r,
-                              rows_};
-          (packing_ ? kernel_.many : kernel_.few)[tokens - 1](tile);
-        }
+        for (int64_t r = 0; r < last_n - first_n; r += kTileRows)
+          multiply_tile(i, static_cast<int>(tokens), r, e, padded, sums_.data() + (i - first_m) * rows_ + r);
         i += tokens;
       }
     }
@@ -171,6 +181,7 @@ class PanelProduct {
   const GemmKernel& kernel_;
   bool packing_;
   int64_t rows_, cols_;             // of the panel
+  int64_t sum_cols_;                // columns that a tile sums at a time, the same for any m
   int64_t stride_, packed_stride_;  // from row to row: in codes, in bytes
   std::vector<float> sums_;         // [tokens, rows_]
   std::vector<CacheLine> memory_;   // zeros at first: a tile may reach past the last row

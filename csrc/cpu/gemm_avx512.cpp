@@ -24,7 +24,7 @@ struct Avx512 {
   using Floats = __m512;
   using Ints = __m512i;
   static constexpr int kLanes = 16, kBias = 128;
-  static constexpr int kFewTokens = 4, kManyTokens = 6, kTiledCols = 512, kDp4aCols = 2048;
+  static constexpr int kFewTokens = 4, kManyTokens = 6, kTiledCols = 1024, kDp4aCols = 2048;
 
   QG_INLINE Floats zero() { return _mm512_setzero_ps(); }
   QG_INLINE Floats load(const float* p) { return _mm512_loadu_ps(p); }
