@@ -84,16 +84,18 @@ class PanelProduct {
     const int64_t step = std::lcm<int64_t>(decoder_.elems, kernel_.unit);
     sum_cols_ = std::max<int64_t>(kernel_.panel_cols / step, 1) * step;
     cols_ = packing_ ? sum_cols_ : std::min(4 * sum_cols_, round_up(args.k, sum_cols_));
-    stride_ = cols_ + 64;
+    stride_ = round_up(cols_, 64) + 64;
     packed_stride_ = cols_ / kernel_.unit * kernel_.packed_unit_bytes + 64;
     sums_.resize(static_cast<size_t>(tokens * rows_));
     const int64_t code_rows = packing_ ? 1 : rows_;
-    memory_.resize(
-        static_cast<size_t>(code_rows * stride_ / 64 * 9 + (packing_ ? rows_ * packed_stride_ / 64 : 0)));
+    const int64_t code_bytes =
+        code_rows * stride_;  // and no more for scales: four weights share one at least
+    const int64_t packed_bytes = packing_ ? rows_ * packed_stride_ : 0;
+    memory_.resize(static_cast<size_t>((packed_bytes + 3 * code_bytes) / 64));
     packed_ = memory_.data()->bytes;
-    codes_ = reinterpret_cast<int8_t*>(packed_ + (packing_ ? rows_ * packed_stride_ : 0));
-    scales_ = reinterpret_cast<float*>(codes_ + code_rows * stride_);
-    offsets_ = scales_ + code_rows * stride_;
+    codes_ = reinterpret_cast<int8_t*>(packed_ + packed_bytes);
+    scales_ = reinterpret_cast<float*>(packed_ + packed_bytes + code_bytes);
+    offsets_ = reinterpret_cast<float*>(packed_ + packed_bytes + 2 * code_bytes);
   }
 
   void run() {
@@ -108,6 +110,12 @@ class PanelProduct {
   // Columns first … first + cols − 1 of row j of w, with zeros up to padded columns, to row r of the panel.
   void decode_row(int64_t j, int64_t r, int64_t first, int64_t cols, int64_t padded) {
     bytes_ptr w = args_.w + (j * (args_.k / decoder_.elems) + first / decoder_.elems) * decoder_.bytes;
+    if (j + rows_ < range_.last_n) {
+      // The same columns of the row that will take this one's place: too far on for the processor to guess.
+      bytes_ptr next = w + rows_ * (args_.k / decoder_.elems) * decoder_.bytes;
+      for (int64_t b = 0; b < cols / decoder_.elems * decoder_.bytes; b += 64)
+        __builtin_prefetch(next + b, 0, 2);
+    }
     uint8_t* packed = packed_ + r * packed_stride_;
     if (decoder_.granule == 0) {
       float* weights = reinterpret_cast<float*>(packed);
@@ -115,10 +123,6 @@ class PanelProduct {
       std::fill(weights + cols, weights + padded, 0.0f);
       return;
     }
-    // The same columns of the row that will take this one's place: too far away for the processor to guess.
-    if (bytes_ptr next = w + rows_ * args_.k / decoder_.elems * decoder_.bytes; j + rows_ < range_.last_n)
-      for (int64_t b = 0; b < cols / decoder_.elems * decoder_.bytes; b += 64)
-        __builtin_prefetch(next + b, 0, 2);
     const int64_t code_row = packing_ ? 0 : r, granule = decoder_.granule;
     int8_t* codes = codes_ + code_row * stride_;
     float *scales = scales_ + code_row * stride_ / granule,
@@ -136,19 +140,22 @@ class PanelProduct {
     for (int64_t e = 0; e < cols; e += sum_cols_) {
       const uint8_t* x = static_cast<const uint8_t*>(args_.scratch) + i * x_stride +
                          (first + e) / kernel_.unit * kernel_.x_unit_bytes;
-      GemmTile tile{
-          x,
-          x_stride,
-          {codes_ + (packing_ ? 0 : r) * stride_ + e, nullptr, nullptr, decoder_.granule, decoder_.offset},
-          stride_,
-          packed_ + r * packed_stride_,
-          packed_stride_,
-          std::min(sum_cols_, cols - e),
-          sums,
-          rows_};
-      const int64_t group = decoder_.granule == 0 ? 0 : (r * stride_ + e) / decoder_.granule;
-      tile.row.scales = scales_ + group;
-      tile.row.offsets = offsets_ + group;
+      PanelRow row{};
+      if (!packing_) {
+        const int64_t begin = r * stride_ + e, group = begin / decoder_.granule;
+        row = {codes_ + begin, scales_ + group, offsets_ + group};
+      }
+      row.granule = decoder_.granule;
+      row.offset = decoder_.offset;
+      const GemmTile tile{x,
+                          x_stride,
+                          row,
+                          stride_,
+                          packed_ + r * packed_stride_,
+                          packed_stride_,
+                          std::min(sum_cols_, cols - e),
+                          sums,
+                          rows_};
       (packing_ ? kernel_.many : kernel_.few)[tokens - 1](tile);
     }
   }
@@ -214,6 +221,7 @@ void gemm_cpu_prepare(const GemmArgs& args, GemmAlgo algo, int64_t first_m, int6
 }
 
 void gemm_cpu(const GemmArgs& args, GemmAlgo algo, const GemmRange& range) {
+  if (range.first_m >= range.last_m || range.first_n >= range.last_n) return;
   if (algo == GemmAlgo::kNaive) return gemm_naive(args, range);
   PanelProduct(args, algo, range).run();
 }

@@ -97,7 +97,7 @@ struct Dp4aKernel {
           const float* x_scales = reinterpret_cast<const float*>(x + 5 * kVector);
           Ints dots = S::kBias != 0 ? S::load_ints(x + 4 * kVector) : S::zero_ints();
           for (int j = 0; j < 4; ++j) dots = S::dot4(dots, q[j], S::load_ints(x + j * kVector));
-          sum[t][r] = S::fma(S::to_floats(dots), S::mul(scale, S::load(x_scales)), sum[t][r]);
+          sum[t][r] = S::fma(S::mul(S::to_floats(dots), S::load(x_scales)), scale, sum[t][r]);
           if constexpr (Offset) sum[t][r] = S::fma(offset, S::load(x_scales + kLanes), sum[t][r]);
         }
       }

@@ -15,8 +15,8 @@ inline constexpr int kTileRows = 4;
 struct PanelRow {
   const int8_t* codes;
   const float *scales, *offsets;
-  int granule;
-  bool offset;
+  int granule = 0;
+  bool offset = false;
 };
 
 struct GemmTile {

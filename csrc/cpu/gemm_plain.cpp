@@ -73,7 +73,7 @@ void dot_rows(const GemmTile& tile) {
           dot += codes[e + j] * q;
           x_sum += q;
         }
-        sum += scales[g] * x_scale * static_cast<float>(dot);
+        sum += scales[g] * (x_scale * static_cast<float>(dot));
         if (tile.row.offset) sum += offsets[g] * (x_scale * static_cast<float>(x_sum));
       }
     }
