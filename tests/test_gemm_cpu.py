@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -20,9 +21,10 @@ LEVELS = ("plain", "avx2", "avx512")  # more than the processor has falls back t
 ALGOS = ("tiled", "dp4a")
 
 
+@cache
 def weights_of(fmt: Format, n: int, k: int) -> torch.Tensor:
     """Rows whose weights are finite: random bytes with the rows of any other kind replaced."""
-    blocks = torch.from_numpy(random_blocks(fmt, 40 * n, k))
+    blocks = torch.from_numpy(random_blocks(fmt, 8 * n, k))
     decoded = ops.dequantize(blocks, fmt.type_id)
     usual = decoded.isfinite().all(-1) & (decoded.abs().amax(-1) < 1e30)
     kept = blocks[usual]
@@ -60,7 +62,7 @@ def assert_product(y: torch.Tensor, x: torch.Tensor, w: torch.Tensor, last_bits:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_formats(fmt: Format, dtype: torch.dtype) -> None:
     """One block, a tail after whole panels, ragged tiles."""
-    for m, n, cols in ((1, 5, 1), (2, 3, 1030), (9, 66, 4200)):
+    for m, n, cols in ((1, 5, 1), (2, 3, 1030), (9, 35, 4200)):
         k = -(-cols // fmt.block_elems) * fmt.block_elems
         w = weights_of(fmt, n, k)
         decoded = ops.dequantize(w, fmt.type_id)
