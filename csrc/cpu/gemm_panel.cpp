@@ -39,21 +39,27 @@ struct DecodePanel {
     // What g++ vectorises best: short blocks and nibbles come in halves of 16 weights.
     constexpr int kRun = F::kElems % 16 != 0 ? 4 : F::kElems % 64 != 0 || LevelFormat<F> ? 16 : 32;
     static_assert(F::kElems % F::kGroup == 0 && F::kGroup % 4 == 0);
-    for (int64_t b = 0; b < num_blocks; ++b, scales += kGroups * kParts, offsets += kGroups * kParts) {
-      if constexpr (TwoLevelFormat<F> && kParts == 1) {
-        bytes_ptr block = blocks + b * F::kBytes;
-        const Affine factors = F::factors(block);
-        for (int g = 0; g < kGroups; g += 8) {
-          scale_bytes(F::scale_codes(block, g / 8), factors.scale, scales + g);
-          if constexpr (F::kOffset) scale_bytes(F::offset_codes(block, g / 8), factors.offset, offsets + g);
-        }
-      } else {
+    if constexpr (kGroups * kParts == 1) {  // loops of their own: conversions of many blocks at a time
+      for (int64_t b = 0; b < num_blocks; ++b) scales[b] = F::affine(blocks + b * F::kBytes, 0).scale;
+      if constexpr (F::kOffset)
+        for (int64_t b = 0; b < num_blocks; ++b) offsets[b] = F::affine(blocks + b * F::kBytes, 0).offset;
+    } else {
+      for (int64_t b = 0; b < num_blocks; ++b, scales += kGroups * kParts, offsets += kGroups * kParts) {
+        if constexpr (TwoLevelFormat<F> && kParts == 1) {
+          bytes_ptr block = blocks + b * F::kBytes;
+          const Affine factors = F::factors(block);
+          for (int g = 0; g < kGroups; g += 8) {
+            scale_bytes(F::scale_codes(block, g / 8), factors.scale, scales + g);
+            if constexpr (F::kOffset) scale_bytes(F::offset_codes(block, g / 8), factors.offset, offsets + g);
+          }
+        } else {
 #pragma GCC unroll 16
-        for (int g = 0; g < kGroups; ++g) {
-          const Affine affine = F::affine(blocks + b * F::kBytes, g);
-          for (int p = 0; p < kParts; ++p) {
-            scales[g * kParts + p] = affine.scale;
-            if constexpr (F::kOffset) offsets[g * kParts + p] = affine.offset;
+          for (int g = 0; g < kGroups; ++g) {
+            const Affine affine = F::affine(blocks + b * F::kBytes, g);
+            for (int p = 0; p < kParts; ++p) {
+              scales[g * kParts + p] = affine.scale;
+              if constexpr (F::kOffset) offsets[g * kParts + p] = affine.offset;
+            }
           }
         }
       }
