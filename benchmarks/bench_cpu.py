@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: MIT
-"""The CPU backend beside PyPI gguf: decoding, and opening a file with a large vocabulary.
+"""The CPU backend beside PyPI gguf and torch: decoding, products, and opening a large vocabulary.
 
     python benchmarks/bench_cpu.py [--rows 1024] [--threads 2]
 
 Both libraries get the same bytes. Decoding is measured twice: on a matrix whose result stays in
 memory that the process already owns, and on a large one, where fresh pages from the operating
-system cost as much as the decoding.
+system cost as much as the decoding. Products stand beside torch's float32 `x @ w.T` of the same
+shape, by the fastest of many calls: `GB_per_s` counts the bytes of quantised weights.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
+import time
+from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -52,6 +55,51 @@ def decoding(names: list[str], num_rows: int) -> list[dict[str, object]]:
             }
         )
     return rows
+
+
+def read_bandwidth(num_bytes: int = 1 << 28) -> float:
+    """GB/s of summing memory that no cache holds."""
+    numbers = torch.ones(num_bytes // 8, dtype=torch.int64)
+    return num_bytes / fastest(numbers.sum) / 1e3
+
+
+def products(names: list[str], num_tokens: int, n: int = 4096) -> list[dict[str, object]]:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(num_tokens, COLS, generator=generator)
+    dense = torch.randn(n, COLS, generator=generator)
+    rows: list[dict[str, object]] = []
+    for name in names:
+        fmt = format_by_name(name)
+        try:
+            w = ops.quantize(dense, fmt.type_id)
+        except NotImplementedError:  # a type that needs calibration to encode: any bytes do
+            w = torch.randint(0, 256, (n, fmt.row_bytes(COLS)), dtype=torch.uint8)
+        theirs = fastest(
+            partial(torch.matmul, x, dense.T)
+        )  # beside each: the machine may be shared
+        row: dict[str, object] = {"type": name, "m": num_tokens, "torch_ms": theirs / 1e3}
+        for algo in ("tiled", "dp4a"):
+            ours = fastest(partial(ops.gemm, x, w, fmt.type_id, algo))
+            row |= {
+                f"{algo}_ms": ours / 1e3,
+                f"{algo}_times_faster": theirs / ours,
+                f"{algo}_GB_per_s": w.numel() / ours / 1e3,
+                f"{algo}_GFLOP_per_s": 2 * num_tokens * n * COLS / ours / 1e3,
+            }
+        rows.append(row)
+    return rows
+
+
+def fastest(call: Callable[[], object]) -> float:
+    """Microseconds of the fastest of many calls: what other work on the machine disturbs least."""
+    call()
+    times: list[float] = []
+    until = time.perf_counter() + 1.0
+    while len(times) < 5 or time.perf_counter() < until:
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return min(times) * 1e6
 
 
 def vocabulary_file(path: Path, tokens: int) -> None:
@@ -108,11 +156,15 @@ def main() -> int:
     decoded = decoding(names, options.rows) + decoding(names[:3], 4 * options.rows)
     print(f"decoding to float32, {torch.get_num_threads()} threads")
     print_table(decoded)
+    multiplied = [row for m in (1, 4, 512) for row in products(names, m)]
+    print(f"products with {COLS}x{COLS}; memory is read at {read_bandwidth():.1f} GB/s")
+    print_table(multiplied)
     opened = opening()
     print("opening a GGUF with a large vocabulary")
     print_table(opened)
     if options.out:
         save("cpu_dequantize", decoded, Path(options.out))
+        save("cpu_gemm", multiplied, Path(options.out))
         save("gguf_open", opened, Path(options.out))
     return 0
 

@@ -58,7 +58,7 @@ struct GemmArgs {
   const uint8_t* activations;  // [m, ActivationRow::bytes(k)], x as int8; for dp4a and mma_q8 alone
   const uint8_t* w;            // [n, k / block elems · block bytes of qtype]
   void* y;                     // [m, n] of type
-  void* scratch;               // CUDA: as many bytes as the algorithm asks for, uninitialised
+  void* scratch;               // as many bytes as the algorithm asks for, uninitialised
   int64_t m, n, k;
   int64_t qtype;
   Real type;

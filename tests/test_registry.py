@@ -64,6 +64,11 @@ assert got.shape == (5, 48) and torch.equal(got, want) and want.unique().numel()
 decode = lambda b: torch.ops.quantgemm.dequantize(b, 77)
 traced = torch.compile(decode, fullgraph=True, backend="eager")
 assert torch.equal(traced(torch.from_numpy(blocks)), want)
+x = torch.randn(3, 48)
+for algo in ("naive", "tiled"):
+    for rows in (x[:1], x):
+        y = torch.ops.quantgemm.gemm(rows, torch.from_numpy(blocks), 77, algo)
+        assert torch.allclose(y, rows @ want.T, rtol=1e-4, atol=1e-2), algo
 print("TOY2 decodes")
 """
 

@@ -9,8 +9,16 @@ namespace quantgemm {
 void dequantize_cpu(const DequantizeArgs& args, int64_t first_block, int64_t last_block);
 void quantize_cpu(const QuantizeArgs& args, int64_t first_block, int64_t last_block);
 void quantize_activations_cpu(const ActivationArgs& args, int64_t first_row, int64_t last_row);
-// Columns first_n … last_n − 1 of y, by kNaive, kTiled or kDp4a.
-void gemm_cpu(const GemmArgs& args, GemmAlgo algo, int64_t first_n, int64_t last_n);
+
+// Products by kNaive, kTiled or kDp4a: args.scratch has so many bytes, all tokens are prepared into
+// it, then any division of y into ranges gives the same y.
+struct GemmRange {
+  int64_t first_m, last_m, first_n, last_n;
+};
+int64_t gemm_cpu_scratch_bytes(const GemmArgs& args, GemmAlgo algo);
+void gemm_cpu_prepare(const GemmArgs& args, GemmAlgo algo, int64_t first_m, int64_t last_m);
+void gemm_cpu(const GemmArgs& args, GemmAlgo algo, const GemmRange& range);
+
 void embedding_cpu(const EmbeddingArgs& args, int64_t first_id, int64_t last_id);
 void spec_verify_cpu(const VerifyArgs& args, int64_t first_sequence, int64_t last_sequence);
 

@@ -3,10 +3,34 @@
 // an always-inlined functor; each wrapper has its own name, so the linker can never put a wide
 // version where a narrow one was meant.
 #pragma once
+#include <cstdlib>
+#include <string_view>
+
 #include "../args.h"
 #include "../formats/portable.h"
 
 namespace quantgemm {
+
+enum class SimdLevel { kPlain, kAvx2, kAvx512 };
+
+// What this processor has, or less if QUANTGEMM_CPU (plain, avx2 or avx512) says so; read once.
+inline SimdLevel simd_level() {
+  static const SimdLevel level = [] {
+    SimdLevel best = SimdLevel::kPlain;
+#if defined(__x86_64__) && defined(__GNUC__)
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) best = SimdLevel::kAvx2;
+    if (best == SimdLevel::kAvx2 && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
+      best = SimdLevel::kAvx512;
+#endif
+    const char* wish = std::getenv("QUANTGEMM_CPU");
+    const std::string_view name = wish != nullptr ? wish : "";
+    if (name == "plain") return SimdLevel::kPlain;
+    if (name == "avx2" && best == SimdLevel::kAvx512) return SimdLevel::kAvx2;
+    return best;
+  }();
+  return level;
+}
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #define QG_TARGET(isa) __attribute__((target(isa)))
@@ -28,11 +52,8 @@ void run_avx2(Args... args) {
 template <class Body, class... Args>
 void run_vectorized(Args... args) {
 #if defined(__x86_64__) && defined(__GNUC__)
-  static const bool has_avx512 = __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-                                 __builtin_cpu_supports("avx512dq");
-  static const bool has_avx2 = __builtin_cpu_supports("avx2");
-  if (has_avx512) return run_avx512<Body>(args...);
-  if (has_avx2) return run_avx2<Body>(args...);
+  if (simd_level() == SimdLevel::kAvx512) return run_avx512<Body>(args...);
+  if (simd_level() == SimdLevel::kAvx2) return run_avx2<Body>(args...);
 #endif
   Body::run(args...);
 }

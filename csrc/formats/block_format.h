@@ -36,6 +36,23 @@ concept BlockFormat = requires(bytes_ptr block, int i) {
   { F::quad(block, i) } -> std::same_as<uint32_t>;
 };
 
+// Where a code is one of 16 levels picked by a nibble, a format may say so, with quad(block, i) =
+// levels(nibbles(block, i)): a loop over many nibbles becomes vector code, a loop over look-ups does not.
+template <class F>
+concept LevelFormat = BlockFormat<F> && requires(bytes_ptr block, int i, uint32_t four) {
+  { F::nibbles(block, i) } -> std::same_as<uint32_t>;
+  { F::levels(four) } -> std::same_as<uint32_t>;
+};
+
+// Where groups have integer scales, a format may give eight of them at once, a signed byte each:
+//     affine(block, g) = {factors(block).scale · scale code g, factors(block).offset · offset code g}
+// scale_codes(block, i) are those of groups 8i … 8i + 7, offset_codes likewise if there is an offset.
+template <class F>
+concept TwoLevelFormat = BlockFormat<F> && requires(bytes_ptr block, int i) {
+  { F::factors(block) } -> std::same_as<Affine>;
+  { F::scale_codes(block, i) } -> std::same_as<uint64_t>;
+};
+
 // Unquantised tensors are rows of one-element "blocks" with a value instead of a code.
 template <class F>
 concept PlainFormat = requires(bytes_ptr element) {

@@ -17,6 +17,15 @@ struct Q2_K {
     const float d = half_to_float(load<uint16_t, 2>(b + 80)), dmin = half_to_float(load<uint16_t, 2>(b + 82));
     return {d * static_cast<float>(b[g] & 15), -(dmin * static_cast<float>(b[g] >> 4))};
   }
+  QG_HD static Affine factors(bytes_ptr b) {
+    return {half_to_float(load<uint16_t, 2>(b + 80)), -half_to_float(load<uint16_t, 2>(b + 82))};
+  }
+  QG_HD static uint64_t scale_codes(bytes_ptr b, int i) {
+    return load<uint64_t, 4>(b + 8 * i) & 0x0f0f0f0f0f0f0f0fu;
+  }
+  QG_HD static uint64_t offset_codes(bytes_ptr b, int i) {
+    return (load<uint64_t, 4>(b + 8 * i) >> 4) & 0x0f0f0f0f0f0f0f0fu;
+  }
   QG_HD static uint32_t quad(bytes_ptr b, int i) { return planes_of_128<4>(b + 16, i); }
 };
 
@@ -53,8 +62,25 @@ QG_HD Affine k_scale_min(bytes_ptr b, int g) {
   return {d * static_cast<float>(s), -(dmin * static_cast<float>(m))};
 }
 
+// The same for all groups at once, a byte each.
+struct KScalesMins {
+  QG_HD static Affine factors(bytes_ptr b) {
+    return {half_to_float(load<uint16_t, 4>(b)), -half_to_float(load<uint16_t, 2>(b + 2))};
+  }
+  QG_HD static uint64_t scale_codes(bytes_ptr b, int) {
+    const auto low = load<uint32_t, 4>(b + 4), high = load<uint32_t, 4>(b + 12);
+    const uint32_t upper = (high & 0x0f0f0f0fu) | ((low >> 2) & 0x30303030u);
+    return (low & 0x3f3f3f3fu) | static_cast<uint64_t>(upper) << 32;
+  }
+  QG_HD static uint64_t offset_codes(bytes_ptr b, int) {
+    const auto low = load<uint32_t, 4>(b + 8), high = load<uint32_t, 4>(b + 12);
+    const uint32_t upper = ((high >> 4) & 0x0f0f0f0fu) | ((low >> 2) & 0x30303030u);
+    return (low & 0x3f3f3f3fu) | static_cast<uint64_t>(upper) << 32;
+  }
+};
+
 // | d f16 | dmin f16 | 12 bytes of 6-bit scales and minima | 128 bytes of nibbles |   groups of 32
-struct Q4_K {
+struct Q4_K : KScalesMins {
   static constexpr int kType = 12, kElems = 256, kBytes = 144, kGroup = 32;
   static constexpr const char* kName = "Q4_K";
   static constexpr bool kOffset = true;
@@ -64,7 +90,7 @@ struct Q4_K {
 
 // | d f16 | dmin f16 | 12 bytes as Q4_K | 32 bytes: fifth bit of weight 32g + l is bit g of byte l |
 // | 128 bytes of nibbles |   groups of 32
-struct Q5_K {
+struct Q5_K : KScalesMins {
   static constexpr int kType = 13, kElems = 256, kBytes = 176, kGroup = 32;
   static constexpr const char* kName = "Q5_K";
   static constexpr bool kOffset = true;
@@ -85,6 +111,8 @@ struct Q6_K {
     const auto s = static_cast<int8_t>(b[192 + g]);
     return {half_to_float(load<uint16_t, 2>(b + 208)) * static_cast<float>(s), 0};
   }
+  QG_HD static Affine factors(bytes_ptr b) { return {half_to_float(load<uint16_t, 2>(b + 208)), 0}; }
+  QG_HD static uint64_t scale_codes(bytes_ptr b, int i) { return load<uint64_t, 2>(b + 192 + 8 * i); }
   QG_HD static uint32_t quad(bytes_ptr b, int i) {
     const uint32_t low = load<uint32_t, 2>(b + 64 * (i >> 5) + 4 * (i & 15)) >> ((i & 16) >> 2);
     return sub_bytes((low & 0x0f0f0f0fu) | (planes_of_128<2>(b + 128, i) << 4), 0x20202020u);
@@ -110,9 +138,9 @@ struct IQ4_XS {
     const int low = (b[4 + (g >> 1)] >> (4 * (g & 1))) & 15, high = (load<uint16_t, 2>(b + 2) >> (2 * g)) & 3;
     return {half_to_float(load<uint16_t, 2>(b)) * static_cast<float>((low | high << 4) - 32), 0};
   }
-  QG_HD static uint32_t quad(bytes_ptr b, int i) {
-    return iq4_levels(nibbles_of_32<8>(b + 8 + 16 * (i >> 3), i & 7));
-  }
+  QG_HD static uint32_t nibbles(bytes_ptr b, int i) { return nibbles_of_32<8>(b + 8 + 16 * (i >> 3), i & 7); }
+  QG_HD static uint32_t levels(uint32_t four) { return iq4_levels(four); }
+  QG_HD static uint32_t quad(bytes_ptr b, int i) { return levels(nibbles(b, i)); }
 };
 
 }  // namespace quantgemm

@@ -87,7 +87,9 @@ struct IQ4_NL {
   static constexpr const char* kName = "IQ4_NL";
   static constexpr bool kOffset = false;
   QG_HD static Affine affine(bytes_ptr b, int) { return {half_to_float(load<uint16_t, 2>(b)), 0}; }
-  QG_HD static uint32_t quad(bytes_ptr b, int i) { return iq4_levels(nibbles_of_32<2>(b + 2, i)); }
+  QG_HD static uint32_t nibbles(bytes_ptr b, int i) { return nibbles_of_32<2>(b + 2, i); }
+  QG_HD static uint32_t levels(uint32_t four) { return iq4_levels(four); }
+  QG_HD static uint32_t quad(bytes_ptr b, int i) { return levels(nibbles(b, i)); }
 };
 
 }  // namespace quantgemm

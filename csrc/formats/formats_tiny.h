@@ -20,7 +20,9 @@ struct MXFP4 {
     const uint32_t e = b[0];  // e < 2 would be exponent fields −1 and 0: float32 subnormals
     return {bit_cast<float>(e < 2 ? 0x00200000u << e : (e - 1) << 23), 0};
   }
-  QG_HD static uint32_t quad(bytes_ptr b, int i) { return fp4_levels_doubled(nibbles_of_32<1>(b + 1, i)); }
+  QG_HD static uint32_t nibbles(bytes_ptr b, int i) { return nibbles_of_32<1>(b + 1, i); }
+  QG_HD static uint32_t levels(uint32_t four) { return fp4_levels_doubled(four); }
+  QG_HD static uint32_t quad(bytes_ptr b, int i) { return levels(nibbles(b, i)); }
 };
 
 // | 4 × e4m3 scale | 4 × 8 bytes: weight j low nibble of byte j, weight j+8 high nibble |
@@ -35,10 +37,11 @@ struct NVFP4 {
     const float scale = bit_cast<float>(magnitude << 20) * 0x1p119f;
     return {e4m3 == 0x7f ? 0.0f : scale, 0};
   }
-  QG_HD static uint32_t quad(bytes_ptr b, int i) {
-    const uint32_t word = load<uint32_t, 4>(b + 4 + 8 * (i >> 2) + 4 * (i & 1));
-    return fp4_levels_doubled((word >> (2 * (i & 2))) & 0x0f0f0f0fu);
+  QG_HD static uint32_t nibbles(bytes_ptr b, int i) {
+    return (load<uint32_t, 4>(b + 4 + 8 * (i >> 2) + 4 * (i & 1)) >> (2 * (i & 2))) & 0x0f0f0f0fu;
   }
+  QG_HD static uint32_t levels(uint32_t four) { return fp4_levels_doubled(four); }
+  QG_HD static uint32_t quad(bytes_ptr b, int i) { return levels(nibbles(b, i)); }
 };
 
 // Base-3 digits, five to a byte: | 32 bytes: weights 0-159 | 16 bytes: 160-239 | 4 bytes, four

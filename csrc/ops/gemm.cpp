@@ -93,9 +93,18 @@ Tensor multiply(const Tensor& x, const Tensor& w, int64_t n, int64_t qtype, Gemm
     const std::pair job{algo, args};
     QG_RUN_ON_GPU(gemm, rows, job);
   } else {
-    const int64_t grain = 32768 / (m * k) + 1;
-    torch::stable::parallel_for(0, n, grain,
-                                [&](int64_t begin, int64_t end) { gemm_cpu(args, algo, begin, end); });
+    if (const int64_t bytes = gemm_cpu_scratch_bytes(args, algo); bytes > 0) {
+      scratch = new_output("gemm", rows, {bytes}, ScalarType::Byte);
+      args.scratch = scratch->mutable_data_ptr();
+    }
+    torch::stable::parallel_for(
+        0, m, 32768 / k + 1, [&](int64_t begin, int64_t end) { gemm_cpu_prepare(args, algo, begin, end); });
+    // Threads divide the longer side of y: weights are decoded once per division of m.
+    const bool by_tokens = m > n;
+    const int64_t length = by_tokens ? m : n, grain = 32768 / (m * n / length * k) + 1;
+    torch::stable::parallel_for(0, length, grain, [&](int64_t begin, int64_t end) {
+      gemm_cpu(args, algo, by_tokens ? GemmRange{begin, end, 0, n} : GemmRange{0, m, begin, end});
+    });
   }
   return y;
 }
