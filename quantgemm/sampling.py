@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from quantgemm import ops
+from quantgemm.ops import invert_vocabulary_map
 
 __all__ = [
     "GenerationResult",
@@ -122,16 +123,6 @@ class GenerationResult:
     tokens: list[list[int]]
     """new tokens of each prompt"""
     statistics: SpeculationStatistics
-
-
-def invert_vocabulary_map(draft_to_target: Tensor, vocab: int) -> Tensor:
-    """int64 ``[vocab]``: each target id's place in the draft's vocabulary, -1 = not in it.
-
-    draft_to_target: ``[draft_vocab]``, the target id of each draft id. Made once per model.
-    """
-    inverse = torch.full((vocab,), -1, dtype=torch.int64, device=draft_to_target.device)
-    inverse[draft_to_target] = torch.arange(len(draft_to_target), device=draft_to_target.device)
-    return inverse
 
 
 def speculative_generate(
