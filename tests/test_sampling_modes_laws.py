@@ -308,7 +308,7 @@ MUTANTS = [
         "passes[:, 1:].long().cumprod(1).sum(1, keepdim=True)",
     ),
 ]
-COUNT = 2**16
+COUNT = 2**17
 
 
 def mutate(mode: str, old: str, new: str) -> Callable[..., tuple[Tensor, ...]]:

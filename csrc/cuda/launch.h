@@ -16,5 +16,7 @@ cudaError_t launch_quantize_activations(const ActivationArgs& args, cudaStream_t
 int64_t verify_scratch_bytes(const VerifyArgs& args);
 cudaError_t launch_row_laws(const VerifyArgs& args, cudaStream_t stream);
 cudaError_t launch_spec_verify(const VerifyArgs& args, cudaStream_t stream);
+cudaError_t launch_verify_modes(const VerifyArgs& args,
+                                cudaStream_t stream);  // its part for trees and blocks
 
 }  // namespace quantgemm
