@@ -220,17 +220,17 @@ def test_the_cache_changes_no_sampled_token() -> None:
     with torch.no_grad():
         for weight in draft.parameters():
             weight += 0.05 * torch.randn_like(weight)
-    prompts = [torch.tensor([5, 9, 1]), torch.tensor([7])]
+    prompts = [torch.tensor([5, 9, 1])]
     config = SamplingConfig(temperature=0.9, top_k=20, seed=3)
     for block in (False, True):
         with_cache, without = (
             speculative_generate(
-                target, draft, prompts, 25, 3, config, block=block, use_cache=use_cache
+                target, draft, prompts, 15, 3, config, block=block, use_cache=use_cache
             )
             for use_cache in (True, False)
         )
         assert with_cache.tokens == without.tokens
         plain = speculative_generate(
-            lambda ids: target(ids), lambda ids: draft(ids), prompts, 25, 3, config, block=block
+            lambda ids: target(ids), lambda ids: draft(ids), prompts, 15, 3, config, block=block
         )
         assert plain.tokens == without.tokens
