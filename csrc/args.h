@@ -90,15 +90,21 @@ enum VerifyStatus : uint32_t {
   kEmptyResidual = 16,  // rejected although p <= q everywhere: drawn from p
   kBadRows = 32,        // cu_rows does not fit: no token
   kBadUniform = 64,     // a uniform outside [0, 1) was moved inside
+  kBadParent = 128,     // the parent of a node is no node and not -1: the node was not tried
 };
 
-enum NoiseDomain : uint32_t { kDraftDomain = 0, kAcceptDomain = 1, kTokenDomain = 2 };
+enum NoiseDomain : uint32_t { kDraftDomain = 0, kAcceptDomain = 1, kTokenDomain = 2, kBlockDomain = 3 };
+
+// How drafts are judged: one after the other, as a tree of alternatives, or as a whole.
+enum class VerifyMode { kChain, kTree, kBlock };
+inline constexpr int64_t kMaxJointDrafts = 256;  // of a tree or a block: they are kept on the chip
 
 struct VerifyArgs {
   const void* target;              // rows of vocab values of value_type, target_stride apart
   const void* draft;               // [num_sequences, max_drafts, draft_vocab] of value_type; null: one-hot
   const int64_t* cu_rows;          // [num_sequences + 1]; null: row b is sequence b's only one
   const int64_t* drafts;           // [num_sequences, max_drafts], ids of the target's vocabulary
+  const int64_t* parents;          // tree: [num_sequences, max_drafts], -1 = the root; else null
   const float* draft_lse;          // [num_sequences, max_drafts] or null: computed from the row
   const float* draft_cutoff;       // [num_sequences, max_drafts] or null: none; only with draft_lse
   const int64_t* target_to_draft;  // [vocab], -1 = not in the draft's vocabulary; null: the same ids
@@ -110,13 +116,15 @@ struct VerifyArgs {
   int64_t* counts;           // [num_sequences] or null
   float* logprobs;           // [num_sequences, max_drafts + 1] or null, 0 after the last
   int32_t* status;           // [num_sequences]
+  int64_t* nodes;            // tree: [num_sequences, max_drafts], the accepted ones, then -1; else null
   float* lse;                // [num_sequences] or null: of the row the token was drawn from
   float* cutoff;             // [num_sequences] or null
   float* probs;              // [num_sequences, vocab] or null: the row the token was drawn from
   void* strips;              // CUDA: room for the row statistics (cuda/row_laws.cuh)
   int64_t num_sequences, max_drafts, num_rows, vocab, draft_vocab;
   int64_t target_stride, draft_strides[2];
-  uint32_t token_domain;
+  uint32_t token_domain, turn;  // of the noise that draws the token
+  VerifyMode mode;
   bool target_is_logits, draft_is_logits;
   Real value_type;
 };

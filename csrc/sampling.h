@@ -10,13 +10,13 @@
 
 namespace quantgemm {
 
-// ---- noise: Philox4x32-10, key = seed, counter = (position, domain, 0) ----
+// ---- noise: Philox4x32-10, key = seed, counter = (position, domain, turn) ----
 struct Noise {
   uint32_t low, high;
 };
-QG_HD Noise philox(uint64_t seed, uint64_t position, uint32_t domain) {
+QG_HD Noise philox(uint64_t seed, uint64_t position, uint32_t domain, uint32_t turn) {
   uint32_t c0 = static_cast<uint32_t>(position), c1 = static_cast<uint32_t>(position >> 32);
-  uint32_t c2 = domain, c3 = 0;
+  uint32_t c2 = domain, c3 = turn;
   uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
   for (int round = 0; round < 10; ++round) {
     const uint64_t a = uint64_t{0xD2511F53u} * c0, b = uint64_t{0xCD9E8D57u} * c2;
@@ -114,6 +114,23 @@ QG_HD uint64_t to_fixed(float x) {  // x in [0, 1]
 
 QG_HD float residual(float p, float q) { return p > q ? p - q : 0.0f; }
 
+// Σ of weights as a number. A refused sibling takes mass·q from weights of this mass.
+QG_HD float mass_of(uint64_t total) { return static_cast<float>(static_cast<double>(total) * 0x1p-44); }
+
+// Blocks: the share of the target's law that the drafts so far leave to what follows, min(share·p/q, 1).
+QG_HD float next_share(float share, float p, float q) {
+  if (!(q > 0.0f)) return 0.0f;
+  const float next = static_cast<float>(static_cast<double>(share) * static_cast<double>(p) / q);
+  return next < 1.0f ? next : 1.0f;
+}
+
+// Blocks: u < R / (R + 1 - share), R the residual's mass.
+QG_HD bool accepts_block(uint64_t fraction, float share, uint64_t total) {
+  const double u = static_cast<double>(fraction >> 40) * 0x1p-24;
+  const double mass = static_cast<double>(total) * 0x1p-44;
+  return u * (mass + (1.0 - static_cast<double>(share))) < mass;
+}
+
 // The draw: the token is the first whose inclusive prefix sum exceeds this, given total > 0.
 QG_HD uint64_t draw(uint64_t fraction, uint64_t total) {
   return static_cast<uint64_t>(static_cast<unsigned __int128>(fraction) * total >> 64);
@@ -204,13 +221,26 @@ QG_HD Rows rows_of(const VerifyArgs& a, int64_t sequence, uint32_t& status) {
   return good ? Rows{first, last - first - 1} : Rows{0, -1};
 }
 
-QG_HD uint64_t noise_at(const VerifyArgs& a, int64_t sequence, int64_t k, uint32_t domain, uint32_t& status) {
-  if (a.uniforms != nullptr) {
-    const int64_t column = domain == kAcceptDomain ? k : a.max_drafts;
-    return fraction_of(a.uniforms[sequence * (a.max_drafts + 1) + column], status);
-  }
-  const uint64_t position = static_cast<uint64_t>(a.positions[sequence]) + static_cast<uint64_t>(k);
-  return fraction_of(philox(static_cast<uint64_t>(a.seeds[sequence]), position, domain));
+// Noise of the drafts' judgement and of the token: column of the uniforms, or counter.
+QG_HD uint64_t noise_at(const VerifyArgs& a, int64_t sequence, int64_t column, int64_t offset,
+                        uint32_t domain, uint32_t turn, uint32_t& status) {
+  if (a.uniforms != nullptr) return fraction_of(a.uniforms[sequence * (a.max_drafts + 1) + column], status);
+  const uint64_t position = static_cast<uint64_t>(a.positions[sequence]) + static_cast<uint64_t>(offset);
+  return fraction_of(philox(static_cast<uint64_t>(a.seeds[sequence]), position, domain, turn));
+}
+
+// A step uses positions up to that of its last token, and the next step begins behind it. A node at
+// `depth` is the `turn`-th child of its parent. A block looks at all its noise wherever it ends, so
+// its counters stay at the position of the step.
+QG_HD uint64_t node_noise(const VerifyArgs& a, int64_t sequence, int64_t node, int64_t depth, uint32_t turn,
+                          uint32_t& status) {
+  return noise_at(a, sequence, node, depth, kAcceptDomain, turn, status);
+}
+QG_HD uint64_t block_noise(const VerifyArgs& a, int64_t sequence, int64_t k, uint32_t& status) {
+  return noise_at(a, sequence, k, 0, kBlockDomain, static_cast<uint32_t>(k), status);
+}
+QG_HD uint64_t token_noise(const VerifyArgs& a, int64_t sequence, int64_t accepted, uint32_t& status) {
+  return noise_at(a, sequence, a.max_drafts, accepted, a.token_domain, a.turn, status);
 }
 
 }  // namespace quantgemm

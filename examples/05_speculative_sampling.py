@@ -92,13 +92,57 @@ def show_generation() -> None:
     prompt = torch.tensor([1, 2, 3], device=DEVICE)
     for name, draft, config in (
         ("a similar model, temperature 1", lambda ids: worse[ids], SamplingConfig()),
+        ("the same, judged as a block", lambda ids: worse[ids], SamplingConfig()),
         ("a similar model, top-k 20", lambda ids: worse[ids], SamplingConfig(top_k=20)),
         ("n-grams, greedy", NgramDraft(), SamplingConfig(temperature=0)),
     ):
-        result = speculative_generate(lambda ids: table[ids], draft, prompt, 100, 4, config)
+        result = speculative_generate(
+            lambda ids: table[ids], draft, prompt, 100, 4, config, block="block" in name
+        )
         stats = result.statistics
         rates = " ".join(f"{100 * a:.0f}%" for a in stats.acceptance_per_position)
         print(f"{name}: {stats.tokens_per_step:.2f} tokens per target step, accepted {rates}")
+
+
+def show_modes() -> None:
+    """What a step emits from the same laws: drafts in a chain, as a block, and in a tree."""
+    batch, vocab = 4000, 50
+    torch.manual_seed(1)
+    p = (1.5 * torch.randn(vocab, vocab, device=DEVICE)).softmax(
+        -1
+    )  # the next token's, by the last
+    q = (p.log() + torch.randn(vocab, vocab, device=DEVICE)).softmax(-1)
+    noise = {
+        "seed": torch.arange(batch, device=DEVICE),
+        "position": torch.zeros(batch, dtype=torch.int64, device=DEVICE),
+    }
+    for name, parents, block in (
+        ("chain", [-1, 0, 1, 2], False),
+        ("block", [-1, 0, 1, 2], True),
+        ("tree with two choices at each place", [-1, -1, 0, 0, 2, 2, 4, 4], False),
+    ):
+        last = [torch.zeros(batch, dtype=torch.int64, device=DEVICE)]
+        depths = [0]
+        for i, parent in enumerate(parents):
+            place, turn = (0, i) if block else (depths[parent + 1], parents[:i].count(parent))
+            at = noise | {"position": noise["position"] + place}
+            last.append(ops.draft_sample(q[last[parent + 1]].log(), **at, turn=turn)[0])
+            depths.append(depths[parent + 1] + 1)
+        case: dict[str, Any] = {
+            "target": torch.stack([p[t] for t in last], 1).flatten(0, 1),
+            "draft_tokens": torch.stack(last[1:], 1),
+            "cu_rows": torch.arange(batch + 1, device=DEVICE) * len(last),
+            "draft": torch.stack([q[last[parent + 1]] for parent in parents], 1),
+            "target_probs": True,
+            "draft_probs": True,
+        } | noise
+        if name.startswith("tree"):
+            rows = torch.tensor(parents, device=DEVICE).expand(batch, -1)
+            count = ops.spec_verify_tree(**case, parents=rows)[1]
+        else:
+            count = ops.spec_verify(**case, block=block)[1]
+        print(f"{name}: {len(parents)} drafts, {count.float().mean():.2f} tokens per step")
+    print()
 
 
 def draw_chart(rows: list[tuple[int, float, float, float]]) -> None:
@@ -125,6 +169,7 @@ def draw_chart(rows: list[tuple[int, float, float, float]]) -> None:
 
 def main() -> None:
     rows = show_agreement_and_speed()
+    show_modes()
     show_generation()
     draw_chart(rows)
 

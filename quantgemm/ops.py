@@ -24,10 +24,12 @@ __all__ = [
     "embedding",
     "gemm",
     "gemm_fp32",
+    "invert_vocabulary_map",
     "quantize",
     "quantize_activations",
     "sample",
     "spec_verify",
+    "spec_verify_tree",
 ]
 
 Shape = TypeVar("Shape", bound=Callable[..., Any])
@@ -208,6 +210,19 @@ def _cols(fmt: Format, row_bytes: int) -> int:
     return row_bytes // fmt.block_bytes * fmt.block_elems
 
 
+def invert_vocabulary_map(draft_to_target: torch.Tensor, vocab: int) -> torch.Tensor:
+    """int64 ``[vocab]``: each target id's place in the draft's vocabulary, -1 = not in it.
+
+    draft_to_target: int64 ``[draft_vocab]``, the target id of each draft id; ids outside the
+    target's vocabulary have no place. Make it once per model.
+    """
+    ids = draft_to_target
+    ids = ids.where((ids >= 0) & (ids < vocab), vocab)
+    inverse = torch.full((vocab + 1,), -1, dtype=torch.int64, device=ids.device)
+    inverse[ids] = torch.arange(len(ids), device=ids.device)
+    return inverse[:vocab]
+
+
 def spec_verify(
     target: torch.Tensor,
     draft_tokens: torch.Tensor,
@@ -225,6 +240,8 @@ def spec_verify(
     seed: torch.Tensor | None = None,
     position: torch.Tensor | None = None,
     uniforms: torch.Tensor | None = None,
+    block: bool = False,
+    draft_to_target: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Accept drafted tokens, replace the first refused one, or add a bonus token.
 
@@ -234,8 +251,70 @@ def spec_verify(
     mass on its token. Parameters are ``[B]`` tensors on the device; noise comes from seed and
     position, or from uniforms float64 ``[B, K+1]``. Logits of draft get the same temperature and
     truncation as the target's unless draft_lse (and draft_cutoff) of `draft_sample` say otherwise.
+
+    block: judge the drafts as a whole (arXiv 2403.10444): on average at least as many are kept. It
+    asks for drafts whose noise belongs to the step (``turn`` of `draft_sample`); K <= 256.
+
+    A draft with another vocabulary passes target_to_draft ``[vocab]`` or, to have it inverted here
+    at each call, draft_to_target ``[draft_vocab]``. draft_tokens are ids of the target either way.
+
     Returns tokens ``[B, K+1]`` (-1 after the last), count ``[B]``, logprobs and status bits
     (`quantgemm.reference` names them).
+    """
+    outputs: tuple[torch.Tensor, ...] = torch.ops.quantgemm.spec_verify(
+        target,
+        draft_tokens,
+        cu_rows,
+        draft,
+        target_probs,
+        draft_probs,
+        draft_lse,
+        draft_cutoff,
+        _map_to_draft(target, target_to_draft, draft_to_target),
+        temperature,
+        top_k,
+        top_p,
+        min_p,
+        seed,
+        position,
+        uniforms,
+        None,
+        block,
+    )
+    tokens, count, logprobs, status, _ = outputs
+    return tokens, count, logprobs, status
+
+
+def spec_verify_tree(
+    target: torch.Tensor,
+    draft_tokens: torch.Tensor,
+    parents: torch.Tensor,
+    cu_rows: torch.Tensor,
+    draft: torch.Tensor | None = None,
+    target_probs: bool = False,
+    draft_probs: bool = False,
+    draft_lse: torch.Tensor | None = None,
+    draft_cutoff: torch.Tensor | None = None,
+    target_to_draft: torch.Tensor | None = None,
+    temperature: torch.Tensor | None = None,
+    top_k: torch.Tensor | None = None,
+    top_p: torch.Tensor | None = None,
+    min_p: torch.Tensor | None = None,
+    seed: torch.Tensor | None = None,
+    position: torch.Tensor | None = None,
+    uniforms: torch.Tensor | None = None,
+    draft_to_target: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`spec_verify` of a tree of drafts: siblings are tried one after the other.
+
+    parents: int64 ``[B, K]``, K <= 256, the node that each drafted token follows, -1 = the text so
+    far. Row ``cu_rows[b]`` of target is what follows the text, row ``cu_rows[b] + 1 + i`` what
+    follows node i; ``draft[b, i]`` is the distribution that node i was drawn from. Siblings are
+    tried in the order of their indices; nodes with the token -1 are skipped. Column i of uniforms
+    is node i's.
+
+    Returns tokens ``[B, K+1]``, count ``[B]``, logprobs, status and nodes: int64 ``[B, K]``, the
+    accepted ones from the top down, then -1.
     """
     return torch.ops.quantgemm.spec_verify(  # type: ignore[no-any-return]
         target,
@@ -246,7 +325,7 @@ def spec_verify(
         draft_probs,
         draft_lse,
         draft_cutoff,
-        target_to_draft,
+        _map_to_draft(target, target_to_draft, draft_to_target),
         temperature,
         top_k,
         top_p,
@@ -254,19 +333,38 @@ def spec_verify(
         seed,
         position,
         uniforms,
+        parents,
     )
+
+
+def _map_to_draft(
+    target: torch.Tensor,
+    target_to_draft: torch.Tensor | None,
+    draft_to_target: torch.Tensor | None,
+) -> torch.Tensor | None:
+    if draft_to_target is None:
+        return target_to_draft
+    if target_to_draft is not None:
+        raise ValueError("draft_to_target: expected without target_to_draft")
+    return invert_vocabulary_map(draft_to_target, target.shape[1])
 
 
 @register_fake("quantgemm::spec_verify")
 def _(
-    target: torch.Tensor, draft_tokens: torch.Tensor, cu_rows: torch.Tensor, *_: Any, **__: Any
+    target: torch.Tensor,
+    draft_tokens: torch.Tensor,
+    cu_rows: torch.Tensor,
+    *rest: Any,
+    **named: Any,
 ) -> tuple[torch.Tensor, ...]:
-    batch, columns = draft_tokens.shape[0], draft_tokens.shape[1] + 1
+    batch, drafts = draft_tokens.shape
+    parents = rest[13] if len(rest) > 13 else named.get("parents")
     return (
-        target.new_empty([batch, columns], dtype=torch.int64),
+        target.new_empty([batch, drafts + 1], dtype=torch.int64),
         target.new_empty([batch], dtype=torch.int64),
-        target.new_empty([batch, columns], dtype=torch.float32),
+        target.new_empty([batch, drafts + 1], dtype=torch.float32),
         target.new_empty([batch], dtype=torch.int32),
+        target.new_empty([batch, 0 if parents is None else drafts], dtype=torch.int64),
     )
 
 
@@ -305,14 +403,19 @@ def draft_sample(
     position: torch.Tensor | None = None,
     uniforms: torch.Tensor | None = None,
     return_probs: bool = False,
+    turn: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """A drafted token per row, with noise that `spec_verify` never uses for itself.
+
+    turn: another draw at the same position. In a tree, which child of its parent the token becomes
+    (position is where it would stand in the text); in a block, which of its drafts (position is
+    that of the block's first).
 
     Returns tokens, lse and cutoff ``[B]`` (`spec_verify` takes the latter two with the same logits
     as draft_lse and draft_cutoff), probs float32 ``[B, vocab]`` or ``[B, 0]``, and status.
     """
     return torch.ops.quantgemm.draft_sample(  # type: ignore[no-any-return]
-        logits, temperature, top_k, top_p, min_p, seed, position, uniforms, return_probs
+        logits, temperature, top_k, top_p, min_p, seed, position, uniforms, return_probs, turn
     )
 
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Speculative verification written to be read: a Python loop, and the same in vectorised PyTorch.
 
-Both take the arguments of `torch.ops.quantgemm.spec_verify` and return the same four tensors. Given
-probabilities and the same noise, all three implementations agree bit for bit; given logits, these
-two compute the distributions in float64.
+Both take the arguments of `torch.ops.quantgemm.spec_verify` and return its first four tensors.
+Given probabilities and the same noise, all three implementations agree bit for bit; given logits,
+these two compute the distributions in float64. Trees and blocks are in `quantgemm.reference_modes`.
 
 A drafted token d with q(d) > 0 is accepted iff u·q(d) < p(d). The first that is not is replaced by
 a draw from max(p - q, 0); if none is refused, one more token is drawn from p. Draws use integer
@@ -13,11 +13,13 @@ weights rint(x·2^44): the token is the first whose prefix sum exceeds floor(v·
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 
 __all__ = [
     "BAD_PARAMETER",
+    "BAD_PARENT",
     "BAD_ROWS",
     "BAD_TOKEN",
     "BAD_UNIFORM",
@@ -31,17 +33,17 @@ __all__ = [
 ]
 
 BAD_TOKEN, BAD_VALUE, NO_MASS, BAD_PARAMETER = 1, 2, 4, 8
-EMPTY_RESIDUAL, BAD_ROWS, BAD_UNIFORM = 16, 32, 64
-DRAFT_DOMAIN, ACCEPT_DOMAIN, TOKEN_DOMAIN = 0, 1, 2
+EMPTY_RESIDUAL, BAD_ROWS, BAD_UNIFORM, BAD_PARENT = 16, 32, 64, 128
+DRAFT_DOMAIN, ACCEPT_DOMAIN, TOKEN_DOMAIN, BLOCK_DOMAIN = 0, 1, 2, 3
 
 Tensor = torch.Tensor
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
 _MASK32 = 0xFFFFFFFF
 
 
-def philox(seed: int, position: int, domain: int) -> int:
-    """Philox4x32-10: the 64 random bits of a (seed, position, domain)."""
-    c = [position & _MASK32, position >> 32 & _MASK32, domain, 0]
+def philox(seed: int, position: int, domain: int, turn: int = 0) -> int:
+    """Philox4x32-10: the 64 random bits of a (seed, position, domain, turn)."""
+    c = [position & _MASK32, position >> 32 & _MASK32, domain, turn]
     k = [seed & _MASK32, seed >> 32 & _MASK32]
     for _ in range(10):
         a, b = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
@@ -78,6 +80,158 @@ def truncated_softmax(
     return weights / weights.sum()
 
 
+@dataclass
+class Arguments:
+    """Those of `torch.ops.quantgemm.spec_verify`."""
+
+    target: Tensor
+    draft_tokens: Tensor
+    cu_rows: Tensor
+    draft: Tensor | None = None
+    target_probs: bool = False
+    draft_probs: bool = False
+    draft_lse: Tensor | None = None
+    draft_cutoff: Tensor | None = None
+    target_to_draft: Tensor | None = None
+    temperature: Tensor | None = None
+    top_k: Tensor | None = None
+    top_p: Tensor | None = None
+    min_p: Tensor | None = None
+    seed: Tensor | None = None
+    position: Tensor | None = None
+    uniforms: Tensor | None = None
+    parents: Tensor | None = None
+
+    def outputs(self) -> Outputs:
+        """tokens, count, logprobs and status, empty so far"""
+        batch, most = self.draft_tokens.shape
+        return (
+            self.draft_tokens.new_full((batch, most + 1), -1),
+            self.draft_tokens.new_zeros(batch),
+            torch.zeros(batch, most + 1, device=self.target.device),
+            torch.zeros(batch, dtype=torch.int32, device=self.target.device),
+        )
+
+
+class SequenceView:
+    """What the loops see of one sequence; collects its status bits."""
+
+    def __init__(self, given: Arguments, b: int) -> None:
+        self.given, self.b, self.bits = given, b, 0
+        self.vocab = given.target.shape[1]
+        heat = 1.0 if given.temperature is None else float(given.temperature[b])
+        if not (0 <= heat < math.inf):
+            heat, self.bits = 0.0, BAD_PARAMETER
+        self.greedy = heat == 0
+        self.shape = (
+            heat or 1.0,
+            int(self._parameter(given.top_k, 0, 0, math.inf)),
+            self._parameter(given.top_p, 1.0, 0, 1),
+            self._parameter(given.min_p, 0.0, 0, 1),
+        )
+        first, last = int(given.cu_rows[b]), int(given.cu_rows[b + 1])
+        most = given.draft_tokens.shape[1]
+        good = 0 <= first < last <= len(given.target) and last - first <= most + 1
+        self.first, self.drafts = first, last - first - 1 if good else -1
+        self.bits |= 0 if good else BAD_ROWS
+
+    def _parameter(self, values: Tensor | None, off: float, low: float, high: float) -> float:
+        value = off if values is None else float(values[self.b])
+        good = low <= value <= high
+        self.bits |= 0 if good else BAD_PARAMETER
+        return value if good else off
+
+    def noise(self, column: int, offset: int, domain: int, turn: int = 0) -> int:
+        """64 random bits: a column of the uniforms, or those of a counter."""
+        given = self.given
+        if given.uniforms is None:
+            assert given.seed is not None and given.position is not None
+            at = int(given.position[self.b]) + offset
+            return philox(int(given.seed[self.b]), at, domain, turn)
+        u = float(given.uniforms[self.b, column])
+        if not 0 <= u < 1:
+            self.bits |= BAD_UNIFORM
+            return (1 << 64) - 1 if u >= 1 else 0
+        return int(u * 2**53) << 11
+
+    def uniform(self, column: int, offset: int, domain: int, turn: int = 0) -> float:
+        """For a test of acceptance: 24 bits."""
+        return (self.noise(column, offset, domain, turn) >> 40) / 2**24
+
+    def token(self, k: int) -> int:
+        """The drafted one; -1 if there is none."""
+        token = int(self.given.draft_tokens[self.b, k]) if k < self.drafts else -1
+        if -1 <= token < self.vocab:
+            return token
+        self.bits |= BAD_TOKEN
+        return -1
+
+    def row(self, k: int) -> Tensor:
+        return self.given.target[self.first + k]
+
+    def _law(self, row: Tensor, is_probs: bool) -> Tensor:
+        if is_probs:
+            return row.float().nan_to_num(0, 1, 0).clamp(0, 1)
+        return truncated_softmax(row, *self.shape).float()
+
+    def p(self, k: int) -> Tensor:
+        return self._law(self.row(k), self.given.target_probs)
+
+    def q(self, k: int, token: int) -> Tensor:
+        """The law that draft k was drawn from, over the target's vocabulary."""
+        given = self.given
+        if given.draft is None:
+            return torch.nn.functional.one_hot(given.draft_tokens[self.b, k], self.vocab).float()
+        row = given.draft[self.b, k]
+        if given.draft_lse is not None:
+            scaled = row.double() / self.shape[0] - given.draft_lse[self.b, k].double()
+            q = scaled.exp().clamp(max=1).float()
+            if given.draft_cutoff is not None:
+                q = q * (row.float() >= given.draft_cutoff[self.b, k])
+        else:
+            q = self._law(row, given.draft_probs)
+        to_draft = given.target_to_draft
+        here = token if to_draft is None else int(to_draft[token])
+        if 0 <= here < len(row):
+            self.bits |= _bad_values(row[here], given.draft_probs)
+        return _over_target(q, self.vocab, to_draft)
+
+    def check_p(self, k: int) -> None:
+        self.bits |= _bad_values(self.row(k), self.given.target_probs)
+
+    def check_p_token(self, k: int, token: int) -> None:
+        self.bits |= _bad_values(self.row(k)[token], self.given.target_probs)
+
+    def check_q(self, k: int) -> None:
+        given = self.given
+        if given.draft is None or given.target_to_draft is not None or given.draft_lse is not None:
+            return
+        self.bits |= _bad_values(given.draft[self.b, k, : self.vocab], given.draft_probs)
+
+    def argmax(self, k: int) -> tuple[int, bool]:
+        """The lowest of the largest values, and whether it has any mass."""
+        self.check_p(k)
+        is_probs = self.given.target_probs
+        fill = 0.0 if is_probs else -math.inf
+        values = self.row(k).float()
+        values = values.where(values > fill, fill)
+        values = values.clamp(max=1.0 if is_probs else torch.finfo(torch.float32).max)
+        best = int((values == values.max()).nonzero()[0])
+        return best, float(values[best]) > fill
+
+    def draw(self, weights: Tensor, p: Tensor, k: int, accepted: int) -> tuple[int, float]:
+        """The token that ends the step and its logprob; p and k are its row's."""
+        fixed = _fixed_point(weights)
+        total = int(fixed.sum())
+        if total == 0:
+            self.bits |= NO_MASS
+            return self.argmax(k)[0], 0.0
+        most = self.given.draft_tokens.shape[1]
+        goal = self.noise(most, accepted, TOKEN_DOMAIN) * total >> 64
+        token = int((fixed.cumsum(0) > goal).nonzero()[0])
+        return token, float(p[token].log())
+
+
 def rejection_sample_loop(
     target: Tensor,
     draft_tokens: Tensor,
@@ -97,128 +251,58 @@ def rejection_sample_loop(
     uniforms: Tensor | None = None,
 ) -> Outputs:
     """One sequence after another, one token after another; looks at the device for each."""
-    batch, most = draft_tokens.shape
-    vocab = target.shape[1]
-    tokens = draft_tokens.new_full((batch, most + 1), -1)
-    count = draft_tokens.new_zeros(batch)
-    logprobs = torch.zeros(batch, most + 1, device=target.device)
-    status = torch.zeros(batch, dtype=torch.int32, device=target.device)
-    for b in range(batch):
-        bits = 0
+    given = Arguments(
+        target,
+        draft_tokens,
+        cu_rows,
+        draft,
+        target_probs,
+        draft_probs,
+        draft_lse,
+        draft_cutoff,
+        target_to_draft,
+        temperature,
+        top_k,
+        top_p,
+        min_p,
+        seed,
+        position,
+        uniforms,
+    )
+    tokens, count, logprobs, status = outputs = given.outputs()
+    for b in range(len(tokens)):
+        s = SequenceView(given, b)
+        judge_chain(s, tokens[b], logprobs[b], count[b : b + 1])
+        status[b] = s.bits
+    return outputs
 
-        def parameter(
-            values: Tensor | None, off: float, low: float, high: float, b: int = b
-        ) -> float:
-            nonlocal bits
-            value = off if values is None else float(values[b])
-            good = low <= value <= high
-            bits |= 0 if good else BAD_PARAMETER
-            return value if good else off
 
-        heat = 1.0 if temperature is None else float(temperature[b])
-        if not (0 <= heat < math.inf):
-            heat, bits = 0.0, bits | BAD_PARAMETER
-        shape = (
-            heat or 1.0,
-            int(parameter(top_k, 0, 0, math.inf)),
-            parameter(top_p, 1.0, 0, 1),
-            parameter(min_p, 0.0, 0, 1),
-        )
-        first, last = int(cu_rows[b]), int(cu_rows[b + 1])
-        if not (0 <= first < last <= len(target) and last - first <= most + 1):
-            status[b] = bits | BAD_ROWS
-            continue
-
-        def noise(k: int, domain: int, b: int = b) -> int:
-            nonlocal bits
-            if uniforms is None:
-                assert seed is not None and position is not None
-                return philox(int(seed[b]), int(position[b]) + k, domain)
-            u = float(uniforms[b, k if domain == ACCEPT_DOMAIN else most])
-            if not 0 <= u < 1:
-                bits |= BAD_UNIFORM
-                return (1 << 64) - 1 if u >= 1 else 0
-            return int(u * 2**53) << 11
-
-        def distribution(
-            row: Tensor, is_probs: bool, shape: tuple[float, int, float, float] = shape
-        ) -> Tensor:
-            p = (
-                row.float().nan_to_num(0, 1, 0).clamp(0, 1)
-                if is_probs
-                else truncated_softmax(row, *shape)
-            )
-            return p.float()
-
-        for k in range(last - first):
-            row = target[first + k]
-            token = int(draft_tokens[b, k]) if k < last - first - 1 else -1
-            if heat == 0:
-                bits |= _bad_values(row, target_probs)
-                values = row.float()
-                fill = 0.0 if target_probs else -math.inf
-                values = values.where(values > fill, fill)
-                values = values.clamp(max=1.0 if target_probs else torch.finfo(torch.float32).max)
-                best = int((values == values.max()).nonzero()[0])
-                tokens[b, k] = best
-                if token == best:
-                    continue
-                bits |= NO_MASS if values[best] == fill else 0
-                bits |= 0 if -1 <= token < vocab else BAD_TOKEN
-                break
-            p = distribution(row, target_probs)
-            q = None
-            if 0 <= token < vocab:
-                if draft is None:
-                    q = torch.zeros_like(p)
-                    q[token] = 1
-                else:
-                    q_row = draft[b, k]
-                    if draft_lse is not None:
-                        scaled = q_row.double() / shape[0] - draft_lse[b, k].double()
-                        q = scaled.exp().clamp(max=1).float()
-                        if draft_cutoff is not None:
-                            q = q * (q_row.float() >= draft_cutoff[b, k])
-                    else:
-                        q = distribution(q_row, draft_probs)
-                    q = _over_target(q, vocab, target_to_draft)
-                    here = token if target_to_draft is None else int(target_to_draft[token])
-                    if 0 <= here < len(q_row):
-                        bits |= _bad_values(q_row[here], draft_probs)
-                bits |= _bad_values(row[token], target_probs)
-                u = (noise(k, ACCEPT_DOMAIN) >> 40) / 2**24
-                if q[token] > 0 and u * float(q[token]) < float(p[token]):
-                    tokens[b, k], logprobs[b, k] = token, p[token].log()
-                    continue
-            elif token != -1:
-                bits |= BAD_TOKEN
-            bits |= _bad_values(row, target_probs)
-            if (
-                q is not None
-                and draft is not None
-                and target_to_draft is None
-                and draft_lse is None
-            ):
-                bits |= _bad_values(draft[b, k, :vocab], draft_probs)
-            weights = _fixed_point(p if q is None else p - q)
-            if q is not None and weights.sum() == 0:
-                bits |= EMPTY_RESIDUAL
-                weights = _fixed_point(p)
-            total = int(weights.sum())
-            goal = noise(k, TOKEN_DOMAIN) * total >> 64
-            if total > 0:
-                best = int((weights.cumsum(0) > goal).nonzero()[0])
-                logprobs[b, k] = p[best].log()
-            else:
-                bits |= NO_MASS
-                values = row.float().nan_to_num(-math.inf)
-                values = values.clamp(min=0) if target_probs else values
-                best = int((values == values.max()).nonzero()[0])
-            tokens[b, k] = best
-            break
-        count[b] = k + 1
-        status[b] = bits
-    return tokens, count, logprobs, status
+def judge_chain(s: SequenceView, tokens: Tensor, logprobs: Tensor, count: Tensor) -> None:
+    """One sequence, into tokens and logprobs [K+1] and count [1]."""
+    for k in range(s.drafts + 1):
+        token, count[0] = s.token(k), k + 1
+        if s.greedy:
+            tokens[k], has_mass = s.argmax(k)
+            if token == tokens[k]:
+                continue
+            s.bits |= 0 if has_mass else NO_MASS
+            return
+        p = weights = s.p(k)
+        if token >= 0:
+            q = s.q(k, token)
+            s.check_p_token(k, token)
+            u = s.uniform(k, k, ACCEPT_DOMAIN)
+            if q[token] > 0 and u * float(q[token]) < float(p[token]):
+                tokens[k], logprobs[k] = token, p[token].log()
+                continue
+            s.check_q(k)
+            weights = p - q
+            if _fixed_point(weights).sum() == 0:
+                s.bits |= EMPTY_RESIDUAL
+                weights = p
+        s.check_p(k)
+        tokens[k], logprobs[k] = s.draw(weights, p, k, k)
+        return
 
 
 def _bad_values(x: Tensor, is_probs: bool) -> int:
@@ -427,9 +511,9 @@ def _noise(
     )
 
 
-def _philox_rows(seed: Tensor, position: Tensor, domain: int) -> Tensor:
+def _philox_rows(seed: Tensor, position: Tensor, domain: int, turn: Tensor | None = None) -> Tensor:
     c0, c1 = position & _MASK32, position >> 32 & _MASK32
-    c2, c3 = torch.full_like(c0, domain), torch.zeros_like(c0)
+    c2, c3 = torch.full_like(c0, domain), torch.zeros_like(c0) if turn is None else turn
     k0, k1 = seed & _MASK32, seed >> 32 & _MASK32
     for _ in range(10):
         a, b = c0 * 0xD2511F53, c2 * 0xCD9E8D57  # the low 64 bits, whatever the sign

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from quantgemm import ops
+from quantgemm.ops import invert_vocabulary_map
 
 __all__ = [
     "GenerationResult",
@@ -124,16 +125,6 @@ class GenerationResult:
     statistics: SpeculationStatistics
 
 
-def invert_vocabulary_map(draft_to_target: Tensor, vocab: int) -> Tensor:
-    """int64 ``[vocab]``: each target id's place in the draft's vocabulary, -1 = not in it.
-
-    draft_to_target: ``[draft_vocab]``, the target id of each draft id. Made once per model.
-    """
-    inverse = torch.full((vocab,), -1, dtype=torch.int64, device=draft_to_target.device)
-    inverse[draft_to_target] = torch.arange(len(draft_to_target), device=draft_to_target.device)
-    return inverse
-
-
 def speculative_generate(
     target: Model,
     draft: Model | NgramDraft,
@@ -143,12 +134,18 @@ def speculative_generate(
     config: SamplingConfig | None = None,
     eos_token_id: int | None = None,
     draft_to_target: Tensor | None = None,
+    block: bool = False,
+    use_cache: bool = True,
 ) -> GenerationResult:
     """Tokens of the target's distribution, several per call of the target.
 
     prompts: ids ``[n]``, or a list of such; draft_to_target: for a draft model with a smaller
-    vocabulary. The models are called on the whole text each step (they keep no cache here), one
-    sequence at a time; all sequences are verified together.
+    vocabulary; block: judge the drafts of a step as a whole (see `ops.spec_verify`). The models are
+    called for one sequence at a time; all sequences are verified together.
+
+    A transformers model keeps its keys and values between the steps and reads only what is new:
+    at most num_drafts + 1 tokens per step. use_cache=False is for architectures whose cache cannot
+    be cut back to the accepted tokens. Other callables get the whole text each time.
     """
     config = config or SamplingConfig()
     prompts = [prompts] if isinstance(prompts, Tensor) else list(prompts)
@@ -163,14 +160,17 @@ def speculative_generate(
     ids = [prompt.tolist() for prompt in prompts]
     ends = [len(i) + max_new_tokens for i in ids]
     active = [b for b in range(len(ids)) if max_new_tokens > 0]
+    readers = [_Reader(target, len(ids), use_cache)]
+    if not isinstance(draft, NgramDraft):
+        readers.append(_Reader(draft, len(ids), use_cache))
     while active:
         device = prompts[0].device
-        round_ = _Round(config, [ids[b] for b in active], active, device, draft_to_target)
+        round_ = _Round(config, [ids[b] for b in active], active, device, draft_to_target, block)
         if isinstance(draft, NgramDraft):
             round_.look_up(draft, num_drafts)
         else:
-            round_.draft_with(draft, num_drafts)
-        for b, new, drafted in zip(active, *round_.verify(target), strict=True):
+            round_.draft_with(readers[1], num_drafts)
+        for b, new, drafted in zip(active, *round_.verify(readers[0]), strict=True):
             accepted = len(new) - 1
             if eos_token_id in new:
                 new = new[: new.index(eos_token_id) + 1]
@@ -183,6 +183,47 @@ def speculative_generate(
     return GenerationResult(tokens, stats)
 
 
+class _Reader:
+    """A model that reads texts which grow, and now and then lose their end."""
+
+    def __init__(self, model: Model, sequences: int, use_cache: bool) -> None:
+        self.model = model
+        is_transformers = hasattr(model, "generate") and hasattr(model, "config")
+        self.caches: list[Any] | None = None
+        self.read: list[list[int]] = [[] for _ in range(sequences)]  # what the caches hold
+        if is_transformers and use_cache:
+            from transformers import DynamicCache
+
+            self.caches = [DynamicCache() for _ in range(sequences)]
+
+    def logits(self, b: int, ids: list[int], rows: int, device: torch.device) -> Tensor:
+        """[rows, vocab] that follow the last `rows` tokens of a sequence's text."""
+        known, more = 0, {}
+        if self.caches is not None:
+            known = min(_common_prefix(self.read[b], ids), len(ids) - rows)
+            if known < len(self.read[b]):
+                self.caches[b].crop(known - len(self.read[b]))  # negative: so many fewer
+            more = {"past_key_values": self.caches[b], "use_cache": True}
+            self.read[b] = list(ids)
+        new = torch.tensor([ids[known:]], device=device)
+        with torch.no_grad():
+            out = self.model(new, **more)
+        logits = getattr(out, "logits", out)
+        expected = (1, new.shape[1])
+        if not isinstance(logits, Tensor) or logits.dim() != 3 or logits.shape[:2] != expected:
+            shape = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            raise ValueError(
+                f"model: expected logits of shape [1, {new.shape[1]}, vocab], got {shape}"
+            )
+        return logits[0, -rows:]
+
+
+def _common_prefix(a: list[int], b: list[int]) -> int:
+    return next(
+        (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b))
+    )
+
+
 class _Round:
     """One step of all active sequences: drafts, then verification."""
 
@@ -193,32 +234,35 @@ class _Round:
         sequences: list[int],
         device: torch.device,
         draft_to_target: Tensor | None,
+        block: bool,
     ) -> None:
-        self.config, self.ids, self.device = config, ids, device
-        self.map = draft_to_target
-        # A token's noise belongs to its place in the text, so it does not depend on the steps.
+        self.config, self.ids, self.device, self.sequences = config, ids, device, sequences
+        self.map, self.block = draft_to_target, block
+        # A token's noise belongs to its place in the text, so it does not depend on the steps;
+        # that of a block's drafts belongs to the step.
         self.seeds = torch.tensor([config.seed * 1_000_003 + b for b in sequences], device=device)
         self.positions = torch.tensor([len(i) for i in ids], device=device)
         self.drafts: list[list[int]] = [[] for _ in ids]
         self.given: dict[str, Tensor] = {}
 
+    def texts(self) -> list[tuple[int, list[int]]]:
+        """Each sequence's number, and its text with the drafts so far."""
+        together = zip(self.sequences, self.ids, self.drafts, strict=True)
+        return [(b, i + d) for b, i, d in together]
+
     def look_up(self, ngram: NgramDraft, count: int) -> None:
         self.drafts = [ngram.propose(i, count) for i in self.ids]
 
-    def draft_with(self, model: Model, count: int) -> None:
+    def draft_with(self, model: _Reader, count: int) -> None:
         rows, lse, cutoff = [], [], []
         for k in range(count):
-            logits = torch.stack(
-                [
-                    _logits(model, i + d, self.device)[-1]
-                    for i, d in zip(self.ids, self.drafts, strict=True)
-                ]
-            )
+            logits = torch.cat([model.logits(b, i, 1, self.device) for b, i in self.texts()])
             drawn = ops.draft_sample(
                 logits,
                 **self.config.tensors(len(logits), self.device),  # type: ignore[arg-type]
                 seed=self.seeds,
-                position=self.positions + k,
+                position=self.positions + (0 if self.block else k),
+                turn=k if self.block else 0,
             )
             tokens = drawn[0] if self.map is None else self.map[drawn[0]]
             for d, token in zip(self.drafts, tokens.tolist(), strict=True):
@@ -233,20 +277,18 @@ class _Round:
                 "draft_cutoff": torch.stack(cutoff, 1),
             }
 
-    def verify(self, target: Model) -> tuple[list[list[int]], list[int]]:
+    def verify(self, target: _Reader) -> tuple[list[list[int]], list[int]]:
         """New tokens of each sequence, and how many were drafted."""
         lengths = [len(d) for d in self.drafts]
-        rows = [
-            _logits(target, i + d, self.device)[len(i) - 1 :]
-            for i, d in zip(self.ids, self.drafts, strict=True)
-        ]
+        texts = zip(self.texts(), lengths, strict=True)
+        rows = [target.logits(b, i, n + 1, self.device) for (b, i), n in texts]
         logits, most = torch.cat(rows), max(lengths)
         padded = [d + [-1] * (most - len(d)) for d in self.drafts]
         given = dict(self.given)
         if "draft" in given:
             given["draft"] = given["draft"].to(logits.dtype)
             if self.map is not None:
-                given["target_to_draft"] = invert_vocabulary_map(self.map, logits.shape[1])
+                given["draft_to_target"] = self.map
         starts = torch.tensor([0, *(n + 1 for n in lengths)], device=self.device).cumsum(0)
         tokens, count, _, _ = ops.spec_verify(
             logits,
@@ -256,17 +298,7 @@ class _Round:
             **self.config.tensors(len(lengths), self.device),  # type: ignore[arg-type]
             seed=self.seeds,
             position=self.positions,
+            block=self.block,
         )
         kept = zip(tokens.tolist(), count.tolist(), strict=True)
         return [row[:n] for row, n in kept], lengths
-
-
-def _logits(model: Model, ids: list[int], device: torch.device) -> Tensor:
-    """[n, vocab] of a callable or of a transformers model."""
-    with torch.no_grad():
-        out = model(torch.tensor([ids], device=device))
-    logits = getattr(out, "logits", out)
-    if not isinstance(logits, Tensor) or logits.dim() != 3 or logits.shape[:2] != (1, len(ids)):
-        shape = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise ValueError(f"model: expected logits of shape [1, {len(ids)}, vocab], got {shape}")
-    return logits[0]

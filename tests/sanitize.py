@@ -78,6 +78,13 @@ def run_sampling_cases(generator: torch.Generator) -> None:
             ops.spec_verify(target, drafts, cu_rows, draft, temperature=heat, **noise)
             ops.spec_verify(target.abs(), drafts, cu_rows, None, True, temperature=heat, **noise)
             ops.spec_verify(target.abs(), drafts, cu_rows, draft.abs(), True, True, **noise)
+            parents = torch.tensor([-1, -1, 0]).expand(5, -1).contiguous().cuda()
+            for mode in ({"parents": parents}, {"block": True}):
+                verify = torch.ops.quantgemm.spec_verify
+                top_k = torch.full((5,), 10, device="cuda")
+                verify(target, drafts, cu_rows, draft, temperature=heat, **noise, **mode)
+                verify(target, drafts, cu_rows, None, top_k=top_k, **noise, **mode)
+                verify(target.abs(), drafts, cu_rows, draft.abs(), True, True, **noise, **mode)
             for k, p in ((10, 0.9), (0, 0.9), (5000, 1.0)):
                 settings = {
                     "top_k": torch.full((5,), k, device="cuda"),

@@ -119,6 +119,11 @@ def test_smaller_draft_vocabulary(order: str, device: str) -> None:
     assert_equal(ops.spec_verify(**on(device, case)), want)
     vectorized = ref.rejection_sample_vectorized(**on(device, case))
     assert torch.equal(vectorized[0].cpu(), want[0])
+    assert torch.equal(ops.invert_vocabulary_map(chosen, 300), to_draft)
+    del case["target_to_draft"]
+    assert_equal(ops.spec_verify(**on(device, case), draft_to_target=chosen.to(device)), want)
+    outside = torch.tensor([2, 300, -1, 0])  # padding of a draft's vocabulary has no place
+    assert ops.invert_vocabulary_map(outside, 3).tolist() == [3, -1, 0]
 
 
 def simple(

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -60,8 +61,9 @@ def test_greedy_is_the_target_alone(kind: str, device: str) -> None:
     assert stats.tokens_per_step > 1.5 and len(stats.acceptance_per_position) == 4
 
 
+@pytest.mark.parametrize("block", [False, True])
 @pytest.mark.parametrize("top_k", [0, 3])
-def test_sampling_follows_the_target(top_k: int) -> None:
+def test_sampling_follows_the_target(top_k: int, block: bool) -> None:
     """Second new token's law, over many sequences with noise of their own."""
     target = Markov(2, 1.0)
     draft = noisy(target)
@@ -144,3 +146,91 @@ def test_sample_is_verification_without_drafts() -> None:
     assert torch.equal(again[0][:, 0], tokens) and torch.equal(again[2][:, 0], logprobs)
     drafts = ops.draft_sample(logits, seed=seed, position=position)[0]
     assert (drafts != tokens).any() and not status.any()
+
+
+def tiny_llama(seed: int, layers: int = 2) -> Any:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(seed)
+    config = transformers.LlamaConfig(
+        vocab_size=97,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.3,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+class Watched:
+    """Counts the tokens of every call of a module."""
+
+    def __init__(self, model: Any) -> None:
+        self.tokens: list[int] = []
+        model.register_forward_pre_hook(self.note, with_kwargs=True)
+
+    def note(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.tokens.append((args[0] if args else kwargs["input_ids"]).shape[1])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("kind", ["similar", "other", "ngram"])
+@pytest.mark.parametrize("block", [False, True])
+def test_transformers_greedy_with_a_cache(block: bool, kind: str, device: str) -> None:
+    target = tiny_llama(1).to(device)
+    drafts: dict[str, Any] = {"other": tiny_llama(2, 1), "ngram": NgramDraft()}
+    if kind == "similar":
+        drafts["similar"] = tiny_llama(1)
+        with torch.no_grad():
+            for weight in drafts["similar"].parameters():
+                weight += 0.02 * torch.randn_like(weight)
+    draft = drafts[kind] if kind == "ngram" else drafts[kind].to(device)
+    prompts = [torch.randint(0, 97, (n,), device=device) for n in (17, 1, 40)]
+    want = []
+    for prompt in prompts:
+        out = target.generate(
+            prompt[None],
+            attention_mask=torch.ones_like(prompt[None]),
+            do_sample=False,
+            max_new_tokens=30,
+        )
+        want.append(out[0, len(prompt) :].tolist())
+    watched, drafting = Watched(target), None if kind == "ngram" else Watched(draft)
+    greedy = SamplingConfig(temperature=0)
+    result = speculative_generate(target, draft, prompts, 30, 3, greedy, block=block)
+    assert result.tokens == want
+    # The prompts once, then never more than the drafts and the token before them.
+    first = [3 if drafting else len(draft.propose(p.tolist(), 3)) for p in prompts]
+    assert watched.tokens[:3] == [len(p) + n for p, n in zip(prompts, first, strict=True)]
+    assert max(watched.tokens[3:]) <= 4
+    assert len(watched.tokens) == result.statistics.steps
+    if drafting:
+        assert drafting.tokens[:3] == [len(p) for p in prompts]
+        assert max(drafting.tokens[3:]) <= 2
+    if kind == "similar":
+        assert result.statistics.tokens_per_step > 1.5
+
+
+def test_the_cache_changes_no_sampled_token() -> None:
+    target, draft = tiny_llama(1), tiny_llama(1)
+    with torch.no_grad():
+        for weight in draft.parameters():
+            weight += 0.05 * torch.randn_like(weight)
+    prompts = [torch.tensor([5, 9, 1])]
+    config = SamplingConfig(temperature=0.9, top_k=20, seed=3)
+    for block in (False, True):
+        with_cache, without = (
+            speculative_generate(
+                target, draft, prompts, 15, 3, config, block=block, use_cache=use_cache
+            )
+            for use_cache in (True, False)
+        )
+        assert with_cache.tokens == without.tokens
+        plain = speculative_generate(
+            lambda ids: target(ids), lambda ids: draft(ids), prompts, 15, 3, config, block=block
+        )
+        assert plain.tokens == without.tokens

@@ -50,6 +50,11 @@ def sampling_cases(device: str) -> dict[str, tuple[Callable, tuple]]:
             verify,
             (logits.softmax(-1), *rows, draft.softmax(-1), *probs, *noise),
         ),
+        "spec_verify tree": (
+            verify,
+            (logits, *rows, draft, *options, *noise, torch.tensor([[-1, -1]] * 4, device=device)),
+        ),
+        "spec_verify block": (verify, (logits, *rows, draft, *options, *noise, None, True)),
         "sample": (Q.sample.default, (logits[:4], heat, top_k, top_p, None, *noise)),
         "draft_sample": (
             Q.draft_sample.default,

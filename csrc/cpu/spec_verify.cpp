@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// Verification on the CPU, one sequence at a time, in the order a reader would do it: judge position
-// after position, draw from the row that stops. The arithmetic is csrc/sampling.h.
+// Verification on the CPU, one sequence at a time, in the order a reader would do it: try draft after
+// draft, draw from the row that stops. A chain is a tree of one branch. The arithmetic is sampling.h.
 #include <algorithm>
 #include <vector>
 
@@ -77,23 +77,21 @@ class Sequence {
   }
 
   void run() {
-    const int64_t columns = a.max_drafts + 1;
-    std::fill_n(a.tokens + b * columns, columns, -1);
-    if (a.logprobs) std::fill_n(a.logprobs + b * columns, columns, 0.0f);
-    int64_t count = 0;
-    while (rows.drafts >= 0) {
-      float logprob = 0;
-      const int64_t token = s.greedy ? judge_greedy(count) : judge_sampled(count, logprob);
-      a.tokens[b * columns + count] = token;
-      if (a.logprobs) a.logprobs[b * columns + count] = logprob;
-      ++count;
-      if (ended) break;
+    std::fill_n(a.tokens + b * columns(), columns(), -1);
+    if (a.logprobs) std::fill_n(a.logprobs + b * columns(), columns(), 0.0f);
+    if (a.nodes) std::fill_n(a.nodes + b * a.max_drafts, a.max_drafts, -1);
+    if (rows.drafts >= 0) {
+      if (a.mode == VerifyMode::kBlock && !s.greedy) {
+        verify_block();
+      } else {
+        walk_tree();
+      }
     }
     if (a.counts) a.counts[b] = count;
     a.status[b] = static_cast<int32_t>(status);
     if (rows.drafts < 0) return;
-    const Row<T> row = target(count - 1);
-    const int64_t last = a.tokens[b * columns + count - 1];
+    const Row<T> row = target(count - 1);  // of a chain; trees have no outputs below
+    const int64_t last = a.tokens[b * columns() + count - 1];
     if (a.probs)
       for (int64_t i = 0; i < a.vocab; ++i)
         a.probs[b * a.vocab + i] = s.greedy ? static_cast<float>(i == last) : probability(row.at(i), law);
@@ -105,13 +103,53 @@ class Sequence {
   }
 
  private:
+  int64_t columns() const { return a.max_drafts + 1; }
   Row<T> target(int64_t k) const {
     return {static_cast<const T*>(a.target) + (rows.first + k) * a.target_stride, a.vocab};
   }
   Row<T> draft(int64_t k) const {
     return {static_cast<const T*>(a.draft) + b * a.draft_strides[0] + k * a.draft_strides[1], a.draft_vocab};
   }
-  int64_t draft_token(int64_t k) const { return k < rows.drafts ? a.drafts[b * a.max_drafts + k] : -1; }
+  RowLaw target_law(const Row<T>& row) const { return a.target_is_logits ? law_of(row, s) : stored_law(); }
+
+  int64_t draft_token(int64_t k) const { return a.drafts[b * a.max_drafts + k]; }
+  bool is_valid(int64_t token) {
+    if (token < -1 || token >= a.vocab) status |= kBadToken;
+    return token >= 0 && token < a.vocab;
+  }
+
+  void emit(int64_t token, float logprob, int64_t node) {
+    a.tokens[b * columns() + count] = token;
+    if (a.logprobs) a.logprobs[b * columns() + count] = logprob;
+    if (a.nodes && node >= 0) a.nodes[b * a.max_drafts + count] = node;
+    ++count;
+  }
+
+  // Calls f(child, turn) for the children of a node until it is true; the child, or -1.
+  template <class Fn>
+  int64_t find_child(int64_t node, Fn f) const {
+    uint32_t turn = 0;
+    const int64_t end = a.parents ? rows.drafts : std::min(node + 2, rows.drafts);
+    for (int64_t i = a.parents ? 0 : node + 1; i < end; ++i)
+      if ((!a.parents || a.parents[b * a.max_drafts + i] == node) && f(i, turn++)) return i;
+    return -1;
+  }
+
+  void walk_tree() {
+    if (a.parents)
+      for (int64_t i = 0; i < rows.drafts; ++i) {
+        const int64_t parent = a.parents[b * a.max_drafts + i];
+        if (parent < -1 || parent >= rows.drafts) status |= kBadParent;
+      }
+    for (int64_t node = -1;;) {
+      float logprob = 0;
+      const Row<T> row = target(node + 1);
+      const int64_t child = s.greedy ? find_greedy(row, node) : find_accepted(row, node, logprob);
+      if (child < 0) return s.greedy ? finish_greedy(row) : finish(row);
+      emit(draft_token(child), logprob, child);
+      node = child;
+    }
+  }
 
   float read(const Row<T>& row, int64_t i, const RowLaw& how, bool is_logits) {
     const float x = row.at(i);
@@ -129,52 +167,103 @@ class Sequence {
   }
   float clean(float x) const { return a.target_is_logits ? clean_logit(x) : clean_probability(x); }
 
-  int64_t judge_greedy(int64_t k) {
-    const Row<T> row = target(k);
-    const int64_t best = argmax(row), token = draft_token(k);
-    ended = k == rows.drafts || token != best;
-    if (!ended) return best;
-    if (token < -1 || token >= a.vocab) status |= kBadToken;
+  int64_t find_greedy(const Row<T>& row, int64_t node) {
+    best = argmax(row);
+    return find_child(node, [&](int64_t child, uint32_t) {
+      return is_valid(draft_token(child)) && draft_token(child) == best;
+    });
+  }
+
+  void finish_greedy(const Row<T>& row) {
     const float top = clean(row.at(best));
     if (top == (a.target_is_logits ? minus_infinity() : 0.0f)) status |= kNoMass;
     law = {top, 0.0f, 1.0f, top};
-    return best;
+    emit(best, 0.0f, -1);
   }
 
-  int64_t judge_sampled(int64_t k, float& logprob) {
-    const Row<T> p = target(k);
-    const int64_t token = draft_token(k);
-    const bool has_draft = token >= 0 && token < a.vocab;
-    if (!has_draft && token != -1) status |= kBadToken;
-    law = a.target_is_logits ? law_of(p, s) : stored_law();
-    if (has_draft) {
-      one_hot = a.draft == nullptr ? token : -1;
-      if (a.draft != nullptr) open_draft(k);
+  // The child that is accepted; or -1 and what the refused ones left in `weights`.
+  int64_t find_accepted(const Row<T>& p, int64_t node, float& logprob) {
+    law = target_law(p);
+    bool weighed = false;
+    float mass = 1.0f;
+    const int64_t accepted = find_child(node, [&](int64_t child, uint32_t turn) {
+      const int64_t token = draft_token(child);
+      if (!is_valid(token)) return false;
+      open_draft(child, token);
       const float p_token = read(p, token, law, a.target_is_logits);
-      const int64_t j = draft_index(token);
-      if (a.draft != nullptr && j >= 0) read(draft_row, j, draft_law, a.draft_is_logits);
+      check_draft(token);
+      const float left = weighed ? weights[static_cast<size_t>(token)] : p_token;
       logprob = std::log(p_token);
-      if (accepts(noise_at(a, b, k, kAcceptDomain, status), p_token, q_at(token))) return token;
-    }
-    ended = true;
-    logprob = 0;
-    const uint64_t fraction = noise_at(a, b, k, a.token_domain, status);
-    int64_t drawn = draw_from(p, has_draft, fraction);
-    if (drawn < 0 && has_draft) {
-      status |= kEmptyResidual;
-      drawn = draw_from(p, false, fraction);
-    }
-    if (drawn < 0) {
-      status |= kNoMass;
-      return argmax(p);
-    }
-    logprob = std::log(probability(p.at(drawn), law));
-    return drawn;
+      const uint64_t fraction = node_noise(a, b, child, count, turn, status);
+      if (accepts(fraction, left, multiply(q_at(token), mass))) return true;
+      if (!weighed) weigh(p, 1.0f);
+      weighed = true;
+      subtract(mass);
+      if (total > 0) mass = mass_of(total);
+      return false;
+    });
+    if (accepted < 0 && !weighed) weigh(p, 1.0f);
+    return accepted;
   }
 
-  void open_draft(int64_t k) {
-    draft_row = draft(k);
+  // The last token, from `weights`.
+  void finish(const Row<T>& p) {
+    if (total == 0) {
+      status |= kNoMass;
+      return emit(argmax(p), 0.0f, -1);
+    }
+    uint64_t rest = draw(token_noise(a, b, count, status), total);
+    size_t i = 0;
+    for (uint64_t w; (w = to_fixed(weights[i])) <= rest; ++i) rest -= w;
+    const auto token = static_cast<int64_t>(i);
+    emit(token, std::log(probability(p.at(token), law)), -1);
+  }
+
+  // The longest part of the drafts that passes, from the last on; shares[k] belongs to k drafts.
+  void verify_block() {
+    std::vector<float> shares{1.0f};
+    std::vector<RowLaw> laws;
+    std::vector<float> logprobs;
+    int64_t length = 0;
+    for (; length < rows.drafts && is_valid(draft_token(length)); ++length) {
+      const int64_t token = draft_token(length);
+      laws.push_back(law = target_law(target(length)));
+      open_draft(length, token);
+      const float p = read(target(length), token, law, a.target_is_logits);
+      check_draft(token);
+      logprobs.push_back(std::log(p));
+      shares.push_back(next_share(shares.back(), p, q_at(token)));
+    }
+    int64_t k = length;
+    for (bool stops = false; !stops; k -= !stops) {
+      const float share = shares[static_cast<size_t>(k)];
+      const uint64_t fraction = k > 0 ? block_noise(a, b, k - 1, status) : 0;
+      if (k == length) {
+        stops = k == 0 || accepts(fraction, share, 1.0f);
+        if (!stops) continue;
+        law = target_law(target(k));
+        weigh(target(k), 1.0f);
+      } else {
+        law = laws[static_cast<size_t>(k)];
+        weigh(target(k), share);
+        open_draft(k, draft_token(k));
+        if (k > 0) {
+          subtract(1.0f, true);
+          stops = accepts_block(fraction, share, total);
+        } else {
+          subtract(1.0f);
+          stops = true;
+        }
+      }
+    }
+    for (int64_t i = 0; i < k; ++i) emit(draft_token(i), logprobs[static_cast<size_t>(i)], -1);
+    finish(target(k));
+  }
+
+  void open_draft(int64_t k, int64_t token) {
+    one_hot = a.draft == nullptr ? token : -1;
     draft_law = stored_law();
+    if (a.draft != nullptr) draft_row = draft(k);
     if (!a.draft_is_logits) return;
     const int64_t at = b * a.max_drafts + k;
     const float cutoff = a.draft_cutoff ? a.draft_cutoff[at] : minus_infinity();
@@ -186,30 +275,46 @@ class Sequence {
     return j >= 0 && j < draft_row.length ? j : -1;
   }
 
-  // q of a target's token at the position that is open.
+  void check_draft(int64_t token) {
+    const int64_t j = a.draft != nullptr ? draft_index(token) : -1;
+    if (j >= 0) read(draft_row, j, draft_law, a.draft_is_logits);
+  }
+
+  // q of a target's token in the draft that is open.
   float q_at(int64_t i) const {
     if (a.draft == nullptr) return static_cast<float>(i == one_hot);
     const int64_t j = draft_index(i);
     return j < 0 ? 0.0f : probability(draft_row.at(j), draft_law);
   }
 
-  int64_t draw_from(const Row<T>& p, bool subtract, uint64_t fraction) {
-    std::vector<uint64_t> weights(static_cast<size_t>(p.length));
-    uint64_t total = 0;
+  void weigh(const Row<T>& p, float share) {
+    weights.resize(static_cast<size_t>(p.length));
+    total = 0;
     for (int64_t i = 0; i < p.length; ++i) {
       const float x = p.at(i);
       if (is_bad_value(x, a.target_is_logits)) status |= kBadValue;
-      const float r = residual(probability(x, law), subtract ? q_at(i) : 0.0f);
-      total += weights[static_cast<size_t>(i)] = to_fixed(r);
+      total += to_fixed(weights[static_cast<size_t>(i)] = multiply(probability(x, law), share));
     }
-    if (subtract && a.draft != nullptr && !a.target_to_draft && !a.draft_lse)
-      for (int64_t j = 0; j < std::min(draft_row.length, p.length); ++j)
+  }
+
+  // Takes mass·q from the weights, unless that leaves nothing: then they stay as they are.
+  void subtract(float mass, bool may_be_empty = false) {
+    if (a.draft != nullptr && !a.target_to_draft && !a.draft_lse)
+      for (int64_t j = 0; j < std::min(draft_row.length, a.vocab); ++j)
         if (is_bad_value(draft_row.at(j), a.draft_is_logits)) status |= kBadValue;
-    if (total == 0) return -1;
-    uint64_t rest = draw(fraction, total);
-    size_t i = 0;
-    for (; weights[i] <= rest; ++i) rest -= weights[i];
-    return static_cast<int64_t>(i);
+    left.resize(weights.size());
+    uint64_t sum = 0;
+    for (size_t i = 0; i < weights.size(); ++i) {
+      const auto id = static_cast<int64_t>(i);
+      left[i] = id == one_hot ? 0.0f : residual(weights[i], multiply(q_at(id), mass));
+      sum += to_fixed(left[i]);
+    }
+    if (sum == 0 && !may_be_empty) {
+      status |= kEmptyResidual;
+      return;
+    }
+    std::swap(weights, left);
+    total = sum;
   }
 
   const VerifyArgs& a;
@@ -220,8 +325,10 @@ class Sequence {
   Row<T> draft_row{nullptr, 0};
   RowLaw draft_law = stored_law();
   int64_t one_hot = -1;
+  std::vector<float> weights, left;  // of the draw: p, or what is left of it
+  uint64_t total = 0;                // Σ weights in fixed point
+  int64_t best = 0, count = 0;
   uint32_t status = 0;
-  bool ended = false;
 };
 
 }  // namespace

@@ -27,5 +27,7 @@ cudaError_t launch_embedding(const EmbeddingArgs& args, cudaStream_t stream);
 int64_t verify_scratch_bytes(const VerifyArgs& args);
 cudaError_t launch_row_laws(const VerifyArgs& args, cudaStream_t stream);
 cudaError_t launch_spec_verify(const VerifyArgs& args, cudaStream_t stream);
+cudaError_t launch_verify_modes(const VerifyArgs& args,
+                                cudaStream_t stream);  // its part for trees and blocks
 
 }  // namespace quantgemm

@@ -5,11 +5,10 @@
 #pragma once
 #include <cooperative_groups.h>
 
-#include "row_laws.cuh"
+#include "verdict.cuh"
 
 namespace quantgemm {
 
-constexpr int kThreads = 512, kWarps = kThreads / 32, kMaxRanks = 8;
 constexpr int kPublished = kWarps + 1;  // per block: a number of each warp, and status bits
 
 struct Verdict {
@@ -71,6 +70,13 @@ struct FixedSum {
     return (uint64_t{hi} << 23) + static_cast<uint64_t>(static_cast<int64_t>(lo));
   }
 };
+
+__device__ __forceinline__ uint64_t fixed_sum(const float (&r)[8]) {
+  FixedSum sum;
+#pragma unroll
+  for (const float x : r) sum.add(x);
+  return sum.value();
+}
 
 enum class Subtract { kNothing, kProbabilities, kLogits, kMapped };
 
@@ -144,11 +150,11 @@ struct Weights {
     finish<Logits, Q>(r, y, begin, lane, bad);
   }
 
-  __device__ __forceinline__ static uint64_t total_of(const float (&r)[8]) {
-    FixedSum sum;
-#pragma unroll
-    for (const float x : r) sum.add(x);
-    return sum.value();
+  __device__ __forceinline__ void group(float (&r)[8], int begin, int lane, bool& bad) const {
+    visit([&]<bool Logits, Subtract Q>() {
+      of_group<Logits, Q>(r, begin, lane, bad);
+      return 0;
+    });
   }
 
   // Two groups in flight per warp as long as both lie inside aligned rows.
@@ -167,13 +173,13 @@ struct Weights {
 #pragma unroll
       for (int u = 0; u < 2; ++u) {
         finish<Logits, Q>(r[u], y[u], begin + u * kGroup, lane, bad);
-        total += total_of(r[u]);
+        total += fixed_sum(r[u]);
       }
     }
     for (; begin < end; begin += kGroup) {
       float r[8];
       of_group<Logits, Q>(r, begin, lane, bad);
-      total += total_of(r);
+      total += fixed_sum(r);
     }
     return total;
   }
@@ -189,7 +195,7 @@ struct Weights {
       for (; wanted; wanted &= wanted - 1) {
         float r[8];
         of_group<Logits, Q>(r, begin + (__ffs(wanted) - 1) * kGroup, lane, bad);
-        total += total_of(r);
+        total += fixed_sum(r);
       }
     }
     return total;
@@ -228,16 +234,13 @@ __device__ int find_piece(const uint64_t* pieces, int n, uint64_t& rest, int lan
 
 // By one warp: the token of [begin, end) where the prefix sum exceeds `rest`. A group lies in order
 // lane by lane, as one run of 8 values each or as two of 4.
-template <class T>
-__device__ int find_token(const Weights<T>& weights, int begin, int end, uint64_t rest, int lane) {
+template <class T, class Row>
+__device__ int find_token(const Row& weights, int begin, int end, uint64_t rest, int lane) {
   constexpr int kRun = sizeof(T) == 4 ? 4 : 8;
   for (; begin < end; begin += kGroup) {
     float r[8];
     bool bad = false;
-    weights.visit([&]<bool Logits, Subtract Q>() {
-      weights.template of_group<Logits, Q>(r, begin, lane, bad);
-      return 0;
-    });
+    weights.group(r, begin, lane, bad);
 #pragma unroll
     for (int first = 0; first < 8; first += kRun) {
       uint64_t w[kRun], own = 0;
@@ -263,11 +266,17 @@ __device__ int find_token(const Weights<T>& weights, int begin, int end, uint64_
 
 __device__ __forceinline__ int round_up(int n) { return (n + kGroup - 1) / kGroup * kGroup; }
 
-// The draw from a row's weights; -1 if they are all zero. Valid in the first block.
-template <class T>
-__device__ int draw_token(Shared& shared, const Team& team, const Weights<T>& weights, uint64_t fraction) {
+// Rows of weights are Weights<T>, or of the same shape: p, sum() and group(). Each warp of a team has a
+// piece of the row.
+__device__ __forceinline__ int piece_length(const Team& team, int row_length) {
+  return round_up((row_length + team.ranks * kWarps - 1) / (team.ranks * kWarps));
+}
+
+// Σ of the weights, for all threads of all blocks; leaves those of the pieces in shared.pieces.
+template <class Row>
+__device__ __forceinline__ uint64_t weigh(Shared& shared, const Team& team, const Row& weights) {
   const int num_pieces = team.ranks * kWarps;
-  const int length = round_up((weights.p.length + num_pieces - 1) / num_pieces);
+  const int length = piece_length(team, weights.p.length);
   const int begin = (team.rank * kWarps + team.warp) * length;
   const int end = begin + length < weights.p.length ? begin + length : weights.p.length;
   bool bad = false;
@@ -284,12 +293,16 @@ __device__ int draw_token(Shared& shared, const Team& team, const Weights<T>& we
   __syncthreads();
   uint64_t total = 0;
   for (int i = team.lane; i < num_pieces; i += 32) total += shared.pieces[i];
-  total = warp_sum(total);
-  if (total == 0) return -1;
-  if (team.rank != 0) return 0;
+  return warp_sum(total);
+}
 
-  uint64_t rest = draw(fraction, total);
-  const int piece = find_piece(shared.pieces, num_pieces, rest, team.lane);
+// After weigh(): the token where the prefix sum exceeds `rest`. By the first block; 0 in the others.
+template <class T, class Row>
+__device__ __forceinline__ int find_draw(Shared& shared, const Team& team, const Row& weights,
+                                         uint64_t rest) {
+  if (team.rank != 0) return 0;
+  const int length = piece_length(team, weights.p.length);
+  const int piece = find_piece(shared.pieces, team.ranks * kWarps, rest, team.lane);
   __syncthreads();  // all warps are done with the pieces
   // The same again inside the piece, its parts shared by the warps.
   const int piece_begin = piece * length;
@@ -297,6 +310,7 @@ __device__ int draw_token(Shared& shared, const Team& team, const Weights<T>& we
   const int piece_end = piece_begin + length < weights.p.length ? piece_begin + length : weights.p.length;
   const int part_begin = piece_begin + team.warp * part;
   const int part_end = part_begin + part < piece_end ? part_begin + part : piece_end;
+  bool bad = false;  // the first pass has told
   const uint64_t part_sum = weights.sum(part_begin, part_end, team.lane, bad);
   if (team.lane == 0) shared.pieces[team.warp] = part_sum;
   __syncthreads();
@@ -304,11 +318,18 @@ __device__ int draw_token(Shared& shared, const Team& team, const Weights<T>& we
     const int which = find_piece(shared.pieces, kWarps, rest, team.lane);
     const int from = piece_begin + which * part;
     const int to = from + part < piece_end ? from + part : piece_end;
-    const int token = find_token(weights, from, to, rest, team.lane);
+    const int token = find_token<T>(weights, from, to, rest, team.lane);
     if (team.lane == 0) shared.found[0] = static_cast<uint64_t>(token);
   }
   __syncthreads();
   return static_cast<int>(shared.found[0]);
+}
+
+// The draw from a row's weights; -1 if they are all zero. Valid in the first block.
+template <class T>
+__device__ int draw_token(Shared& shared, const Team& team, const Weights<T>& weights, uint64_t fraction) {
+  const uint64_t total = weigh(shared, team, weights);
+  return total == 0 ? -1 : find_draw<T>(shared, team, weights, draw(fraction, total));
 }
 
 // The largest value's index, the lowest on ties; by all blocks, for all blocks.

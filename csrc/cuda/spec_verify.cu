@@ -8,27 +8,11 @@
 namespace quantgemm {
 namespace {
 
-// The law of a row of logits, by a warp; `bad` if there is NaN or +inf in the row.
-__device__ __forceinline__ RowLaw law_at(const RowScratch& scratch, int64_t slot, float slope, bool& bad) {
-  RowLaw law;
-  if (scratch.has_laws) {
-    law = scratch.laws[slot];
-  } else {
-    law =
-        law_of(combine_strips(scratch.strips + slot * scratch.num_strips, scratch.num_strips, slope), slope);
-  }
-  bad = signbit(law.scale);
-  law.scale = fabsf(law.scale);
-  return law;
-}
-
 // One position, by one warp. Position `drafts` has no draft: it stops with the bonus. What does not
 // depend on each other is loaded together: this is a chain of round trips to memory.
 template <class T>
 __device__ Verdict judge(const VerifyArgs& args, int64_t sequence, const Rows& rows, int64_t k, int64_t token,
                          uint64_t fraction, const Parameters& s) {
-  const RowScratch scratch = scratch_of(args);
-  const int64_t slot = sequence * (args.max_drafts + 1) + k, flat = sequence * args.max_drafts + k;
   Verdict v{stored_law(), stored_law(), 0.0f, 0, true, false};
   if (k >= rows.drafts) token = -1;
   v.has_draft = token >= 0 && token < args.vocab;
@@ -37,30 +21,19 @@ __device__ Verdict judge(const VerifyArgs& args, int64_t sequence, const Rows& r
   bool has_q = false;
   if (v.has_draft) {
     x = target_row<T>(args, rows.first + k).at(token);
-    if (args.draft != nullptr) {
-      const int64_t j = args.target_to_draft ? args.target_to_draft[token] : token;
-      has_q = j >= 0 && j < args.draft_vocab;
-      y = has_q ? draft_row<T>(args, sequence, k).at(j) : 0.0f;
-    }
+    if (args.draft != nullptr) y = draft_value<T>(args, sequence, k, token, has_q);
   }
-  bool bad = false;  // somewhere in the rows, which matters if one of them is drawn from
-  if (args.target_is_logits) v.p_law = law_at(scratch, slot, s.slope, bad);
+  bool bad = false, q_bad = false;  // somewhere in the rows, which matters if one of them is drawn from
+  v.p_law = target_law(args, sequence, k, s, bad);
   v.status |= bad && !v.has_draft ? kBadValue : 0;
   if (!v.has_draft) return v;
-  if (args.draft_is_logits && args.draft_lse) {
-    const float cutoff = args.draft_cutoff ? args.draft_cutoff[flat] : minus_infinity();
-    v.q_law = law_from_lse(args.draft_lse[flat], cutoff, s);
-  } else if (args.draft_is_logits) {
-    bool q_bad = false;
-    v.q_law = law_at(scratch, scratch.slots + slot, s.slope, q_bad);
-    bad |= q_bad && !args.target_to_draft;
-  }
+  v.q_law = draft_law(args, sequence, k, s, q_bad);
   if (is_bad_value(x, args.target_is_logits) || (has_q && is_bad_value(y, args.draft_is_logits)))
     v.status |= kBadValue;
   v.p_token = probability(x, v.p_law);
   const float q_token = has_q ? probability(y, v.q_law) : y;
   v.stops = !accepts(fraction, v.p_token, q_token);
-  if (v.stops && bad) v.status |= kBadValue;
+  if (v.stops && (bad || q_bad)) v.status |= kBadValue;
   return v;
 }
 
@@ -97,7 +70,7 @@ __device__ Ending end_sampled(const VerifyArgs& args, Shared& shared, const Team
     if (k <= rows.drafts) {
       uint32_t noise_status = 0;
       const int64_t token = k < args.max_drafts ? args.drafts[team.sequence * args.max_drafts + k] : -1;
-      const uint64_t fraction = noise_at(args, team.sequence, k, kAcceptDomain, noise_status);
+      const uint64_t fraction = node_noise(args, team.sequence, k, k, 0, noise_status);
       Verdict v = judge<T>(args, team.sequence, rows, k, token, fraction, s);
       if (v.has_draft) v.status |= noise_status;
       if (team.lane == 0) shared.verdicts[team.warp] = v;
@@ -133,7 +106,7 @@ __device__ Ending end_sampled(const VerifyArgs& args, Shared& shared, const Team
     }
   }
   uint32_t noise_status = 0;
-  const uint64_t fraction = noise_at(args, team.sequence, accepted, args.token_domain, noise_status);
+  const uint64_t fraction = token_noise(args, team.sequence, accepted, noise_status);
   int token;
   for (bool residual = last.has_draft;; residual = false) {
     token = draw_token(shared, team, weights, fraction);
@@ -215,29 +188,6 @@ __global__ void __launch_bounds__(kThreads, 2) spec_verify_kernel(VerifyArgs arg
   }
 }
 
-bool needs_laws(const VerifyArgs& args) {
-  return args.target_is_logits || (args.draft && args.draft_is_logits && !args.draft_lse);
-}
-
-template <class T>
-cudaError_t launch_typed(const VerifyArgs& args, cudaStream_t stream) {
-  int device = 0, processors = 0, major = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess)
-    error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  if (error != cudaSuccess) return error;
-  int ranks = 1;  // at most one block per multiprocessor, each with 4096 values at least
-  if (major >= 9)
-    while (ranks < kMaxRanks && args.num_sequences * ranks * 2 <= processors &&
-           args.vocab >= ranks * 2 * 4096)
-      ranks *= 2;
-  Launch launch(static_cast<unsigned>(args.num_sequences * ranks), kThreads, stream);
-  launch.in_clusters_of(ranks);
-  if (needs_laws(args)) launch.follow_previous_kernel(major);
-  return cudaLaunchKernelEx(&launch.config, spec_verify_kernel<T>, args, ranks);
-}
-
 }  // namespace
 
 cudaError_t launch_spec_verify(const VerifyArgs& args, cudaStream_t stream) {
@@ -246,8 +196,9 @@ cudaError_t launch_spec_verify(const VerifyArgs& args, cudaStream_t stream) {
     const cudaError_t error = launch_row_laws(args, stream);
     if (error != cudaSuccess) return error;
   }
+  if (args.mode != VerifyMode::kChain) return launch_verify_modes(args, stream);
   cudaError_t error = cudaSuccess;
-  visit_real(args.value_type, [&]<class T>(T) { error = launch_typed<T>(args, stream); });
+  visit_real(args.value_type, [&]<class T>(T) { error = launch_teams(spec_verify_kernel<T>, args, stream); });
   return error == cudaSuccess ? cudaGetLastError() : error;
 }
 

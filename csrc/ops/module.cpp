@@ -16,8 +16,9 @@ STABLE_TORCH_LIBRARY(quantgemm, m) {
       "spec_verify(Tensor target, Tensor draft_tokens, Tensor cu_rows, Tensor? draft=None, "
       "bool target_probs=False, bool draft_probs=False, Tensor? draft_lse=None, Tensor? draft_cutoff=None, "
       "Tensor? target_to_draft=None, Tensor? temperature=None, Tensor? top_k=None, Tensor? top_p=None, "
-      "Tensor? min_p=None, Tensor? seed=None, Tensor? position=None, Tensor? uniforms=None) "
-      "-> (Tensor tokens, Tensor count, Tensor logprobs, Tensor status)");
+      "Tensor? min_p=None, Tensor? seed=None, Tensor? position=None, Tensor? uniforms=None, "
+      "Tensor? parents=None, bool block=False) "
+      "-> (Tensor tokens, Tensor count, Tensor logprobs, Tensor status, Tensor nodes)");
   m.def(
       "sample(Tensor logits, Tensor? temperature=None, Tensor? top_k=None, Tensor? top_p=None, "
       "Tensor? min_p=None, Tensor? seed=None, Tensor? position=None, Tensor? uniforms=None) "
@@ -25,7 +26,8 @@ STABLE_TORCH_LIBRARY(quantgemm, m) {
   m.def(
       "draft_sample(Tensor logits, Tensor? temperature=None, Tensor? top_k=None, Tensor? top_p=None, "
       "Tensor? min_p=None, Tensor? seed=None, Tensor? position=None, Tensor? uniforms=None, "
-      "bool return_probs=False) -> (Tensor tokens, Tensor lse, Tensor cutoff, Tensor probs, Tensor status)");
+      "bool return_probs=False, int turn=0) -> (Tensor tokens, Tensor lse, Tensor cutoff, Tensor probs, "
+      "Tensor status)");
 }
 
 namespace {

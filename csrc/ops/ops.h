@@ -15,13 +15,11 @@ Tensor gemm_fp32(Tensor x, Tensor w, std::string algo);
 Tensor embedding(Tensor ids, Tensor w, int64_t qtype, ScalarType dtype);
 
 using OptTensor = std::optional<Tensor>;
-std::tuple<Tensor, Tensor, Tensor, Tensor> spec_verify(Tensor target, Tensor draft_tokens, Tensor cu_rows,
-                                                       OptTensor draft, bool target_probs, bool draft_probs,
-                                                       OptTensor draft_lse, OptTensor draft_cutoff,
-                                                       OptTensor target_to_draft, OptTensor temperature,
-                                                       OptTensor top_k, OptTensor top_p, OptTensor min_p,
-                                                       OptTensor seed, OptTensor position,
-                                                       OptTensor uniforms);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> spec_verify(
+    Tensor target, Tensor draft_tokens, Tensor cu_rows, OptTensor draft, bool target_probs, bool draft_probs,
+    OptTensor draft_lse, OptTensor draft_cutoff, OptTensor target_to_draft, OptTensor temperature,
+    OptTensor top_k, OptTensor top_p, OptTensor min_p, OptTensor seed, OptTensor position, OptTensor uniforms,
+    OptTensor parents, bool block);
 std::tuple<Tensor, Tensor, Tensor> sample(Tensor logits, OptTensor temperature, OptTensor top_k,
                                           OptTensor top_p, OptTensor min_p, OptTensor seed,
                                           OptTensor position, OptTensor uniforms);
@@ -29,7 +27,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> draft_sample(Tensor logits, O
                                                                 OptTensor top_k, OptTensor top_p,
                                                                 OptTensor min_p, OptTensor seed,
                                                                 OptTensor position, OptTensor uniforms,
-                                                                bool return_probs);
+                                                                bool return_probs, int64_t turn);
 
 bool can_quantize(int64_t qtype);
 

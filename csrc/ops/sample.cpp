@@ -52,7 +52,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> draft_sample(Tensor logits, O
                                                                 OptTensor top_k, OptTensor top_p,
                                                                 OptTensor min_p, OptTensor seed,
                                                                 OptTensor position, OptTensor uniforms,
-                                                                bool return_probs) {
+                                                                bool return_probs, int64_t turn) {
+  check_value(turn >= 0 && turn < kMaxJointDrafts, "turn: expected 0 to ", kMaxJointDrafts - 1, ", got ",
+              turn);
   Sampler s("draft_sample", logits);
   s.checks.parameters(s.args, temperature, top_k, top_p, min_p);
   s.checks.noise(s.args, seed, position, uniforms);
@@ -63,6 +65,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> draft_sample(Tensor logits, O
   s.args.cutoff = cutoff.mutable_data_ptr<float>();
   s.args.probs = return_probs ? probs.mutable_data_ptr<float>() : nullptr;
   s.args.token_domain = kDraftDomain;
+  s.args.turn = static_cast<uint32_t>(turn);
   run_verify("draft_sample", s.args, logits);
   return {s.tokens, lse, cutoff, probs, s.status};
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 // spec_verify(target [rows, vocab], draft_tokens [B, K], cu_rows [B+1], …)
-//   -> tokens [B, K+1], count [B], logprobs [B, K+1], status [B]
+//   -> tokens [B, K+1], count [B], logprobs [B, K+1], status [B], nodes [B, K] of a tree, else [B, 0]
 #include "../cpu/cpu.h"
 #include "launch_scope.h"
 #include "sampling_checks.h"
@@ -23,13 +23,11 @@ void run_verify(const char* op, VerifyArgs& args, const Tensor& rows) {
   QG_RUN_ON_GPU(spec_verify, rows, args);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> spec_verify(Tensor target, Tensor draft_tokens, Tensor cu_rows,
-                                                       OptTensor draft, bool target_probs, bool draft_probs,
-                                                       OptTensor draft_lse, OptTensor draft_cutoff,
-                                                       OptTensor target_to_draft, OptTensor temperature,
-                                                       OptTensor top_k, OptTensor top_p, OptTensor min_p,
-                                                       OptTensor seed, OptTensor position,
-                                                       OptTensor uniforms) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> spec_verify(
+    Tensor target, Tensor draft_tokens, Tensor cu_rows, OptTensor draft, bool target_probs, bool draft_probs,
+    OptTensor draft_lse, OptTensor draft_cutoff, OptTensor target_to_draft, OptTensor temperature,
+    OptTensor top_k, OptTensor top_p, OptTensor min_p, OptTensor seed, OptTensor position, OptTensor uniforms,
+    OptTensor parents, bool block) {
   // check
   VerifyArgs args{};
   args.value_type = check_rows("target", target, 2, "[rows, vocab]");
@@ -75,6 +73,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> spec_verify(Tensor target, Tensor dra
       checks.pointer<float>("draft_cutoff", draft_cutoff, ScalarType::Float, {sequences, drafts}, per_draft);
   args.target_to_draft =
       checks.pointer<int64_t>("target_to_draft", target_to_draft, ScalarType::Long, {args.vocab}, "[vocab]");
+  check_value(!block || !parents.has_value(), "block: expected without parents");
+  args.mode = block ? VerifyMode::kBlock : parents.has_value() ? VerifyMode::kTree : VerifyMode::kChain;
+  check_value(args.mode == VerifyMode::kChain || drafts <= kMaxJointDrafts, "draft_tokens: expected at most ",
+              kMaxJointDrafts, " drafts of a tree or a block, got ", drafts);
+  args.parents =
+      checks.pointer<int64_t>("parents", parents, ScalarType::Long, {sequences, drafts}, per_draft);
   checks.parameters(args, temperature, top_k, top_p, min_p);
   checks.noise(args, seed, position, uniforms);
 
@@ -90,10 +94,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> spec_verify(Tensor target, Tensor dra
   args.counts = count.mutable_data_ptr<int64_t>();
   args.logprobs = logprobs.mutable_data_ptr<float>();
   args.status = status.mutable_data_ptr<int32_t>();
+  Tensor nodes = output({sequences, parents.has_value() ? drafts : 0}, ScalarType::Long);
+  args.nodes = parents.has_value() ? nodes.mutable_data_ptr<int64_t>() : nullptr;
   args.token_domain = kTokenDomain;
 
   run_verify("spec_verify", args, target);
-  return {tokens, count, logprobs, status};
+  return {tokens, count, logprobs, status, nodes};
 }
 
 }  // namespace quantgemm
