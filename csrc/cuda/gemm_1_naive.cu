@@ -1,8 +1,72 @@
 // SPDX-License-Identifier: MIT
+// y[i, j] = sum over e of x[i, e] · w[j, e], the textbook way: a thread owns one output and walks
+// along k, decoding the weights of row j as it meets them.
+// A block is summed before it is added to the rest: short sums round less than one of length k.
+// Limit: arithmetic on weights. Every weight is decoded again for each token, four at a time, and
+// takes a dozen instructions each time for one multiply-add.
+#include "../formats/gguf_formats.h"
 #include "launch.h"
+#include "memory.cuh"
 
 namespace quantgemm {
+namespace {
 
-cudaError_t launch_gemm_naive(const GemmArgs&, cudaStream_t) { return cudaErrorNotSupported; }
+constexpr int kSide = 16;      // a thread block's outputs: kSide tokens × kSide rows of w
+constexpr int kPlainRun = 64;  // numbers of an unquantised row that are summed like a block
+
+template <BlockFormat F, class X>
+__device__ float dot_block(bytes_ptr block, const X* x) {
+  float sum = 0;
+  for (int g = 0; g < F::kElems / F::kGroup; ++g) {
+    const Affine affine = F::affine(block, g);
+    for (int e = g * F::kGroup; e < (g + 1) * F::kGroup; e += 4) {
+      float w[4];
+      decode_quad<F>(block, e / 4, affine, w);
+      for (int j = 0; j < 4; ++j) sum += to_float(x[e + j]) * w[j];
+    }
+  }
+  return sum;
+}
+
+template <PlainFormat F, class X>
+__device__ float dot_plain(bytes_ptr w, const X* x, int count) {
+  float sum = 0;
+  for (int e = 0; e < count; ++e) sum += to_float(x[e]) * F::value(w + e * F::kBytes);
+  return sum;
+}
+
+// threadIdx.x runs along n, as y does in memory; the grid is tiles of n, then of m.
+template <class F, class X>
+__global__ void __launch_bounds__(kSide* kSide) gemm_naive_kernel(GemmArgs args) {
+  const int64_t tiles_n = (args.n + kSide - 1) / kSide;
+  const int64_t i = blockIdx.x / tiles_n * kSide + threadIdx.y;  // token
+  const int64_t j = blockIdx.x % tiles_n * kSide + threadIdx.x;  // row of w
+  if (i >= args.m || j >= args.n) return;
+  const X* x = static_cast<const X*>(args.x) + i * args.k;
+  bytes_ptr w = args.w + j * (args.k / F::kElems * F::kBytes);
+
+  float sum = 0;
+  if constexpr (BlockFormat<F>) {
+    for (int64_t e = 0; e < args.k; e += F::kElems, w += F::kBytes) sum += dot_block<F>(w, x + e);
+  } else {
+    for (int64_t e = 0; e < args.k; e += kPlainRun, w += kPlainRun * F::kBytes)
+      sum += dot_plain<F>(w, x + e, static_cast<int>(min(args.k - e, int64_t{kPlainRun})));
+  }
+  store1(static_cast<X*>(args.y) + i * args.n + j, sum);
+}
+
+}  // namespace
+
+cudaError_t launch_gemm_naive(const GemmArgs& args, cudaStream_t stream) {
+  const int64_t tiles_m = (args.m + kSide - 1) / kSide, tiles_n = (args.n + kSide - 1) / kSide;
+  const auto grid = static_cast<unsigned>(tiles_m * tiles_n);
+  visit_real(args.type, [&]<class X>(X) {
+    const auto launch = [&]<class F>(F) {
+      gemm_naive_kernel<F, X><<<grid, dim3(kSide, kSide), 0, stream>>>(args);
+    };
+    if (!BlockFormats::visit(args.qtype, launch)) PlainFormats::visit(args.qtype, launch);
+  });
+  return cudaGetLastError();
+}
 
 }  // namespace quantgemm
