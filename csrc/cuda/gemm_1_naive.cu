@@ -2,8 +2,8 @@
 // y[i, j] = sum over e of x[i, e] · w[j, e], the textbook way: a thread owns one output and walks
 // along k, decoding the weights of row j as it meets them.
 // A block is summed before it is added to the rest: short sums round less than one of length k.
-// Limit: arithmetic on weights. Every weight is decoded again for each token, four at a time, and
-// takes a dozen instructions each time for one multiply-add.
+// Limit: loads of w, where neighbouring threads read different rows, and decoding every weight again
+// for each token.
 #include "../formats/gguf_formats.h"
 #include "launch.h"
 #include "memory.cuh"

@@ -164,7 +164,7 @@ cudaError_t launch_tiles(const GemmArgs& args, cudaStream_t stream) {
 }  // namespace
 
 cudaError_t launch_gemm_tiled(const GemmArgs& args, cudaStream_t stream) {
-  if (args.k > INT_MAX) return cudaErrorInvalidValue;
+  if (args.k > INT_MAX) return cudaErrorInvalidValue;  // places in a row are 32-bit
   if (args.m <= kFewTokens) return launch_gemm_few_tokens(args, stream);
   int device = 0, num_sms = 0;
   if (const cudaError_t status = cudaGetDevice(&device); status != cudaSuccess) return status;

@@ -43,7 +43,7 @@ struct FewTokens {
 };
 
 template <class F, class X, int kTokens>
-__global__ void __launch_bounds__(kThreads, kTokens == 1 ? 6 : 4) gemm_few_tokens_kernel(GemmArgs args) {
+__global__ void __launch_bounds__(kThreads, kTokens == 1 ? 5 : 4) gemm_few_tokens_kernel(GemmArgs args) {
   const int64_t passes = (args.m + kTokens - 1) / kTokens;
   const int64_t first_token = blockIdx.x % passes * kTokens;
   const int64_t first_row = (blockIdx.x / passes * kWarps + threadIdx.x / 32) * kRows;
