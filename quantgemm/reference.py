@@ -14,8 +14,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
+
+from quantgemm import ops
+from quantgemm.formats import format_by_id
 
 __all__ = [
     "BAD_PARAMETER",
@@ -26,6 +31,7 @@ __all__ = [
     "BAD_VALUE",
     "EMPTY_RESIDUAL",
     "NO_MASS",
+    "gemm_q8_reference",
     "philox",
     "rejection_sample_loop",
     "rejection_sample_vectorized",
@@ -537,3 +543,31 @@ def _multiply_high(v: Tensor, total: Tensor) -> Tensor:
         low = (low & _MASK32) >> 16 | (high & 0xFFFF) << 16
         high = high >> 16
     return high << 32 | low
+
+
+def gemm_q8_reference(x: Tensor, w: Tensor, qtype: int) -> tuple[Tensor, Tensor]:
+    """What `gemm` computes with activations rounded to int8, in float64.
+
+    Per group of weights and of 32 activations ``s_w·s_a·Σ q_w·q_a + o_w·Σ s_a·q_a``. Returns y
+    ``[..., n]``, and the sum of the magnitudes of its terms, to which the rounding errors of a
+    float32 sum are proportional.
+    """
+    fmt, cols = format_by_id(qtype), x.shape[-1]
+    rows = ops.quantize_activations(x)
+    scales = rows[..., cols : cols + cols // 4].contiguous().view(torch.float32)[..., ::2]
+    quantised = rows[..., :cols].view(torch.int8).double()
+    quantised = quantised * scales.double().repeat_interleave(32, -1)
+
+    blocks = w.cpu().numpy().reshape(-1, fmt.block_bytes)
+
+    def per_weight(groups: Any) -> Tensor:
+        values = torch.from_numpy(np.repeat(groups.reshape(-1), fmt.group).astype(np.float64))
+        return values.reshape(w.shape[0], cols).to(x.device)
+
+    codes = torch.from_numpy(fmt.codes(blocks).astype(np.float64)).reshape(w.shape[0], cols)
+    scaled = codes.to(x.device) * per_weight(fmt.scales(blocks))
+    y, terms = quantised @ scaled.T, quantised.abs() @ scaled.abs().T
+    if fmt.has_offset:
+        offsets = per_weight(fmt.offsets(blocks))
+        y, terms = y + quantised @ offsets.T, terms + quantised.abs() @ offsets.abs().T
+    return y, terms

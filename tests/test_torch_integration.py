@@ -26,7 +26,27 @@ def op_cases(device: str) -> dict[str, tuple[Callable, tuple]]:
         "quantize": (Q.quantize.default, (x, int(QType.Q8_0), None)),
         "quantize with importance": (Q.quantize.default, (x, int(QType.Q4_K), weights)),
         "quantize_activations": (Q.quantize_activations.default, (x.half(),)),
+        **product_cases(device),
         **sampling_cases(device),
+    }
+
+
+def product_cases(device: str) -> dict[str, tuple[Callable, tuple]]:
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(3, 7, 512, generator=generator).to(device)
+    ids = torch.randint(0, 9, (2, 5), generator=generator).to(device)
+    w = Q.quantize(torch.randn(9, 512, generator=generator), int(QType.Q4_K)).to(device)
+    weights = torch.randn(9, 512, generator=generator).to(device)
+    return {
+        "gemm": (Q.gemm.default, (x, w, int(QType.Q4_K), "auto")),
+        "gemm in half": (Q.gemm.default, (x.half(), w, int(QType.Q4_K), "auto")),
+        "gemm of one token": (Q.gemm.default, (x[:1, :1].clone(), w, int(QType.Q4_K), "auto")),
+        "gemm with int8 activations": (
+            Q.gemm.default,
+            (x.bfloat16(), w, int(QType.Q4_K), "auto_q8"),
+        ),
+        "gemm_fp32": (Q.gemm_fp32.default, (x, weights, "tiled")),
+        "embedding": (Q.embedding.default, (ids, w, int(QType.Q4_K), torch.float16)),
     }
 
 
