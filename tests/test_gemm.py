@@ -251,11 +251,11 @@ def test_error_of_w4a16(qtype: QType, algo: str, device: str) -> None:
 @pytest.mark.parametrize("algo", sorted(ROUNDING))
 @pytest.mark.parametrize("qtype", [QType.Q4_0, QType.Q4_1, QType.Q4_K, QType.Q6_K, QType.Q8_0])
 def test_error_of_w4a8(qtype: QType, algo: str, device: str) -> None:
-    """Sixteen groups: the error of a float32 sum grows with their number."""
-    if algo not in able(40, 96, 512, qtype, torch.float32, device):
+    """Eight groups: the error of a float32 sum grows with their number."""
+    if algo not in able(40, 96, 256, qtype, torch.float32, device):
         pytest.skip(f"{algo} cannot serve on {device}")
-    w = ops.quantize(random_x(96, 512, dtype=torch.float32, device=device, seed=2), qtype)
-    x = random_x(40, 512, dtype=torch.float32, device=device)
+    w = ops.quantize(random_x(96, 256, dtype=torch.float32, device=device, seed=2), qtype)
+    x = random_x(40, 256, dtype=torch.float32, device=device)
     # Products with codes and with offsets nearly cancel: what is left is small beside its terms.
     bound = 3e-14 if FORMATS[qtype].has_offset else 1e-14
     assert nmse(ops.gemm(x, w, qtype, algo), gemm_q8_reference(x, w, qtype)[0]) < bound
