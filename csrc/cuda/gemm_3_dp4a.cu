@@ -10,10 +10,7 @@ int64_t gemm_dp4a_scratch_bytes(const GemmArgs&) { return 0; }
 
 cudaError_t launch_gemm_dp4a(const GemmArgs& args, cudaStream_t stream) {
   using namespace dp4a;
-  if (args.m == 1) return launch_few_tokens<1>(args, stream);
-  if (args.m == 2) return launch_few_tokens<2>(args, stream);
-  if (args.m <= 4) return launch_few_tokens<4>(args, stream);
-  if (args.m <= kMostTokens) return launch_few_tokens<kMostTokens>(args, stream);
+  if (args.m <= kMostTokens) return launch_few_tokens(args, stream);
   return launch_tiles(args, stream);
 }
 

@@ -35,9 +35,7 @@ __device__ __forceinline__ void store_real(void* y, int64_t i, float value, Real
   }
 }
 
-// Tokens 1, 2, 4, 8 serve m up to that many; each has a file of its own, for the compiler's time.
-constexpr int kMostTokens = 8;
-template <int Tokens>
+constexpr int kMostTokens = 8;  // for the kernel of few
 cudaError_t launch_few_tokens(const GemmArgs& args, cudaStream_t stream);
 cudaError_t launch_tiles(const GemmArgs& args, cudaStream_t stream);
 

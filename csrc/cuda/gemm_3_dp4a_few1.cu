@@ -1,4 +1,0 @@
-// SPDX-License-Identifier: MIT
-#include "gemm_3_dp4a_few.cuh"
-
-template cudaError_t quantgemm::dp4a::launch_few_tokens<1>(const GemmArgs&, cudaStream_t);
