@@ -6,12 +6,36 @@
 
 namespace quantgemm {
 
+namespace {
+
+// Beyond eight tokens reading the weights again, for eight at a time, pays up to here (measured).
+constexpr int64_t kFew = 8, kPasses = 3;
+
+size_t value_bytes(Real type) { return type == Real::kFloat32 ? 4 : 2; }
+
+cudaError_t launch_up_to_eight(const GemmArgs& args, cudaStream_t stream) {
+  using namespace dp4a;
+  if (args.m == 1) return launch_few_tokens<1>(args, stream);
+  if (args.m == 2) return launch_few_tokens<2>(args, stream);
+  if (args.m <= 4) return launch_few_tokens<4>(args, stream);
+  return launch_few_tokens<8>(args, stream);
+}
+
+}  // namespace
+
 int64_t gemm_dp4a_scratch_bytes(const GemmArgs&) { return 0; }
 
 cudaError_t launch_gemm_dp4a(const GemmArgs& args, cudaStream_t stream) {
-  using namespace dp4a;
-  if (args.m <= kMostTokens) return launch_few_tokens(args, stream);
-  return launch_tiles(args, stream);
+  if (args.m > kFew * kPasses) return dp4a::launch_tiles(args, stream);
+  cudaError_t status = cudaSuccess;
+  for (int64_t token = 0; token < args.m && status == cudaSuccess; token += kFew) {
+    GemmArgs pass = args;
+    pass.m = args.m - token < kFew ? args.m - token : kFew;
+    pass.activations += token * ActivationRow::bytes(args.k);
+    pass.y = static_cast<uint8_t*>(args.y) + token * args.n * value_bytes(args.type);
+    status = launch_up_to_eight(pass, stream);
+  }
+  return status;
 }
 
 }  // namespace quantgemm

@@ -35,7 +35,8 @@ __device__ __forceinline__ void store_real(void* y, int64_t i, float value, Real
   }
 }
 
-constexpr int kMostTokens = 8;  // for the kernel of few
+// For m up to Tokens: 1, 2, 4 or 8, each compiled in a file of its own.
+template <int Tokens>
 cudaError_t launch_few_tokens(const GemmArgs& args, cudaStream_t stream);
 cudaError_t launch_tiles(const GemmArgs& args, cudaStream_t stream);
 

@@ -5,26 +5,31 @@
 // kSpan neighbouring weights to registers, where every shift and field offset is a constant, and
 // multiplies them with all tokens, whose activations lie in shared memory beside the sums they need.
 // Limits: DRAM at one token, from about four on integer arithmetic.
-#include "gemm_3_dp4a.cuh"
+#pragma once
+#include <bit>
+
+#include "gemm_3_dp4a_stream.cuh"
 
 namespace quantgemm::dp4a {
-namespace {
 
 constexpr int kSlack = 16;       // bytes behind the rings: a window may read one word more
 constexpr int kReserved = 1024;  // for barriers, and what the system takes
 constexpr int kMostSlices = 16;  // of a panel
-#ifndef MAXL
-#define MAXL (Tokens == 1 ? 32 : 8)
-#endif
-
 template <BlockFormat F, int Tokens>
 struct Plan {
-  static constexpr int kSpan = F::kElems < 128 ? 128 / F::kElems * F::kElems : F::kElems;
-  static constexpr int kSpanBytes = kSpan / F::kElems * F::kBytes;
+  // Weights a lane takes at a time: long spans for one token, to spread what a step costs besides.
+  static constexpr int spans_of(int elems) {
+    return F::kElems < elems ? elems / F::kElems * F::kElems : F::kElems;
+  }
+  static constexpr bool kLong = Tokens <= 2 && spans_of(256) / F::kElems * F::kBytes <= 160;
+  static constexpr int kSpan = spans_of(kLong ? 256 : 128), kSpanBytes = kSpan / F::kElems * F::kBytes;
   static constexpr int kGroups = kSpan / kGroup;
-  static constexpr int kFewestLanes = 4, kMostLanes = MAXL;  // of a row
-  static constexpr int kItemBytes = 32 * kSpanBytes + 32 / kFewestLanes * 32;
-  static constexpr int kWarps = kItemBytes <= 5120 ? 16 : kItemBytes <= 7168 ? 12 : 8;
+  static constexpr int kFewestLanes = 4, kMostLanes = 16;  // of a row
+  // Rows a lane takes at a time: two share what is loaded of many tokens' activations.
+  static constexpr int kDepth = Tokens >= 4 && kSpanBytes <= 150 ? 2 : 1;
+  static constexpr int kPieceBytes = 32 * kSpanBytes + 32 / kFewestLanes * 32,
+                       kItemBytes = kDepth * kPieceBytes;
+  static constexpr int kWarps = kItemBytes <= 5120 && Tokens < 8 ? 16 : kItemBytes <= 7168 ? 12 : 8;
   static constexpr int kFits = 160 * 1024 / (kWarps * kItemBytes), kStages = kFits < 2   ? 2
                                                                              : kFits < 4 ? kFits
                                                                                          : 4;
@@ -40,67 +45,9 @@ struct Plan {
 // How a warp's lanes share an item: `rows` of them, each by `lanes` spans, which make a slice.
 struct Split {
   int rows_per_block, slices, panel;  // a panel: slices whose activations fit in shared memory
-  int lanes, log2_lanes, rows;        // lanes · rows = 32
+  int lanes, log2_lanes, rows;        // lanes · rows = 32, and that as often as Plan::kDepth
   int64_t safe_rows;                  // so far before w's end that 16-byte copies stay inside
 };
-
-__device__ __forceinline__ uint32_t shared_address(const void* p) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
-}
-
-// How pieces of rows arrive in a warp's ring. A row's first lane calls start(); wait() returns to
-// all lanes when the stage's rows are there. `bytes` is a multiple of 16, as are both addresses.
-#if __CUDA_ARCH__ >= 900 && !defined(NO_BULK)
-struct Arrivals {  // the bulk copy engine: one instruction of one lane, completed on a barrier
-  uint32_t barriers, phase = 0;
-  uint64_t policy;  // weights are read once: let them leave the L2 before all else
-
-  __device__ Arrivals(uint64_t* stages, int count, int rows, int lane) : barriers(shared_address(stages)) {
-    if (lane < count)
-      asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barriers + 8 * lane), "r"(rows));
-    asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    __syncwarp();
-  }
-  __device__ void start(int stage, uint32_t to, const void* from, int bytes, int in_row, int) {
-    if (in_row != 0) return;
-    const uint32_t barrier = barriers + 8 * stage;
-    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-    if (bytes > 0)
-      asm volatile(
-          "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, "
-          "[%3], %4;" ::"r"(to),
-          "l"(from), "r"(bytes), "r"(barrier), "l"(policy)
-          : "memory");
-  }
-  __device__ void close() {}
-  template <int Stages>
-  __device__ void wait(int stage) {
-    asm volatile(
-        "{\n .reg .pred p;\n wait: mbarrier.try_wait.parity.shared.b64 p, [%0], %1;\n @!p bra wait;\n}" ::"r"(
-            barriers + 8 * stage),
-        "r"(phase)
-        : "memory");
-    if (stage == Stages - 1) phase ^= 1;
-    __syncwarp();
-  }
-};
-#else
-struct Arrivals {  // 16 bytes an instruction, counted in groups
-  __device__ Arrivals(uint64_t*, int, int, int) {}
-  __device__ void start(int, uint32_t to, const void* from, int bytes, int in_row, int per_row) {
-    for (int i = 16 * in_row; i < bytes; i += 16 * per_row)
-      asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(to + i),
-                   "l"(static_cast<const uint8_t*>(from) + i));
-  }
-  __device__ void close() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-  template <int Stages>
-  __device__ void wait(int) {
-    asm volatile("cp.async.wait_group %0;" ::"n"(Stages - 2) : "memory");
-    __syncwarp();
-  }
-};
-#endif
 
 // Activations of k from `first` on, `count` values, into shared memory as Plan says.
 template <BlockFormat F, int Tokens>
@@ -108,14 +55,17 @@ __device__ __forceinline__ void stage_activations(uint8_t* staged, const GemmArg
                                                   int count) {
   using P = Plan<F, Tokens>;
   const int pieces = count / 16;  // two to a group, of two neighbouring lanes
-  const int lane = threadIdx.x % 32;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+  const int tokens = static_cast<int>(args.m), teams = tokens < warps ? tokens : warps,
+            team_warps = warps / teams;
+  if (warp >= teams * team_warps) return;
 #pragma unroll 1
-  for (int token = 0; token < static_cast<int>(args.m); ++token) {
+  for (int token = warp % teams; token < tokens; token += teams) {
     const uint8_t* row = args.activations + token * ActivationRow::bytes(args.k);
     const auto* scales =
         reinterpret_cast<const float2*>(row + ActivationRow::scales_offset(args.k)) + first / kGroup;
-#pragma unroll 1
-    for (int v = threadIdx.x; v - lane < pieces; v += blockDim.x) {
+#pragma unroll 4
+    for (int v = warp / teams * 32 + lane; v - lane < pieces; v += team_warps * 32) {
       const int piece = v < pieces ? v : 0, group = piece / 2;
       const uint4 words = reinterpret_cast<const uint4*>(row + first)[piece];
       const float scale = scales[group].x;
@@ -135,92 +85,73 @@ __device__ __forceinline__ void stage_activations(uint8_t* staged, const GemmArg
   }
 }
 
-// Bytes of shared memory to registers, in the widest loads that their number and place allow.
-template <int Bytes>
-struct Window {
-  static constexpr int kWords = (Bytes + 3) / 4;
-  using Widest =
-      std::conditional_t<Bytes % 16 == 0, uint4, std::conditional_t<Bytes % 8 == 0, uint2, uint32_t>>;
-  alignas(16) uint8_t bytes[4 * kWords];
-
-  template <class Vector>
-  __device__ __forceinline__ void load_as(const uint8_t* source) {
-#pragma unroll
-    for (int i = 0; i < Bytes / static_cast<int>(sizeof(Vector)); ++i) {
-      const Vector v = reinterpret_cast<const Vector*>(source)[i];
-      memcpy(bytes + i * sizeof(Vector), &v, sizeof v);
-    }
-  }
-  __device__ __forceinline__ explicit Window(const uint8_t* source) {
-    const uint32_t address = shared_address(source);
-    if (Bytes % 4 == 0 && address % sizeof(Widest) == 0) {
-      load_as<Widest>(source);
-    } else {
-      load_across_words(source - address % 4, 8 * (address % 4));
-    }
-  }
-  __device__ __forceinline__ void load_across_words(const uint8_t* source, uint32_t shift) {
-    const auto* aligned = reinterpret_cast<const uint32_t*>(source);
-    uint32_t low = aligned[0];
-#pragma unroll
-    for (int i = 0; i < kWords; ++i) {
-      const uint32_t high = aligned[i + 1], word = __funnelshift_r(low, high, shift);
-      memcpy(bytes + 4 * i, &word, 4);
-      low = high;
-    }
-  }
-};
-
-// sums[t] += the window's weights · token t, for the span's first `groups` groups.
+// sums[r][t] += weights of window r · token t, for the span's first `groups` groups.
 template <BlockFormat F, int Tokens>
-__device__ __forceinline__ void multiply_span(float (&sums)[Tokens], bytes_ptr window, const uint8_t* x,
-                                              int groups) {
+__device__ __forceinline__ void multiply_span(
+    float (&sums)[Plan<F, Tokens>::kDepth][Tokens],
+    const Window<Plan<F, Tokens>::kSpanBytes> (&windows)[Plan<F, Tokens>::kDepth], const uint8_t* x,
+    int groups) {
   using P = Plan<F, Tokens>;
   constexpr bool kWhole = F::kElems == P::kSpan;  // spans are inside the row or outside
 #pragma unroll
   for (int g = 0; g < P::kGroups; ++g) {
-    float added[Tokens] = {};
     uint32_t records[Tokens][P::kRecord / 4];
 #pragma unroll
     for (int t = 0; t < Tokens; ++t)
       memcpy(records[t],
              __builtin_assume_aligned(x + t * P::kTokenBytes + P::kSpan + g * P::kRecord, P::kRecord),
              P::kRecord);
+    float added[P::kDepth][Tokens] = {};
 #pragma unroll
     for (int p = 0; p < P::kGroupParts; ++p) {
-      const int e = g * kGroup + p * kPart<F>, within = e % F::kElems;
-      const bytes_ptr b = window + e / F::kElems * F::kBytes;
-      int dots[Tokens];
+      const int e = g * kGroup + p * kPart<F>, within = e % F::kElems, at = e / F::kElems * F::kBytes;
+      int dots[P::kDepth][Tokens];
 #pragma unroll
-      for (int t = 0; t < Tokens; ++t)
-        dots[t] = P::kStarts > 0 ? static_cast<int>(records[t][1 + p]) : kMagicBits;
+      for (int r = 0; r < P::kDepth; ++r)
+#pragma unroll
+        for (int t = 0; t < Tokens; ++t)
+          dots[r][t] = P::kStarts > 0 ? static_cast<int>(records[t][1 + p]) : kMagicBits;
 #pragma unroll
       for (int v = 0; v < kPart<F>; v += 16) {
-        uint32_t codes[4];
+        uint32_t codes[P::kDepth][4];
 #pragma unroll
-        for (int j = 0; j < 4; ++j) codes[j] = codes_of<F>(b, (within + v) / 4 + j);
+        for (int r = 0; r < P::kDepth; ++r)
+#pragma unroll
+          for (int j = 0; j < 4; ++j) codes[r][j] = codes_of<F>(windows[r].bytes + at, (within + v) / 4 + j);
 #pragma unroll
         for (int t = 0; t < Tokens; ++t) {
           const uint4 a = *reinterpret_cast<const uint4*>(x + t * P::kTokenBytes + e + v);
-          dots[t] = dot4(codes[0], a.x, dots[t]);
-          dots[t] = dot4(codes[1], a.y, dots[t]);
-          dots[t] = dot4(codes[2], a.z, dots[t]);
-          dots[t] = dot4(codes[3], a.w, dots[t]);
+#pragma unroll
+          for (int r = 0; r < P::kDepth; ++r) {
+            dots[r][t] = dot4(codes[r][0], a.x, dots[r][t]);
+            dots[r][t] = dot4(codes[r][1], a.y, dots[r][t]);
+            dots[r][t] = dot4(codes[r][2], a.z, dots[r][t]);
+            dots[r][t] = dot4(codes[r][3], a.w, dots[r][t]);
+          }
         }
       }
-      const Affine affine = F::affine(b, within / F::kGroup);
 #pragma unroll
-      for (int t = 0; t < Tokens; ++t) {
-        added[t] += affine.scale * __uint_as_float(records[t][0]) * (__int_as_float(dots[t]) - kMagic);
-        if constexpr (F::kOffset) added[t] += affine.offset * __uint_as_float(records[t][1 + P::kStarts + p]);
+      for (int r = 0; r < P::kDepth; ++r) {
+        const Affine affine = F::affine(windows[r].bytes + at, within / F::kGroup);
+#pragma unroll
+        for (int t = 0; t < Tokens; ++t) {
+          added[r][t] +=
+              affine.scale * __uint_as_float(records[t][0]) * (__int_as_float(dots[r][t]) - kMagic);
+          if constexpr (F::kOffset)
+            added[r][t] += affine.offset * __uint_as_float(records[t][1 + P::kStarts + p]);
+        }
       }
     }
     const bool inside = kWhole || g < groups;  // bytes behind the row's end may decode to NaN
 #pragma unroll
-    for (int t = 0; t < Tokens; ++t) sums[t] = inside ? sums[t] + added[t] : sums[t];
+    for (int r = 0; r < P::kDepth; ++r)
+#pragma unroll
+      for (int t = 0; t < Tokens; ++t) sums[r][t] = inside ? sums[r][t] + added[r][t] : sums[r][t];
   }
 #pragma unroll
-  for (int t = 0; t < Tokens; ++t) sums[t] = groups > 0 ? sums[t] : 0.0f;
+  for (int r = 0; r < P::kDepth; ++r)
+#pragma unroll
+    for (int t = 0; t < Tokens; ++t) sums[r][t] = groups > 0 ? sums[r][t] : 0.0f;
 }
 
 __device__ __forceinline__ void wait_for_previous_kernel() {
@@ -245,7 +176,7 @@ __global__ void __launch_bounds__(32 * Plan<F, Tokens>::kWarps, 1)
   const int64_t first_row = static_cast<int64_t>(blockIdx.x) * split.rows_per_block;
   const int64_t left = args.n - first_row, row_bytes = args.k / F::kElems * F::kBytes;
   const int rows = left < split.rows_per_block ? static_cast<int>(left) : split.rows_per_block;
-  const int chunks = (rows + split.rows - 1) / split.rows;
+  const int item_rows = P::kDepth * split.rows, chunks = (rows + item_rows - 1) / item_rows;
   const int panels = (split.slices + split.panel - 1) / split.panel;
   const int row_in_item = lane >> split.log2_lanes, span = lane & (split.lanes - 1);
   const int slice_bytes = split.lanes * P::kSpanBytes;
@@ -257,17 +188,17 @@ __global__ void __launch_bounds__(32 * Plan<F, Tokens>::kWarps, 1)
 
   // The lanes of a row copy its piece, from and to multiples of 16 bytes.
   const uint8_t* const w_end = args.w + args.n * row_bytes;
-  const int64_t item_step = split.rows * row_bytes, safe = split.safe_rows - first_row;
+  const int64_t piece_step = split.rows * row_bytes, safe = split.safe_rows - first_row;
   const int safe_rows = safe < rows ? static_cast<int>(safe) : rows;
   int panel = -1, ahead = 0, until_slice = 0, next_slice = 0, next_row = 0, piece = 0;
   const uint8_t* next = nullptr;
   const auto enter_slice = [&](int slice, int chunk) {
-    next_slice = slice, next_row = chunk * split.rows + row_in_item, until_slice = chunks - chunk;
+    next_slice = slice, next_row = chunk * item_rows + row_in_item, until_slice = chunks - chunk;
     const int64_t at = static_cast<int64_t>(slice) * slice_bytes, rest = row_bytes - at;
     piece = rest < slice_bytes ? static_cast<int>(rest) : slice_bytes;
     next = args.w + (first_row + next_row) * row_bytes + at;
   };
-  Arrivals arrivals(barriers + warp * P::kStages, P::kStages, split.rows, lane);
+  Arrivals arrivals(barriers + warp * P::kStages, P::kStages, item_rows, lane);
   const auto fetch = [&](int stage) {
     while (ahead == 0 && panel + 1 < panels) {
       const int begin = items_before(++panel, warp);
@@ -275,16 +206,19 @@ __global__ void __launch_bounds__(32 * Plan<F, Tokens>::kWarps, 1)
       enter_slice(panel * split.panel + begin / chunks, begin % chunks);
     }
     if (ahead > 0) {
-      const int shift = static_cast<int>(reinterpret_cast<uintptr_t>(next) & 15), last = shift + piece;
-      const uint8_t* const from = next - shift;
-      uint8_t* const to = slot + stage * P::kItemBytes;
-      int bytes = next_row < rows ? (last + 15) & ~15 : 0;
-      if (next_row >= safe_rows && next_row < rows && bytes > w_end - from) {  // w ends inside the last 16
-        bytes = static_cast<int>(w_end - from) & ~15;
-        for (int i = bytes + span; i < last; i += split.lanes) to[i] = from[i];
+#pragma unroll
+      for (int r = 0; r < P::kDepth; ++r) {
+        const int shift = static_cast<int>(reinterpret_cast<uintptr_t>(next) & 15), last = shift + piece;
+        const uint8_t* const from = next - shift;
+        uint8_t* const to = slot + stage * P::kItemBytes + r * P::kPieceBytes;
+        int bytes = next_row < rows ? (last + 15) & ~15 : 0;
+        if (next_row >= safe_rows && next_row < rows && bytes > w_end - from) {  // w ends inside the last 16
+          bytes = static_cast<int>(w_end - from) & ~15;
+          for (int i = bytes + span; i < last; i += split.lanes) to[i] = from[i];
+        }
+        arrivals.start(stage, shared_address(to), from, bytes, span, split.lanes);
+        next_row += split.rows, next += piece_step;
       }
-      arrivals.start(stage, shared_address(to), from, bytes, span, split.lanes);
-      next_row += split.rows, next += item_step;
       --ahead;
       if (--until_slice == 0) enter_slice(next_slice + 1, 0);
     }
@@ -311,23 +245,32 @@ __global__ void __launch_bounds__(32 * Plan<F, Tokens>::kWarps, 1)
       arrivals.wait<P::kStages>(stage);  // and all lanes have used the previous item's bytes
       fetch(stage == 0 ? P::kStages - 1 : stage - 1);
 
-      const int row = chunk * split.rows + row_in_item;
+      const int row = chunk * item_rows + row_in_item;
       const uint32_t low = static_cast<uint32_t>(first_row + row) * static_cast<uint32_t>(row_bytes) +
                            static_cast<uint32_t>(first_slice + slice) * static_cast<uint32_t>(slice_bytes);
-      const Window<P::kSpanBytes> window(slot + stage * P::kItemBytes + low % 16 + span * P::kSpanBytes);
+      const uint8_t* const bytes = slot + stage * P::kItemBytes + span * P::kSpanBytes;
+      Window<P::kSpanBytes> windows[P::kDepth];
+#pragma unroll
+      for (int r = 0; r < P::kDepth; ++r)
+        windows[r].load(bytes + r * P::kPieceBytes + (low + r * static_cast<uint32_t>(piece_step)) % 16);
       const int inside = count - (slice * split.lanes + span) * P::kSpan;
-      float sums[Tokens] = {};
-      multiply_span<F, Tokens>(sums, window.bytes, staged + (slice * split.lanes + span) * P::kPitch,
+      float sums[P::kDepth][Tokens] = {};
+      multiply_span<F, Tokens>(sums, windows, staged + (slice * split.lanes + span) * P::kPitch,
                                inside < P::kSpan ? inside / kGroup : P::kGroups);
 #pragma unroll
       for (int bit = P::kMostLanes / 2; bit > 0; bit /= 2)
         if (bit < split.lanes)
 #pragma unroll
-          for (int t = 0; t < Tokens; ++t) sums[t] += __shfl_xor_sync(~0u, sums[t], bit);
-      if (span == 0 && row < rows) {
-        float* to = partial + (slice * rows + row) * Tokens;
+          for (int i = 0; i < P::kDepth * Tokens; ++i) {
+            float& sum = sums[i / Tokens][i % Tokens];
+            sum += __shfl_xor_sync(~0u, sum, bit);
+          }
 #pragma unroll
-        for (int t = 0; t < Tokens; ++t) to[t] = first_slice == 0 ? sums[t] : to[t] + sums[t];
+      for (int r = 0; r < P::kDepth; ++r) {
+        if (span != 0 || row + r * split.rows >= rows) continue;
+        float* to = partial + (slice * rows + row + r * split.rows) * Tokens;
+#pragma unroll
+        for (int t = 0; t < Tokens; ++t) to[t] = first_slice == 0 ? sums[r][t] : to[t] + sums[r][t];
       }
       stage = stage + 1 == P::kStages ? 0 : stage + 1;
       if (++chunk == chunks) chunk = 0, ++slice;
@@ -351,7 +294,7 @@ struct Device {
   int sms, shared, major;
 };
 
-cudaError_t describe(Device& device) {
+inline cudaError_t describe(Device& device) {
   int id = 0;
   cudaError_t status = cudaGetDevice(&id);
   const auto ask = [&](int& value, cudaDeviceAttr attribute) {
@@ -413,19 +356,14 @@ cudaError_t launch(const GemmArgs& args, const Device& device, cudaStream_t stre
   return cudaLaunchKernelEx(&config, kernel, args, split);
 }
 
-}  // namespace
-
+// m up to Tokens.
+template <int Tokens>
 cudaError_t launch_few_tokens(const GemmArgs& args, cudaStream_t stream) {
   Device device{};
   cudaError_t status = describe(device);
   if (status != cudaSuccess) return status;
   BlockFormats::visit(args.qtype, [&]<class F>(F) {
-    if constexpr (kServes<F>) {
-      status = args.m == 1   ? launch<F, 1>(args, device, stream)
-               : args.m == 2 ? launch<F, 2>(args, device, stream)
-               : args.m <= 4 ? launch<F, 4>(args, device, stream)
-                             : launch<F, kMostTokens>(args, device, stream);
-    }
+    if constexpr (kServes<F>) status = launch<F, Tokens>(args, device, stream);
   });
   return status;
 }
