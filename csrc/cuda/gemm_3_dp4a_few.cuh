@@ -15,6 +15,7 @@ namespace quantgemm::dp4a {
 constexpr int kSlack = 16;       // bytes behind the rings: a window may read one word more
 constexpr int kReserved = 1024;  // for barriers, and what the system takes
 constexpr int kMostSlices = 16;  // of a panel
+
 template <BlockFormat F, int Tokens>
 struct Plan {
   // Weights a lane takes at a time: long spans for one token, to spread what a step costs besides.
@@ -347,7 +348,8 @@ cudaError_t launch(const GemmArgs& args, const Device& device, cudaStream_t stre
   config.blockDim = 32 * warps;
   config.dynamicSmemBytes = bytes;
   config.stream = stream;
-  // The first weights may be on their way while the launch before this one quantises activations.
+  // The first weights are on their way while the launch before this one still quantises activations
+  // (it must not write w): the kernel waits for that launch before it reads them.
   cudaLaunchAttribute overlap{};
   overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   overlap.val.programmaticStreamSerializationAllowed = 1;
