@@ -16,6 +16,9 @@ constexpr int kLanesPerGroup = ActivationRow::kGroup / kPerThread;
 // grid (tiles of a row, rows), the rows wrapping around in y
 template <class In>
 __global__ void __launch_bounds__(kThreads) quantize_activations_kernel(ActivationArgs args) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");  // a product may start to fetch its weights
+#endif
   const int64_t col = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * kPerThread;
   const bool inside = col < args.num_cols;  // whole groups are inside or outside: shuffles stay full
   for (int64_t r = blockIdx.y; r < args.num_rows; r += gridDim.y) {

@@ -16,6 +16,14 @@ QG_HD uint32_t spread_pairs(uint32_t fields) {
   return (fields | (fields << 6)) & 0x03030303u;
 }
 
+// fields of 2 bits at 0, 2, … 14 -> nibbles 0…7
+QG_HD uint32_t pairs_to_nibbles(uint32_t fields) {
+  fields &= 0xffffu;
+  fields = (fields | (fields << 8)) & 0x00ff00ffu;
+  fields = (fields | (fields << 4)) & 0x0f0f0f0fu;
+  return (fields | (fields << 2)) & 0x33333333u;
+}
+
 // fields of 4 bits at 0, 4, 8, 12 -> bytes 0…3
 QG_HD uint32_t spread_nibbles(uint32_t fields) {
   fields = (fields | (fields << 8)) & 0x00ff00ffu;

@@ -24,6 +24,8 @@ struct Affine {
 // kGroup   weights sharing one affine     kOffset false if the offset is always 0
 // affine(block, g)  scale and offset of weights g·kGroup … (g+1)·kGroup − 1
 // quad(block, i)    q of weights 4i … 4i+3, one signed byte each, weight 4i in the lowest byte
+// Optional, for types that store q + kZero: codes(block, i), those bytes (0…127) without the
+// subtraction, which integer products do once per group of activations (codes_of, kZeroOf).
 template <class F>
 concept BlockFormat = requires(bytes_ptr block, int i) {
   { F::kType } -> std::convertible_to<int>;
@@ -34,6 +36,12 @@ concept BlockFormat = requires(bytes_ptr block, int i) {
   { F::kOffset } -> std::convertible_to<bool>;
   { F::affine(block, i) } -> std::same_as<Affine>;
   { F::quad(block, i) } -> std::same_as<uint32_t>;
+};
+
+template <class F>
+concept HasZero = BlockFormat<F> && requires(bytes_ptr block, int i) {
+  { F::kZero } -> std::convertible_to<int>;
+  { F::codes(block, i) } -> std::same_as<uint32_t>;
 };
 
 // Where a code is one of 16 levels picked by a nibble, a format may say so, with quad(block, i) =
@@ -84,6 +92,18 @@ template <BlockFormat F>
 QG_HD void decode_quad(bytes_ptr block, int i, Affine a, float* w) {
   const uint32_t q = F::quad(block, i);
   for (int j = 0; j < 4; ++j) w[j] = weight<F>(a, byte_to_float(q, j));
+}
+
+// q = code − zero, where the subtraction costs less later.
+template <BlockFormat F>
+inline constexpr int kZeroOf = [] {
+  if constexpr (HasZero<F>) return static_cast<int>(F::kZero);
+  return 0;
+}();
+template <BlockFormat F>
+QG_HD uint32_t codes_of(bytes_ptr block, int i) {
+  if constexpr (HasZero<F>) return F::codes(block, i);
+  return F::quad(block, i);
 }
 
 // ---- the registry: visit the format of a ggml id ----

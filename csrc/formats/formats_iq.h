@@ -10,6 +10,7 @@ namespace quantgemm {
 
 // Four magnitudes of an IQ2 grid point (levels 8, 25, 43); half selects its lower or upper four.
 QG_HD uint32_t iq2_magnitudes(uint16_t entry, int half) {
+  if constexpr (kPicksBytes) return pick_bytes(0x002b1908u, 0, pairs_to_nibbles(entry) >> (16 * half));
   const uint32_t level = spread_pairs(entry >> (8 * half));
   return level * 17 + ((level >> 1) & 0x01010101u) + 0x08080808u;
 }
@@ -80,10 +81,14 @@ struct IQ3_XXS {
     return {half_to_float(load<uint16_t, 2>(b)) * (0.5f + s) * 0.5f, 0};
   }
   QG_HD static uint32_t quad(bytes_ptr b, int i) {
-    const uint32_t level = spread_nibbles(kGridIQ3XXS[b[2 + i]]);
-    const uint32_t top = ((level + 0x01010101u) >> 3) & 0x01010101u;  // level 7 is 62, not 60
     const uint32_t signs = load<uint32_t, 2>(b + 66 + 4 * (i >> 3)) >> (7 * ((i >> 1) & 3));
-    return negate_bytes(level * 8 + 0x04040404u + top * 2, even_signs(signs, i & 1));
+    return negate_bytes(magnitudes(kGridIQ3XXS[b[2 + i]]), even_signs(signs, i & 1));
+  }
+  QG_HD static uint32_t magnitudes(uint16_t entry) {
+    if constexpr (kPicksBytes) return pick_bytes(0x1c140c04u, 0x3e342c24u, entry);
+    const uint32_t level = spread_nibbles(entry);
+    const uint32_t top = ((level + 0x01010101u) >> 3) & 0x01010101u;  // level 7 is 62, not 60
+    return level * 8 + 0x04040404u + top * 2;
   }
 };
 
@@ -99,13 +104,18 @@ struct IQ3_S {
   }
   QG_HD static uint32_t quad(bytes_ptr b, int i) {
     const int index = b[2 + i] | ((b[66 + (i >> 3)] >> (i & 7)) & 1) << 8;
-    const uint32_t magnitudes = spread_nibbles(kGridIQ3S[index]) * 2 + 0x01010101u;
-    return negate_bytes(magnitudes, b[74 + (i >> 1)] >> (4 * (i & 1)));
+    return negate_bytes(magnitudes(kGridIQ3S[index]), b[74 + (i >> 1)] >> (4 * (i & 1)));
+  }
+  QG_HD static uint32_t magnitudes(uint16_t entry) {
+    if constexpr (kPicksBytes) return pick_bytes(0x07050301u, 0x0f0d0b09u, entry);
+    return spread_nibbles(entry) * 2 + 0x01010101u;
   }
 };
 
 // IQ1: weight = d (2s + 1) (grid ± ⅛) with grid in {−1, 0, 1}, so q = 8 grid ± 1, scale = d (2s + 1) / 8.
 QG_HD uint32_t iq1_codes(uint16_t entry, int half, bool minus) {
+  if constexpr (kPicksBytes)
+    return pick_bytes(minus ? 0x0007fff7u : 0x000901f9u, 0, pairs_to_nibbles(entry) >> (16 * half));
   const uint32_t level = spread_pairs(entry >> (8 * half));
   return sub_bytes(level * 8 + (minus ? 0u : 0x02020202u), 0x09090909u);
 }

@@ -33,7 +33,7 @@ struct Q2_K {
 // | 12 bytes: 16 6-bit scales, low nibbles in bytes 0-7, high pairs in 8-11 | d f16 |   groups of 16
 // code = low two bits − (third bit ? 0 : 4), scale = d · (s − 32)
 struct Q3_K {
-  static constexpr int kType = 11, kElems = 256, kBytes = 110, kGroup = 16;
+  static constexpr int kType = 11, kElems = 256, kBytes = 110, kGroup = 16, kZero = 4;
   static constexpr const char* kName = "Q3_K";
   static constexpr bool kOffset = false;
   QG_HD static Affine affine(bytes_ptr b, int g) {
@@ -42,10 +42,11 @@ struct Q3_K {
               high = (scales[8 + (g & 3)] >> (2 * (g >> 2))) & 3;
     return {half_to_float(load<uint16_t, 2>(b + 108)) * static_cast<float>((low | high << 4) - 32), 0};
   }
-  QG_HD static uint32_t quad(bytes_ptr b, int i) {
+  QG_HD static uint32_t codes(bytes_ptr b, int i) {
     const uint32_t third = (load<uint32_t, 2>(b + 4 * (i & 7)) >> (i >> 3)) & 0x01010101u;
-    return sub_bytes(planes_of_128<2>(b + 32, i) | (third << 2), 0x04040404u);
+    return planes_of_128<2>(b + 32, i) | (third << 2);
   }
+  QG_HD static uint32_t quad(bytes_ptr b, int i) { return sub_bytes(codes(b, i), broadcast_byte(kZero)); }
 };
 
 // Q4_K and Q5_K: 8 scales and 8 minima of 6 bits in 12 bytes.
@@ -104,7 +105,7 @@ struct Q5_K : KScalesMins {
 // | 128 bytes: low nibbles | 64 bytes: high pairs in 2-bit planes | 16 × int8 scale | d f16 |
 // Per 128 weights, 64 low-nibble bytes hold weights 0-63 low, 64-127 high.   groups of 16
 struct Q6_K {
-  static constexpr int kType = 14, kElems = 256, kBytes = 210, kGroup = 16;
+  static constexpr int kType = 14, kElems = 256, kBytes = 210, kGroup = 16, kZero = 32;
   static constexpr const char* kName = "Q6_K";
   static constexpr bool kOffset = false;
   QG_HD static Affine affine(bytes_ptr b, int g) {
@@ -113,10 +114,11 @@ struct Q6_K {
   }
   QG_HD static Affine factors(bytes_ptr b) { return {half_to_float(load<uint16_t, 2>(b + 208)), 0}; }
   QG_HD static uint64_t scale_codes(bytes_ptr b, int i) { return load<uint64_t, 2>(b + 192 + 8 * i); }
-  QG_HD static uint32_t quad(bytes_ptr b, int i) {
+  QG_HD static uint32_t codes(bytes_ptr b, int i) {
     const uint32_t low = load<uint32_t, 2>(b + 64 * (i >> 5) + 4 * (i & 15)) >> ((i & 16) >> 2);
-    return sub_bytes((low & 0x0f0f0f0fu) | (planes_of_128<2>(b + 128, i) << 4), 0x20202020u);
+    return (low & 0x0f0f0f0fu) | (planes_of_128<2>(b + 128, i) << 4);
   }
+  QG_HD static uint32_t quad(bytes_ptr b, int i) { return sub_bytes(codes(b, i), broadcast_byte(kZero)); }
 };
 
 // | d f32 | 256 × int8 | 16 × i16 sum of 16 codes |   an activation format; sums do not enter

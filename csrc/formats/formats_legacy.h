@@ -11,13 +11,12 @@ namespace quantgemm {
 
 // | d f16 | 16 bytes: weight j low nibble of byte j, weight j+16 high nibble |
 struct Q4_0 {
-  static constexpr int kType = 2, kElems = 32, kBytes = 18, kGroup = 32;
+  static constexpr int kType = 2, kElems = 32, kBytes = 18, kGroup = 32, kZero = 8;
   static constexpr const char* kName = "Q4_0";
   static constexpr bool kOffset = false;
   QG_HD static Affine affine(bytes_ptr b, int) { return {half_to_float(load<uint16_t, 2>(b)), 0}; }
-  QG_HD static uint32_t quad(bytes_ptr b, int i) {
-    return sub_bytes(nibbles_of_32<2>(b + 2, i), 0x08080808u);
-  }
+  QG_HD static uint32_t codes(bytes_ptr b, int i) { return nibbles_of_32<2>(b + 2, i); }
+  QG_HD static uint32_t quad(bytes_ptr b, int i) { return sub_bytes(codes(b, i), broadcast_byte(kZero)); }
 };
 
 // | d f16 | m f16 | 16 bytes of nibbles as Q4_0 |
@@ -33,14 +32,15 @@ struct Q4_1 {
 
 // | d f16 | fifth bits u32: bit j is weight j | 16 bytes of nibbles |
 struct Q5_0 {
-  static constexpr int kType = 6, kElems = 32, kBytes = 22, kGroup = 32;
+  static constexpr int kType = 6, kElems = 32, kBytes = 22, kGroup = 32, kZero = 16;
   static constexpr const char* kName = "Q5_0";
   static constexpr bool kOffset = false;
   QG_HD static Affine affine(bytes_ptr b, int) { return {half_to_float(load<uint16_t, 2>(b)), 0}; }
-  QG_HD static uint32_t quad(bytes_ptr b, int i) {
+  QG_HD static uint32_t codes(bytes_ptr b, int i) {
     const uint32_t fifth = spread_bits(load<uint32_t, 2>(b + 2) >> (4 * i));
-    return sub_bytes(nibbles_of_32<2>(b + 6, i) | (fifth << 4), 0x10101010u);
+    return nibbles_of_32<2>(b + 6, i) | (fifth << 4);
   }
+  QG_HD static uint32_t quad(bytes_ptr b, int i) { return sub_bytes(codes(b, i), broadcast_byte(kZero)); }
 };
 
 // | d f16 | m f16 | fifth bits u32 | 16 bytes of nibbles |

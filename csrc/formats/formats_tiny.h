@@ -47,47 +47,51 @@ struct NVFP4 {
 // Base-3 digits, five to a byte: | 32 bytes: weights 0-159 | 16 bytes: 160-239 | 4 bytes, four
 // digits each: 240-255 | d f16 |   digit n of byte l is weight n·(32, 16, 4) + l of its part
 struct TQ1_0 {
-  static constexpr int kType = 34, kElems = 256, kBytes = 54, kGroup = 256;
+  static constexpr int kType = 34, kElems = 256, kBytes = 54, kGroup = 256, kZero = 1;
   static constexpr const char* kName = "TQ1_0";
   static constexpr bool kOffset = false;
   QG_HD static Affine affine(bytes_ptr b, int) { return {half_to_float(load<uint16_t, 2>(b + 52)), 0}; }
-  QG_HD static uint32_t quad(bytes_ptr b, int i) {
+  QG_HD static uint32_t codes(bytes_ptr b, int i) {
     const int part = i < 40 ? 0 : i < 60 ? 1 : 2;
     const int within = part == 0 ? i : part == 1 ? i - 40 : i - 60;
     const int shift = 3 - part - (part == 2);  // 8, 4 or 1 quads per digit
     const int offset = part == 0 ? 0 : part == 1 ? 32 : 48;
     const uint32_t bytes = load<uint32_t, 2>(b + offset + 4 * (within & ((1 << shift) - 1)));
-    return sub_bytes(base3_digits(bytes, within >> shift), 0x01010101u);
+    return base3_digits(bytes, within >> shift);
   }
+  QG_HD static uint32_t quad(bytes_ptr b, int i) { return sub_bytes(codes(b, i), broadcast_byte(kZero)); }
 };
 
 // | 64 bytes of 2-bit planes | d f16 |
 struct TQ2_0 {
-  static constexpr int kType = 35, kElems = 256, kBytes = 66, kGroup = 256;
+  static constexpr int kType = 35, kElems = 256, kBytes = 66, kGroup = 256, kZero = 1;
   static constexpr const char* kName = "TQ2_0";
   static constexpr bool kOffset = false;
   QG_HD static Affine affine(bytes_ptr b, int) { return {half_to_float(load<uint16_t, 2>(b + 64)), 0}; }
-  QG_HD static uint32_t quad(bytes_ptr b, int i) { return sub_bytes(planes_of_128<2>(b, i), 0x01010101u); }
+  QG_HD static uint32_t codes(bytes_ptr b, int i) { return planes_of_128<2>(b, i); }
+  QG_HD static uint32_t quad(bytes_ptr b, int i) { return sub_bytes(codes(b, i), broadcast_byte(kZero)); }
 };
 
 // | d f16 | 128 bits: weight j is bit j, one +d, zero −d |
 struct Q1_0 {
-  static constexpr int kType = 41, kElems = 128, kBytes = 18, kGroup = 128;
+  static constexpr int kType = 41, kElems = 128, kBytes = 18, kGroup = 128, kZero = 1;
   static constexpr const char* kName = "Q1_0";
   static constexpr bool kOffset = false;
   QG_HD static Affine affine(bytes_ptr b, int) { return {half_to_float(load<uint16_t, 2>(b)), 0}; }
-  QG_HD static uint32_t quad(bytes_ptr b, int i) {
-    return sub_bytes(spread_bits(b[2 + (i >> 1)] >> (4 * (i & 1))) * 2, 0x01010101u);
+  QG_HD static uint32_t codes(bytes_ptr b, int i) {
+    return spread_bits(b[2 + (i >> 1)] >> (4 * (i & 1))) * 2;
   }
+  QG_HD static uint32_t quad(bytes_ptr b, int i) { return sub_bytes(codes(b, i), broadcast_byte(kZero)); }
 };
 
 // | d f16 | 16 bytes of four neighbouring 2-bit codes |   weight = d · (code − 1)
 struct Q2_0 {
-  static constexpr int kType = 42, kElems = 64, kBytes = 18, kGroup = 64;
+  static constexpr int kType = 42, kElems = 64, kBytes = 18, kGroup = 64, kZero = 1;
   static constexpr const char* kName = "Q2_0";
   static constexpr bool kOffset = false;
   QG_HD static Affine affine(bytes_ptr b, int) { return {half_to_float(load<uint16_t, 2>(b)), 0}; }
-  QG_HD static uint32_t quad(bytes_ptr b, int i) { return sub_bytes(spread_pairs(b[2 + i]), 0x01010101u); }
+  QG_HD static uint32_t codes(bytes_ptr b, int i) { return spread_pairs(b[2 + i]); }
+  QG_HD static uint32_t quad(bytes_ptr b, int i) { return sub_bytes(codes(b, i), broadcast_byte(kZero)); }
 };
 
 }  // namespace quantgemm

@@ -111,14 +111,30 @@ QG_HD uint32_t broadcast_byte(uint32_t b) { return (b & 0xffu) * 0x01010101u; }
 // Bytewise a - b for bytes a in 0…127 and b in 0…128, without a carry between bytes.
 QG_HD uint32_t sub_bytes(uint32_t a, uint32_t b) { return ((a | 0x80808080u) - b) ^ 0x80808080u; }
 
-// Bytewise x negated where the matching bit of mask (bits 0…3) is set; bytes of x in 0…127.
+// Bytewise x negated where the matching bit of mask (bits 0…3) is set; bytes of x in 1…127.
 QG_HD uint32_t negate_bytes(uint32_t x, uint32_t mask) {
-  // Spread bit j to byte j; then 0xff per negative byte, and two's complement without carries.
+  // Spread bit j to byte j; two's complement carries out of no byte, since none is 0.
   const uint32_t ones = ((mask & 0xfu) * 0x00204081u) & 0x01010101u;
-  const uint32_t negated = sub_bytes(0, x);
-  const uint32_t all = ones * 0xffu;
-  return (x & ~all) | (negated & all);
+  return (x ^ (ones * 0xffu)) + ones;
 }
+
+// Four of the eight bytes of high:low, by the nibbles (0…7) in the low half of selectors. Where one
+// instruction does that, formats take their levels from such a table rather than by arithmetic.
+#ifdef __CUDA_ARCH__
+inline constexpr bool kPicksBytes = true;
+__device__ __forceinline__ uint32_t pick_bytes(uint32_t low, uint32_t high, uint32_t selectors) {
+  return __byte_perm(low, high, selectors);
+}
+#else
+inline constexpr bool kPicksBytes = false;
+QG_HD uint32_t pick_bytes(uint32_t low, uint32_t high, uint32_t selectors) {
+  const uint64_t bytes = static_cast<uint64_t>(high) << 32 | low;
+  uint32_t picked = 0;
+  for (int j = 0; j < 4; ++j)
+    picked |= static_cast<uint32_t>((bytes >> (8 * ((selectors >> (4 * j)) & 7))) & 0xff) << (8 * j);
+  return picked;
+}
+#endif
 
 QG_HD int byte_at(uint32_t quad, int j) { return static_cast<int8_t>(quad >> (8 * j)); }
 
