@@ -6,29 +6,37 @@
 #pragma once
 #include <cuda_runtime.h>
 
+#include <algorithm>
+
 #include "launch.h"
 #include "ptx.cuh"
 
 namespace quantgemm {
 
-// Tiles of rows × tokens of y; token tiles of the same rows follow each other.
+// Tiles of rows × tokens of y; token tiles of the same rows follow each other. Fewer than 2^31 units,
+// as y alone would be terabytes otherwise.
 struct TileSchedule {
-  int64_t token_tiles, tiles, chunks;  // chunks of k in each tile
-  int64_t blocks;
+  uint32_t token_tiles, tiles, chunks;  // chunks of k in each tile
+  uint32_t blocks, share, longer;       // units of a block; the first `longer` blocks have one more
 
-  __host__ __device__ int64_t units() const { return tiles * chunks; }
-  __host__ __device__ int64_t first_unit(int64_t block) const { return block * units() / blocks; }
-  __host__ __device__ int64_t block_of(int64_t unit) const { return ((unit + 1) * blocks - 1) / units(); }
-  __host__ __device__ bool cuts_tiles() const { return tiles % blocks != 0; }
+  TileSchedule(int64_t row_tiles, int64_t token_tiles, int64_t chunks, int64_t blocks)
+      : token_tiles(token_tiles), tiles(row_tiles * token_tiles), chunks(chunks), blocks(blocks) {
+    share = tiles * this->chunks / this->blocks;
+    longer = tiles * this->chunks % this->blocks;
+  }
+  __device__ uint32_t first_unit(uint32_t block) const { return block * share + min(block, longer); }
+  __device__ uint32_t block_of(uint32_t unit) const {
+    const uint32_t in_longer = longer * (share + 1);
+    return unit < in_longer ? unit / (share + 1) : longer + (unit - in_longer) / share;
+  }
+  bool cuts_tiles() const { return tiles % blocks != 0; }
 };
 
 // One block per tile if that keeps the multiprocessors busy, else as many as they hold at once.
 inline TileSchedule schedule_tiles(int64_t row_tiles, int64_t token_tiles, int64_t chunks, int64_t resident) {
-  const int64_t tiles = row_tiles * token_tiles;
-  const int64_t waves = (tiles + resident - 1) / resident;
-  if (10 * tiles >= 9 * waves * resident) return {token_tiles, tiles, chunks, tiles};
-  const int64_t units = tiles * chunks;
-  return {token_tiles, tiles, chunks, units < resident ? units : resident};
+  const int64_t tiles = row_tiles * token_tiles, waves = (tiles + resident - 1) / resident;
+  const bool busy = 10 * tiles >= 9 * waves * resident;
+  return {row_tiles, token_tiles, chunks, busy ? tiles : std::min(tiles * chunks, resident)};
 }
 
 // Scratch memory of a schedule that cuts tiles: a counter per tile, then two partial tiles per block
@@ -37,7 +45,7 @@ struct PartialTiles {
   uint32_t* arrivals;  // [tiles], zero at launch
   float* sums;         // [blocks, 2, tile elems]
 
-  static int64_t counter_bytes(const TileSchedule& s) { return (s.tiles * 4 + 127) / 128 * 128; }
+  static int64_t counter_bytes(const TileSchedule& s) { return (int64_t{s.tiles} * 4 + 127) / 128 * 128; }
   static int64_t bytes(const TileSchedule& s, int64_t tile_elems) {
     return s.cuts_tiles() ? counter_bytes(s) + s.blocks * 2 * tile_elems * 4 : 0;
   }
@@ -58,38 +66,89 @@ inline int multiprocessors() {
 }
 
 // ---- rows of weights, as they are in the file ----
-// Bytes [start, start + …) of each row begin at no particular alignment. Whole 16-byte pieces around
-// them are copied, so a row's bytes lie `start mod 16` bytes into its place in shared memory.
-template <int Pieces, int Pitch, int Rows, int Threads>
-__device__ __forceinline__ void stage_rows(uint8_t* target, bytes_ptr w, int64_t start, int64_t row_bytes,
-                                           int last_row, int64_t end) {
-#pragma unroll
-  for (int i = threadIdx.x; i < Rows * Pieces; i += Threads) {
-    const int row = i / Pieces, piece = i % Pieces;
-    const int64_t at = ((start + min(row, last_row) * row_bytes) & ~int64_t{15}) + 16 * piece;
-    const int64_t left = end - at;  // the tensor's last piece may be short
-    const int valid = left >= 16 ? 16 : left > 0 ? static_cast<int>(left) : 0;
-    cp_async16(target + row * Pitch + 16 * piece, valid > 0 ? w + at : w, valid);
+// A row's bytes begin at no particular alignment. Whole 16-byte pieces around them are copied, so
+// they lie `address mod 16` bytes into the row's place in shared memory.
+template <int Rows, int Pieces, int Pitch, int Threads>
+struct RowStager {
+  static constexpr int kLanes = Threads / Rows > 4 ? Threads / Rows : Rows < 32 ? 2 : 4;  // share a row
+  static constexpr int kStep = Threads / kLanes;                                          // rows at once
+  static_assert(Rows % kStep == 0);
+
+  bytes_ptr first;  // the thread's first piece, not yet rounded down to 16
+  bytes_ptr end;    // of the tensor
+  int64_t row_bytes;
+  int last_row;  // of the tile, when n ends in it
+
+  __device__ static int row(int thread) { return thread / kLanes; }
+  __device__ static int lane(int thread) { return thread % kLanes; }
+  __device__ __forceinline__ RowStager(bytes_ptr tile, bytes_ptr end, int64_t row_bytes, int last_row, int thread)
+      : first(tile + row(thread) * row_bytes + 16 * lane(thread)), end(end), row_bytes(row_bytes), last_row(last_row) {}
+
+  __device__ __forceinline__ static bytes_ptr round_down(bytes_ptr p) {
+    return reinterpret_cast<bytes_ptr>(reinterpret_cast<uintptr_t>(p) & ~uintptr_t{15});
   }
-}
+  // Bytes from `skip` on of every row.
+  __device__ __forceinline__ void operator()(uint32_t target, int64_t skip, int thread) const {
+    target += row(thread) * Pitch + 16 * lane(thread);
+    bytes_ptr at = first + skip;
+    if (last_row == Rows - 1 && at + (Rows - 1 - row(thread)) * row_bytes + 16 * (Pieces - lane(thread)) <= end) {
+#pragma unroll
+      for (int i = 0; i < Rows / kStep; ++i, at += kStep * row_bytes) {
+        const bytes_ptr piece = round_down(at);
+#pragma unroll
+        for (int j = 0; j < Pieces; j += kLanes)
+          if (j + kLanes <= Pieces || lane(thread) < Pieces - j)
+            cp_async16(target + i * kStep * Pitch + 16 * j, piece + 16 * j);
+      }
+    } else {  // near the tensor's end: its last piece may be short, rows behind it are left as they were
+#pragma unroll 1
+      for (int i = row(thread); i <= last_row; i += kStep, at += kStep * row_bytes, target += kStep * Pitch)
+#pragma unroll 1
+        for (int j = 0; j < Pieces - lane(thread); j += kLanes) {
+          const bytes_ptr piece = round_down(at) + 16 * j;
+          if (piece < end) cp_async16(target + 16 * j, piece, end - piece < 16 ? static_cast<int>(end - piece) : 16);
+        }
+    }
+  }
+};
 
 // ---- rows of activations ----
-// 64 values of a token are 8 pieces of 16 bytes. Piece p of token t lies at place p ^ f(t), so that
-// neither a warp reading 8 bytes per lane (4 tokens × 32 bytes at a time) nor one reading 16 bytes
-// (2 tokens × 64) meets a bank twice.
+// 64 values of a token are 8 pieces of 16 bytes. Piece p of token t lies at place p ^ swizzle(t), so
+// that neither a warp reading 8 bytes per lane (4 tokens × 32 bytes at a time) nor one reading 16
+// bytes (2 tokens × 64) meets a bank twice.
 __device__ __forceinline__ int swizzle(int token) { return (token & 1) << 2 | (token & 2); }
 
-// Values [k0, k0 + 64 Slabs) of Tokens tokens, as [slab][token][64]; zeros outside of x.
-template <int Tokens, int Slabs, int Threads>
-__device__ __forceinline__ void stage_tokens(uint8_t* target, bytes_ptr x, int num_tokens, int64_t k0, int64_t k) {
+// 64 values of Tokens tokens, as [token][64]. Values behind k become zero; tokens behind m are left as
+// they were, since their results are never stored.
+template <int Tokens, int Threads>
+struct TokenStager {
+  static constexpr int kStep = Threads / 8;  // tokens at once
+  static_assert(Tokens % kStep == 0 && kStep % 4 == 0);
+
+  bytes_ptr x;     // the thread's first piece
+  int64_t stride;  // bytes from token to token
+  int num_tokens;
+
+  __device__ __forceinline__ TokenStager(bytes_ptr tile, int64_t k, int num_tokens)
+      : x(tile + 2 * (threadIdx.x / 8 * k) + 16 * (threadIdx.x % 8)), stride(2 * k), num_tokens(num_tokens) {}
+
+  // From k0 on, num_values values.
+  __device__ __forceinline__ void operator()(uint32_t target, int k0, int num_values) const {
+    const int token = threadIdx.x / 8, piece = threadIdx.x % 8;
+    target += 128 * token + 16 * (piece ^ swizzle(token));
+    bytes_ptr source = x + 2 * int64_t{k0};
+    if (num_tokens == Tokens && num_values >= 64) {
 #pragma unroll
-  for (int i = threadIdx.x; i < Slabs * Tokens * 8; i += Threads) {
-    const int piece = i % 8, token = i / 8 % Tokens, slab = i / 8 / Tokens;
-    const int64_t at = k0 + 64 * slab + 8 * piece;
-    const bool inside = token < num_tokens && at < k;
-    cp_async16(target + (slab * Tokens + token) * 128 + 16 * (piece ^ swizzle(token)),
-               inside ? x + 2 * (token * k + at) : x, inside ? 16 : 0);
+      for (int i = 0; i < Tokens / kStep; ++i, source += kStep * stride)
+        cp_async16(target + i * kStep * 128, source);
+    } else {
+      const bool inside = 8 * piece < num_values;
+      if (!inside) source = x;
+#pragma unroll 1
+      for (int i = token; i < num_tokens; i += kStep, source += kStep * stride, target += kStep * 128)
+        cp_async16(target, source, inside ? 16 : 0);
+    }
   }
-}
+};
 
 }  // namespace quantgemm

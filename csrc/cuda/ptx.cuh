@@ -23,12 +23,15 @@ __device__ __forceinline__ void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// A shared memory address as these instructions want it.
+__device__ __forceinline__ uint32_t shared_address(const void* p) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
+
 // 16 bytes from global to shared memory in the background, past the L1; of them the first
 // valid_bytes are read and the others become zero. PTX ISA 9.7.9.25.3.1 (cp.async), sm_80.
-__device__ __forceinline__ void cp_async16(void* target, const void* source, int valid_bytes) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(
-                   static_cast<uint32_t>(__cvta_generic_to_shared(target))),
-               "l"(source), "r"(valid_bytes)
+__device__ __forceinline__ void cp_async16(uint32_t target, const void* source, int valid_bytes = 16) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(source), "r"(valid_bytes)
                : "memory");
 }
 // Closes a group of copies; waits until all but the Pending latest groups of this thread have

@@ -1,0 +1,67 @@
+// SPDX-License-Identifier: MIT
+// From blocks in shared memory to what mma.sync wants in registers: affines and codes of a warp's
+// rows. Nothing here knows a format.
+#pragma once
+#include "../formats/block_format.h"
+#include "memory.cuh"
+
+namespace quantgemm {
+
+// Where a slab of 64 weights lies in shared memory: the blocks of a lane's two rows, from weight
+// `within` on. Blocks of 32 have a second pair, `second` bytes further on (0 if k ends at 32: their
+// weights then meet zeros of x).
+struct Slab {
+  bytes_ptr blocks[2];
+  int within, second;
+};
+
+// Lane 4r + c of a row tile holds rows r and r + 8 ("half" 0 and 1). The affines of a slab of both: where each lane needs several, the four lanes of a row decode different ones and pass
+// them around. Blocks of 32 have one cheap scale each.
+template <BlockFormat F>
+struct SlabAffines {
+  static constexpr int kGroups = F::kElems == 32 ? 1 : F::kGroup >= 64 ? 1 : 64 / F::kGroup;
+  static constexpr bool kShared = kGroups > 1;
+  static constexpr int kHeld = kShared ? kGroups / 2 : 2;
+  Affine held[kHeld];
+
+  __device__ __forceinline__ void load(const Slab& slab, int c) {
+    if constexpr (F::kElems > 32) {
+#pragma unroll
+      for (int i = 0; i < kHeld; ++i)
+        held[i] = kShared ? F::affine(c % 2 ? slab.blocks[1] : slab.blocks[0], slab.within / F::kGroup + 2 * i + c / 2)
+                          : F::affine(slab.blocks[i], slab.within / F::kGroup);
+    }
+  }
+  // Of group 2 pair + odd; pair and half are the same in all lanes.
+  __device__ __forceinline__ Affine get(int pair, int odd, int half) const {
+    if constexpr (!kShared) return held[half];
+    const int source = (threadIdx.x & 28) + 2 * odd + half;
+    const float offset = F::kOffset ? __shfl_sync(~0u, held[pair].offset, source) : 0.0f;
+    return {__shfl_sync(~0u, held[pair].scale, source), offset};
+  }
+};
+
+// Codes as 16-bit floats, exactly: four bytes become two words of two.
+__device__ __forceinline__ void codes_to_real(uint32_t quad, uint32_t& low, uint32_t& high, Half) {
+  const uint32_t biased = quad ^ 0x80808080u;  // code + 128 in the low bits of 1024 + …
+  asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(low) : "r"(__byte_perm(biased, 0x64646464u, 0x4140)), "r"(0x64806480u));
+  asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(high) : "r"(__byte_perm(biased, 0x64646464u, 0x4342)), "r"(0x64806480u));
+}
+// bfloat16 has 7 bits behind the point. Byte b under an exponent of 2^7 reads 128 + b up to 127, then
+// the eighth bit doubles it to 2b: less 256, that is the code if negative, else twice the code.
+__device__ __forceinline__ uint32_t mend_doubled(uint32_t pair) {
+  uint32_t doubled, positive, code;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(doubled) : "r"(pair), "r"(0x3f803f80u), "r"(0xc380c380u));
+  asm("fma.rn.relu.bf16x2 %0, %1, %2, %3;" : "=r"(positive) : "r"(pair), "r"(0x3f803f80u), "r"(0xc380c380u));
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(code) : "r"(positive), "r"(0xbf00bf00u), "r"(doubled));
+  return code;
+}
+__device__ __forceinline__ void codes_to_real(uint32_t quad, uint32_t& low, uint32_t& high, BFloat16) {
+  const uint32_t biased = quad ^ 0x80808080u;
+  low = mend_doubled(__byte_perm(biased, 0x43434343u, 0x4140));
+  high = mend_doubled(__byte_perm(biased, 0x43434343u, 0x4342));
+}
+template <class T>
+inline constexpr uint32_t kOnes = std::is_same_v<T, Half> ? 0x3c003c00u : 0x3f803f80u;  // 1, 1
+
+}  // namespace quantgemm
