@@ -14,10 +14,10 @@ namespace quantgemm {
 
 // kTokens × (16 kRowTiles kWarps) tile of a block, kRowTiles of 16 rows in each warp.
 struct Tokens32 {
-  static constexpr int kTokens = 32, kRowTiles = 2, kWarps = 4, kStages = 3, kBlocksPerSm = 3;
+  static constexpr int kTokens = 32, kRowTiles = 2, kWarps = 4, kStages = 3, kBlocksPerSm = 4;
 };
 struct Tokens64 {
-  static constexpr int kTokens = 64, kRowTiles = 2, kWarps = 4, kStages = 3, kBlocksPerSm = 2;
+  static constexpr int kTokens = 64, kRowTiles = 2, kWarps = 4, kStages = 3, kBlocksPerSm = 3;
 };
 struct Tokens128 {
   static constexpr int kTokens = 128, kRowTiles = 2, kWarps = 4, kStages = 3, kBlocksPerSm = 2;
@@ -50,56 +50,76 @@ struct MmaProblem {
   int64_t m, n, k, row_bytes;
 };
 
-// Many tokens: A fragments of decoded weights, 32 of k at a time. Lane c of a row takes quads c and
-// c + 4, which share bytes in blocks of 32; in larger blocks quads 2c and 2c + 1, so that both are of
-// one group and their activations one 16-byte load.
+// A fragments of a warp's rows for 32 of k, two steps of 16. Lane c of a row takes quads c and c + 4,
+// which share bytes in blocks of 32; in larger blocks quads 2c and 2c + 1, so that both are of one
+// group and their activations one 16-byte load.
+template <BlockFormat F>
+inline constexpr bool kPairedQuads = F::kElems > 32;
+
+template <class Tile>
+struct Fragments {
+  uint32_t words[Tile::kRowTiles][2][4];
+};
+
+// What a warp decodes next, quad after quad in between its products.
 template <BlockFormat F, class T, class Tile>
-__device__ __forceinline__ void multiply_weights(float (&sums)[Tile::kRowTiles][Tile::kTokens / 8][4],
-                                                 const Slab (&slabs)[Tile::kRowTiles], bytes_ptr tokens) {
-  constexpr int kRT = Tile::kRowTiles, kNT = Tile::kTokens / 8;
-  constexpr bool kPaired = F::kElems > 32;
+struct SlabDecoder {
+  static constexpr int kQuads = 4 * Tile::kRowTiles;  // of a lane in 32 of k
+  Slab slabs[Tile::kRowTiles];
+  SlabAffines<F> shared[Tile::kRowTiles];
+  Affine affine;
+
+  __device__ __forceinline__ void load_affines() {
+#pragma unroll
+    for (int i = 0; i < Tile::kRowTiles; ++i) shared[i].load(slabs[i], threadIdx.x % 4);
+  }
+  __device__ __forceinline__ void quad(Fragments<Tile>& out, int part, int index) {
+    const int i = index / 4, half = index / 2 % 2, step = index % 2, c = threadIdx.x % 4;
+    const Slab& slab = slabs[i];
+    const bytes_ptr block = slab.blocks[half] + (kPairedQuads<F> || part == 0 ? 0 : slab.second);
+    if (step == 0) {
+      if constexpr (!kPairedQuads<F>) affine = F::affine(block, 0);
+      else if constexpr (SlabAffines<F>::kGroups == 4) affine = shared[i].get(part, c / 2, half);
+      else affine = shared[i].get(0, part, half);
+    }
+    float v[4];
+    decode_quad<F>(block, kPairedQuads<F> ? slab.within / 4 + 8 * part + 2 * c + step : c + 4 * step, affine, v);
+    out.words[i][step][half] = pack_pair(v[0], v[1], T{});
+    out.words[i][step][2 + half] = pack_pair(v[2], v[3], T{});
+  }
+};
+
+// sums += a · x for one part (32 of k) of a slab of tokens; meanwhile the next part is decoded.
+template <BlockFormat F, class T, class Tile>
+__device__ __forceinline__ void multiply_and_decode(float (&sums)[Tile::kRowTiles][Tile::kTokens / 8][4],
+                                                    const Fragments<Tile>& a, bytes_ptr tokens, int part,
+                                                    SlabDecoder<F, T, Tile>& decoder, Fragments<Tile>& next) {
+  constexpr int kRT = Tile::kRowTiles, kNT = Tile::kTokens / 8, kQuads = SlabDecoder<F, T, Tile>::kQuads;
   const int r = threadIdx.x % 32 / 4, c = threadIdx.x % 4;
-  SlabAffines<F> shared[kRT];
 #pragma unroll
-  for (int i = 0; i < kRT; ++i) shared[i].load(slabs[i], c);
+  for (int j = 0; j < kNT; j += 2) {
+    uint4 b[2];
 #pragma unroll
-  for (int part = 0; part < 2; ++part) {
-    uint32_t a[kRT][2][4];
-#pragma unroll
-    for (int i = 0; i < kRT; ++i)
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const bytes_ptr block = slabs[i].blocks[half] + (kPaired || part == 0 ? 0 : slabs[i].second);
-        Affine affine;
-        if constexpr (!kPaired) affine = F::affine(block, 0);
-        else if constexpr (SlabAffines<F>::kGroups == 4) affine = shared[i].get(part, c / 2, half);
-        else affine = shared[i].get(0, part, half);
-#pragma unroll
-        for (int step = 0; step < 2; ++step) {
-          float v[4];
-          decode_quad<F>(block, kPaired ? slabs[i].within / 4 + 8 * part + 2 * c + step : c + 4 * step, affine, v);
-          a[i][step][half] = pack_pair(v[0], v[1], T{});
-          a[i][step][2 + half] = pack_pair(v[2], v[3], T{});
-        }
-      }
-#pragma unroll
-    for (int j = 0; j < kNT; ++j) {
-      const bytes_ptr row = tokens + (8 * j + r) * 128;
-      uint4 b;
-      if constexpr (kPaired) {
-        b = *reinterpret_cast<const uint4*>(row + 16 * ((4 * part + c) ^ swizzle(r)));
+    for (int l = 0; l < 2; ++l) {
+      const bytes_ptr row = tokens + (8 * (j + l) + r) * 128;
+      if constexpr (kPairedQuads<F>) {
+        b[l] = *reinterpret_cast<const uint4*>(row + 16 * ((4 * part + c) ^ swizzle(r)));
       } else {
         const int piece = 4 * part + c / 2, within = 8 * (c % 2);
         const uint2 low = *reinterpret_cast<const uint2*>(row + 16 * (piece ^ swizzle(r)) + within);
         const uint2 high = *reinterpret_cast<const uint2*>(row + 16 * ((piece + 2) ^ swizzle(r)) + within);
-        b = make_uint4(low.x, low.y, high.x, high.y);
-      }
-#pragma unroll
-      for (int i = 0; i < kRT; ++i) {
-        mma_16x8x16(sums[i][j], a[i][0], b.x, b.y, T{});
-        mma_16x8x16(sums[i][j], a[i][1], b.z, b.w, T{});
+        b[l] = make_uint4(low.x, low.y, high.x, high.y);
       }
     }
+#pragma unroll
+    for (int step = 0; step < 2; ++step)
+#pragma unroll
+      for (int l = 0; l < 2; ++l)
+#pragma unroll
+        for (int i = 0; i < kRT; ++i)
+          mma_16x8x16(sums[i][j + l], a.words[i][step], step ? b[l].z : b[l].x, step ? b[l].w : b[l].y, T{});
+#pragma unroll
+    for (int l = 0; l < 2 * kQuads / kNT; ++l) decoder.quad(next, 1 - part, j * kQuads / kNT + l);
   }
 }
 
@@ -155,26 +175,38 @@ __global__ void __launch_bounds__(MmaLayout<F, Tile>::kThreads, Tile::kBlocksPer
 #pragma unroll 1
     for (int iter = 0; iter < kStages - 1; ++iter) stage(iter);
 
-#pragma unroll 1
-    for (int iter = 0; iter < iters; ++iter) {
-      cp_async_wait<kStages - 2>();
-      __syncthreads();  // everybody's copies for iter have arrived; nobody reads the slots of iter - 1
-      stage(iter + kStages - 1);
-
+    SlabDecoder<F, T, Tile> decoder;
+    const auto decode_from = [&](int iter) {  // behind the last iteration: whatever bytes are there
       const int chunk = iter / L::kChunkIters, in_chunk = iter % L::kChunkIters * L::kIter;
       const bytes_ptr rows = weights_smem + chunk % 2 * L::kWeightBytes + first_row * L::kPitch +
                              in_chunk / F::kElems * F::kBytes;
-      Slab slabs[kRT];
 #pragma unroll
       for (int i = 0; i < kRT; ++i) {
-        slabs[i].within = in_chunk % F::kElems;
-        slabs[i].second = (iter + 1) * L::kIter > num_k ? 0 : F::kBytes;
+        decoder.slabs[i].within = in_chunk % F::kElems;
+        decoder.slabs[i].second = (iter + 1) * L::kIter > num_k ? 0 : F::kBytes;
 #pragma unroll
         for (int half = 0; half < 2; ++half)
-          slabs[i].blocks[half] =
+          decoder.slabs[i].blocks[half] =
               rows + (16 * i + 8 * half) * L::kPitch + ((skew[i][half] + chunk * L::kChunkBytes) & 15);
       }
-      multiply_weights<F, T, Tile>(sums, slabs, tokens_smem + iter % kStages * L::kTokenBytes);
+      decoder.load_affines();
+    };
+    cp_async_wait<kStages - 2>();
+    __syncthreads();
+    Fragments<Tile> first, second;
+    decode_from(0);
+#pragma unroll
+    for (int index = 0; index < decoder.kQuads; ++index) decoder.quad(first, 0, index);
+
+#pragma unroll 1
+    for (int iter = 0; iter < iters; ++iter) {
+      const bytes_ptr tokens = tokens_smem + iter % kStages * L::kTokenBytes;
+      multiply_and_decode<F, T, Tile>(sums, first, tokens, 0, decoder, second);
+      cp_async_wait<kStages - 3>();
+      __syncthreads();  // everybody's copies for iter + 1 have arrived; nobody reads the slots of iter - 1
+      stage(iter + kStages - 1);
+      decode_from(iter + 1);
+      multiply_and_decode<F, T, Tile>(sums, second, tokens, 1, decoder, first);
     }
     cp_async_wait<0>();
     __syncthreads();  // the pipeline's memory is free

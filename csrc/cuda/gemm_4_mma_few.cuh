@@ -79,12 +79,13 @@ __global__ void __launch_bounds__(32 * kFewWarps, kFewBlocksPerSm)
   };
   for (int slot = 0; slot < L::kSlots; ++slot) stage(warp + slot * kFewWarps, slot);
 
-  const bytes_ptr token = x + 2 * (r * k + 4 * c);
-  const auto load_x = [&](uint2 (&b)[4], int64_t at) {
+  // A lane whose token does not exist takes the last one: its results are not stored.
+  const bytes_ptr token = x + 2 * (min(r, m - 1) * k + 4 * c);
+  const auto load_x = [&](uint2 (&b)[4], int64_t at, int64_t left) {  // zeros behind k
 #pragma unroll
     for (int step = 0; step < 4; ++step) {
       b[step] = make_uint2(0, 0);
-      if (r < m && at + 16 * step < k) b[step] = __ldg(reinterpret_cast<const uint2*>(token + 2 * (at + 16 * step)));
+      if (16 * step < left) b[step] = __ldg(reinterpret_cast<const uint2*>(token + 2 * at) + 4 * step);
     }
   };
   const int skew = static_cast<int>(reinterpret_cast<uintptr_t>(tile)) + r * static_cast<int>(row_bytes);
@@ -96,19 +97,28 @@ __global__ void __launch_bounds__(32 * kFewWarps, kFewBlocksPerSm)
   for (int chunk = warp; chunk < chunks; chunk += kFewWarps) {
     const int64_t k0 = int64_t{chunk} * L::kChunk;
     uint2 b[2][4];
-    load_x(b[0], k0);
+    load_x(b[0], k0, k - k0);
     cp_async_wait<L::kSlots - 1>();
     __syncwarp();
     const bytes_ptr rows = slots + slot * L::kSlotBytes + r * L::kPitch;
     const bytes_ptr row0 = rows + ((skew + chunk * L::kChunkBytes) & 15);
     const bytes_ptr row8 = rows + 8 * L::kPitch + ((skew8 + chunk * L::kChunkBytes) & 15);
+    if (k0 + L::kChunk <= k) {
 #pragma unroll
-    for (int at = 0; at < L::kChunk; at += 64) {
-      if (k0 + at >= k) break;
-      if (at + 64 < L::kChunk) load_x(b[(at / 64 + 1) % 2], k0 + at + 64);
-      const int offset = at / F::kElems * F::kBytes;
-      const Slab slab{{row0 + offset, row8 + offset}, at % F::kElems, k0 + at + 64 > k ? 0 : F::kBytes};
-      multiply_codes<F, T>(sums, slab, b[at / 64 % 2]);
+      for (int at = 0; at < L::kChunk; at += 64) {
+        if (at + 64 < L::kChunk) load_x(b[(at / 64 + 1) % 2], k0 + at + 64, 64);
+        const int offset = at / F::kElems * F::kBytes;
+        const Slab slab{{row0 + offset, row8 + offset}, at % F::kElems, F::kBytes};
+        multiply_codes<F, T>(sums, slab, b[at / 64 % 2]);
+      }
+    } else {
+#pragma unroll 1
+      for (int at = 0; k0 + at < k; at += 64) {
+        const int offset = at / F::kElems * F::kBytes;
+        const Slab slab{{row0 + offset, row8 + offset}, at % F::kElems, k0 + at + 64 > k ? 0 : F::kBytes};
+        load_x(b[0], k0 + at, k - k0 - at);
+        multiply_codes<F, T>(sums, slab, b[0]);
+      }
     }
     __syncwarp();  // everybody has read the slot
     stage(chunk + L::kSlots * kFewWarps, slot);
