@@ -11,9 +11,11 @@ extern template cudaError_t launch_gemm_mma_few<BFloat16>(const GemmArgs&, cudaS
 extern template cudaError_t launch_gemm_mma_tile<Half, Tokens32>(const GemmArgs&, cudaStream_t);
 extern template cudaError_t launch_gemm_mma_tile<Half, Tokens64>(const GemmArgs&, cudaStream_t);
 extern template cudaError_t launch_gemm_mma_tile<Half, Tokens128>(const GemmArgs&, cudaStream_t);
+extern template cudaError_t launch_gemm_mma_tile<Half, Tokens256>(const GemmArgs&, cudaStream_t);
 extern template cudaError_t launch_gemm_mma_tile<BFloat16, Tokens32>(const GemmArgs&, cudaStream_t);
 extern template cudaError_t launch_gemm_mma_tile<BFloat16, Tokens64>(const GemmArgs&, cudaStream_t);
 extern template cudaError_t launch_gemm_mma_tile<BFloat16, Tokens128>(const GemmArgs&, cudaStream_t);
+extern template cudaError_t launch_gemm_mma_tile<BFloat16, Tokens256>(const GemmArgs&, cudaStream_t);
 
 namespace {
 
@@ -37,6 +39,8 @@ bool suits(const GemmArgs& args) {
 // Calls f with the tile for these sizes.
 template <class Fn>
 auto with_tile(const GemmArgs& args, Fn&& f) {
+  const bool even = (args.m + 127) / 128 % 2 == 0;  // no half of a tile of 256 is empty
+  if (args.m > 128 && even && suits<Tokens256>(args)) return f(Tokens256{});
   if (args.m > 64 && suits<Tokens128>(args)) return f(Tokens128{});
   if (args.m > 32 && suits<Tokens64>(args)) return f(Tokens64{});
   return f(Tokens32{});

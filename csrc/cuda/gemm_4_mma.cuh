@@ -12,21 +12,30 @@
 
 namespace quantgemm {
 
-// kTokens × (16 kRowTiles kWarps) tile of a block, kRowTiles of 16 rows in each warp.
+// A block's tile is kTokens × (16 kRowTiles kWarpsN); each of kWarpsN × kWarpsM warps has kRowTiles of
+// 16 rows and 1/kWarpsM of the tokens.
 struct Tokens32 {
-  static constexpr int kTokens = 32, kRowTiles = 2, kWarps = 4, kStages = 3, kBlocksPerSm = 4;
+  static constexpr int kTokens = 32, kRowTiles = 2, kWarpsN = 4, kWarpsM = 1, kStages = 3, kBlocksPerSm = 4;
 };
 struct Tokens64 {
-  static constexpr int kTokens = 64, kRowTiles = 2, kWarps = 4, kStages = 3, kBlocksPerSm = 3;
+  static constexpr int kTokens = 64, kRowTiles = 2, kWarpsN = 4, kWarpsM = 1, kStages = 3, kBlocksPerSm = 3;
 };
 struct Tokens128 {
-  static constexpr int kTokens = 128, kRowTiles = 2, kWarps = 4, kStages = 3, kBlocksPerSm = 2;
+  static constexpr int kTokens = 128, kRowTiles = 2, kWarpsN = 8, kWarpsM = 2, kStages = 3, kBlocksPerSm = 1;
+};
+struct Tokens256 {
+  static constexpr int kTokens = 256, kRowTiles = 2, kWarpsN = 4, kWarpsM = 4, kStages = 3, kBlocksPerSm = 1;
 };
 
 template <class F, class Tile>
 struct MmaLayout {
-  static constexpr int kThreads = 32 * Tile::kWarps;
-  static constexpr int kRows = 16 * Tile::kRowTiles * Tile::kWarps, kElems = kRows * Tile::kTokens;
+  static constexpr int kWarps = Tile::kWarpsN * Tile::kWarpsM, kThreads = 32 * kWarps;
+  static constexpr int kRows = 16 * Tile::kRowTiles * Tile::kWarpsN, kElems = kRows * Tile::kTokens;
+  // Fragments (16 rows, 16 of k) that a warp decodes of 32 of k. Where several warps multiply the same
+  // rows, each decodes a part and they exchange fragments; else they stay in the warp's registers.
+  static constexpr bool kExchange = Tile::kWarpsM > 1;
+  static constexpr int kDecoded = 2 * Tile::kRowTiles / Tile::kWarpsM;
+  static_assert(2 * Tile::kRowTiles % Tile::kWarpsM == 0);
   // An iteration takes 64 values of k. Weights come in chunks: whole blocks, and enough of them that
   // rounding to 16 bytes does not cost much. There is room for two chunks, as iterations are staged
   // kStages − 1 ahead.
@@ -37,7 +46,9 @@ struct MmaLayout {
   static constexpr int kPitch = 16 * (kPieces | 1);  // odd: 8 rows begin in different banks
   static constexpr int kTokenBytes = Tile::kTokens * kIter * 2;  // of one stage
   static constexpr int kWeightBytes = kRows * kPitch;            // of one chunk
-  static constexpr int kPipeline = Tile::kStages * kTokenBytes + 2 * kWeightBytes;
+  static constexpr int kFragmentBytes = kExchange ? kRows * 32 * 2 : 0;  // of 32 of k; there are two
+  static constexpr int kWeightsAt = Tile::kStages * kTokenBytes, kFragmentsAt = kWeightsAt + 2 * kWeightBytes;
+  static constexpr int kPipeline = kFragmentsAt + 2 * kFragmentBytes;
   static constexpr int kOutPitch = 2 * kRows + 16;  // afterwards: [token][row] of y
   static constexpr int kBytes = std::max(kPipeline, Tile::kTokens * kOutPitch);
 };
@@ -50,65 +61,75 @@ struct MmaProblem {
   int64_t m, n, k, row_bytes;
 };
 
-// A fragments of a warp's rows for 32 of k, two steps of 16. Lane c of a row takes quads c and c + 4,
-// which share bytes in blocks of 32; in larger blocks quads 2c and 2c + 1, so that both are of one
-// group and their activations one 16-byte load.
-template <BlockFormat F>
-inline constexpr bool kPairedQuads = F::kElems > 32;
+// A fragments of the row tiles a warp decodes for 32 of k, two steps of 16. Lane c of a row takes
+// quads c and c + 4, which share bytes in blocks of 32 and leave each step in one group; in larger
+// blocks without exchange quads 2c and 2c + 1, so that a lane has one group and one 16-byte load of x.
+template <class F, class Tile>
+inline constexpr bool kPairedQuads = F::kElems > 32 && !MmaLayout<F, Tile>::kExchange;
 
-template <class Tile>
+template <int Count>  // both steps of a row tile, then the next row tile's
 struct Fragments {
-  uint32_t words[Tile::kRowTiles][2][4];
+  uint32_t words[Count][4];
 };
 
 // What a warp decodes next, quad after quad in between its products.
 template <BlockFormat F, class T, class Tile>
 struct SlabDecoder {
-  static constexpr int kQuads = 4 * Tile::kRowTiles;  // of a lane in 32 of k
-  Slab slabs[Tile::kRowTiles];
-  SlabAffines<F> shared[Tile::kRowTiles];
-  Affine affine;
+  static constexpr int kCount = MmaLayout<F, Tile>::kDecoded, kQuads = 2 * kCount;
+  static constexpr int kTiles = kCount > 1 ? kCount / 2 : 1;
+  using Shared = SlabAffines<F>;
+  Slab slabs[kTiles];
+  Shared shared[kTiles];
+  Affine affines[2];
 
   __device__ __forceinline__ void load_affines() {
 #pragma unroll
-    for (int i = 0; i < Tile::kRowTiles; ++i) shared[i].load(slabs[i], threadIdx.x % 4);
+    for (int i = 0; i < kTiles; ++i) shared[i].load(slabs[i], threadIdx.x % 4);
   }
-  __device__ __forceinline__ void quad(Fragments<Tile>& out, int part, int index) {
-    const int i = index / 4, half = index / 2 % 2, step = index % 2, c = threadIdx.x % 4;
+  // Quads go through both rows of a fragment, then the fragments.
+  __device__ __forceinline__ void quad(Fragments<kCount>& out, int part, int index) {
+    constexpr bool kPaired = kPairedQuads<F, Tile>;
+    const int half = index % 2, fragment = index / 2, i = fragment / 2, c = threadIdx.x % 4;
+    const int step = kCount == 1 ? threadIdx.x / 32 % 2 : fragment % 2;
     const Slab& slab = slabs[i];
-    const bytes_ptr block = slab.blocks[half] + (kPairedQuads<F> || part == 0 ? 0 : slab.second);
-    if (step == 0) {
-      if constexpr (!kPairedQuads<F>) affine = F::affine(block, 0);
-      else if constexpr (SlabAffines<F>::kGroups == 4) affine = shared[i].get(part, c / 2, half);
-      else affine = shared[i].get(0, part, half);
+    const bytes_ptr block = slab.blocks[half] + (F::kElems > 32 || part == 0 ? 0 : slab.second);
+    if (fragment % 2 == 0 || (Shared::kGroups == 4 && !kPaired)) {
+      if constexpr (F::kElems == 32) affines[half] = F::affine(block, 0);
+      else if constexpr (Shared::kGroups == 4) affines[half] = shared[i].get(part, kPaired ? c / 2 : step, half);
+      else affines[half] = shared[i].get(0, part, half);
     }
+    const int first = F::kElems > 32 ? slab.within / 4 + 8 * part : 0;
     float v[4];
-    decode_quad<F>(block, kPairedQuads<F> ? slab.within / 4 + 8 * part + 2 * c + step : c + 4 * step, affine, v);
-    out.words[i][step][half] = pack_pair(v[0], v[1], T{});
-    out.words[i][step][2 + half] = pack_pair(v[2], v[3], T{});
+    decode_quad<F>(block, first + (kPaired ? 2 * c + step : c + 4 * step), affines[half], v);
+    out.words[fragment][half] = pack_pair(v[0], v[1], T{});
+    out.words[fragment][2 + half] = pack_pair(v[2], v[3], T{});
   }
 };
 
+// The lane's values of x for a step of 16: four of token r of eight tokens, whose rows begin at `row`.
+__device__ __forceinline__ uint2 load_tokens(bytes_ptr row, int part, int step) {
+  const int r = threadIdx.x % 32 / 4, c = threadIdx.x % 4, piece = 4 * part + 2 * step + c / 2;
+  return *reinterpret_cast<const uint2*>(row + 16 * (piece ^ swizzle(r)) + 8 * (c % 2));
+}
+
 // sums += a · x for one part (32 of k) of a slab of tokens; meanwhile the next part is decoded.
-template <BlockFormat F, class T, class Tile>
-__device__ __forceinline__ void multiply_and_decode(float (&sums)[Tile::kRowTiles][Tile::kTokens / 8][4],
-                                                    const Fragments<Tile>& a, bytes_ptr tokens, int part,
-                                                    SlabDecoder<F, T, Tile>& decoder, Fragments<Tile>& next) {
-  constexpr int kRT = Tile::kRowTiles, kNT = Tile::kTokens / 8, kQuads = SlabDecoder<F, T, Tile>::kQuads;
+template <BlockFormat F, class T, class Tile, int NT>
+__device__ __forceinline__ void multiply_own(float (&sums)[Tile::kRowTiles][NT][4],
+                                             const Fragments<2 * Tile::kRowTiles>& a, bytes_ptr tokens, int part,
+                                             SlabDecoder<F, T, Tile>& decoder, Fragments<2 * Tile::kRowTiles>& next) {
+  constexpr int kQuads = SlabDecoder<F, T, Tile>::kQuads;
   const int r = threadIdx.x % 32 / 4, c = threadIdx.x % 4;
 #pragma unroll
-  for (int j = 0; j < kNT; j += 2) {
-    uint4 b[2];
+  for (int j = 0; j < NT; j += 2) {
+    uint2 b[2][2];
 #pragma unroll
     for (int l = 0; l < 2; ++l) {
       const bytes_ptr row = tokens + (8 * (j + l) + r) * 128;
-      if constexpr (kPairedQuads<F>) {
-        b[l] = *reinterpret_cast<const uint4*>(row + 16 * ((4 * part + c) ^ swizzle(r)));
+      if constexpr (kPairedQuads<F, Tile>) {
+        const uint4 both = *reinterpret_cast<const uint4*>(row + 16 * ((4 * part + c) ^ swizzle(r)));
+        b[l][0] = make_uint2(both.x, both.y), b[l][1] = make_uint2(both.z, both.w);
       } else {
-        const int piece = 4 * part + c / 2, within = 8 * (c % 2);
-        const uint2 low = *reinterpret_cast<const uint2*>(row + 16 * (piece ^ swizzle(r)) + within);
-        const uint2 high = *reinterpret_cast<const uint2*>(row + 16 * ((piece + 2) ^ swizzle(r)) + within);
-        b[l] = make_uint4(low.x, low.y, high.x, high.y);
+        b[l][0] = load_tokens(row, part, 0), b[l][1] = load_tokens(row, part, 1);
       }
     }
 #pragma unroll
@@ -116,10 +137,43 @@ __device__ __forceinline__ void multiply_and_decode(float (&sums)[Tile::kRowTile
 #pragma unroll
       for (int l = 0; l < 2; ++l)
 #pragma unroll
-        for (int i = 0; i < kRT; ++i)
-          mma_16x8x16(sums[i][j + l], a.words[i][step], step ? b[l].z : b[l].x, step ? b[l].w : b[l].y, T{});
+        for (int i = 0; i < Tile::kRowTiles; ++i)
+          mma_16x8x16(sums[i][j + l], a.words[2 * i + step], b[l][step].x, b[l][step].y, T{});
 #pragma unroll
-    for (int l = 0; l < 2 * kQuads / kNT; ++l) decoder.quad(next, 1 - part, j * kQuads / kNT + l);
+    for (int l = 0; l < 2 * kQuads / NT; ++l) decoder.quad(next, 1 - part, j * kQuads / NT + l);
+  }
+}
+
+// The same with fragments in shared memory, [row tile][step][lane] of 16 bytes: all warps' of this part
+// in `fragments`, the warp's own of the next part to `next`.
+template <BlockFormat F, class T, class Tile, int NT>
+__device__ __forceinline__ void multiply_exchanged(float (&sums)[Tile::kRowTiles][NT][4], const uint4* fragments,
+                                                   bytes_ptr tokens, int part, SlabDecoder<F, T, Tile>& decoder,
+                                                   uint4* next) {
+  constexpr int kQuads = SlabDecoder<F, T, Tile>::kQuads;
+  const int r = threadIdx.x % 32 / 4;
+  Fragments<kQuads / 2> decoded;
+#pragma unroll
+  for (int step = 0; step < 2; ++step) {
+    uint32_t a[Tile::kRowTiles][4];
+#pragma unroll
+    for (int i = 0; i < Tile::kRowTiles; ++i) {
+      const uint4 v = fragments[(2 * i + step) * 32];
+      a[i][0] = v.x, a[i][1] = v.y, a[i][2] = v.z, a[i][3] = v.w;
+    }
+#pragma unroll
+    for (int j = 0; j < NT; ++j) {
+      const uint2 b = load_tokens(tokens + (8 * j + r) * 128, part, step);
+#pragma unroll
+      for (int i = 0; i < Tile::kRowTiles; ++i) mma_16x8x16(sums[i][j], a[i], b.x, b.y, T{});
+      constexpr int kEvery = 2 * NT / kQuads;  // products between two quads
+      const int at = step * NT + j, index = at / kEvery;
+      if (at % kEvery == 0) {
+        decoder.quad(decoded, 1 - part, index);
+        const uint32_t(&w)[4] = decoded.words[index / 2];
+        if (index % 2) next[index / 2 * 32] = make_uint4(w[0], w[1], w[2], w[3]);
+      }
+    }
   }
 }
 
@@ -127,12 +181,11 @@ template <BlockFormat F, class T, class Tile>
 __global__ void __launch_bounds__(MmaLayout<F, Tile>::kThreads, Tile::kBlocksPerSm)
     gemm_mma_kernel(const MmaProblem p) {
   using L = MmaLayout<F, Tile>;
-  constexpr int kRT = Tile::kRowTiles, kNT = Tile::kTokens / 8, kStages = Tile::kStages;
+  constexpr int kRT = Tile::kRowTiles, kNT = Tile::kTokens / 8 / Tile::kWarpsM, kStages = Tile::kStages;
   extern __shared__ __align__(128) uint8_t smem[];
-  uint8_t* const tokens_smem = smem;
-  uint8_t* const weights_smem = smem + kStages * L::kTokenBytes;
   const uint32_t smem_address = shared_address(smem);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, r = lane / 4, c = lane % 4;
+  const int warp_n = warp / Tile::kWarpsM, warp_m = warp % Tile::kWarpsM;
 
   uint32_t unit = p.schedule.first_unit(blockIdx.x);
   const uint32_t end_unit = p.schedule.first_unit(blockIdx.x + 1);
@@ -157,17 +210,18 @@ __global__ void __launch_bounds__(MmaLayout<F, Tile>::kThreads, Tile::kBlocksPer
         stage_tokens(smem_address + iter % kStages * L::kTokenBytes, iter * L::kIter, num_k - iter * L::kIter);
         const int chunk = iter / L::kChunkIters;
         if (iter % L::kChunkIters == 0)
-          stage_rows(smem_address + kStages * L::kTokenBytes + chunk % 2 * L::kWeightBytes,
+          stage_rows(smem_address + L::kWeightsAt + chunk % 2 * L::kWeightBytes,
                      chunk * int64_t{L::kChunkBytes}, threadIdx.x);
       }
       cp_async_commit();
     };
 
     float sums[kRT][kNT][4] = {};
-    const int first_row = warp * kRT * 16 + r;  // of the lane
-    int skew[kRT][2];                             // bytes from a multiple of 16 to the lane's rows
+    SlabDecoder<F, T, Tile> decoder;
+    const int first_row = warp * decoder.kCount / 2 * 16 + r;  // that the lane decodes
+    int skew[decoder.kTiles][2];                           // bytes from a multiple of 16 to the lane's rows
 #pragma unroll
-    for (int i = 0; i < kRT; ++i)
+    for (int i = 0; i < decoder.kTiles; ++i)
 #pragma unroll
       for (int half = 0; half < 2; ++half)
         skew[i][half] = static_cast<int>(reinterpret_cast<uintptr_t>(tile_w)) +
@@ -175,13 +229,12 @@ __global__ void __launch_bounds__(MmaLayout<F, Tile>::kThreads, Tile::kBlocksPer
 #pragma unroll 1
     for (int iter = 0; iter < kStages - 1; ++iter) stage(iter);
 
-    SlabDecoder<F, T, Tile> decoder;
     const auto decode_from = [&](int iter) {  // behind the last iteration: whatever bytes are there
       const int chunk = iter / L::kChunkIters, in_chunk = iter % L::kChunkIters * L::kIter;
-      const bytes_ptr rows = weights_smem + chunk % 2 * L::kWeightBytes + first_row * L::kPitch +
+      const bytes_ptr rows = smem + L::kWeightsAt + chunk % 2 * L::kWeightBytes + first_row * L::kPitch +
                              in_chunk / F::kElems * F::kBytes;
 #pragma unroll
-      for (int i = 0; i < kRT; ++i) {
+      for (int i = 0; i < decoder.kTiles; ++i) {
         decoder.slabs[i].within = in_chunk % F::kElems;
         decoder.slabs[i].second = (iter + 1) * L::kIter > num_k ? 0 : F::kBytes;
 #pragma unroll
@@ -193,20 +246,38 @@ __global__ void __launch_bounds__(MmaLayout<F, Tile>::kThreads, Tile::kBlocksPer
     };
     cp_async_wait<kStages - 2>();
     __syncthreads();
-    Fragments<Tile> first, second;
     decode_from(0);
+    Fragments<decoder.kCount> first, second;
 #pragma unroll
     for (int index = 0; index < decoder.kQuads; ++index) decoder.quad(first, 0, index);
+    uint4* const fragments = reinterpret_cast<uint4*>(smem + L::kFragmentsAt) + lane;
+    constexpr int kNextPart = L::kFragmentBytes / 16;
+    const int all = warp_n * kRT * 64, own = warp * decoder.kCount * 32;
+    if constexpr (L::kExchange) {
+#pragma unroll
+      for (int i = 0; i < decoder.kCount; ++i) {
+        const uint32_t(&w)[4] = first.words[i];
+        fragments[own + i * 32] = make_uint4(w[0], w[1], w[2], w[3]);
+      }
+    }
 
 #pragma unroll 1
     for (int iter = 0; iter < iters; ++iter) {
-      const bytes_ptr tokens = tokens_smem + iter % kStages * L::kTokenBytes;
-      multiply_and_decode<F, T, Tile>(sums, first, tokens, 0, decoder, second);
+      const bytes_ptr tokens = smem + iter % kStages * L::kTokenBytes + warp_m * kNT * 8 * 128;
+      if constexpr (L::kExchange) {
+        __syncthreads();  // everybody's fragments of part 0 are there, those of part 1 no longer used
+        multiply_exchanged<F, T, Tile>(sums, fragments + all, tokens, 0, decoder, fragments + kNextPart + own);
+      } else {
+        multiply_own<F, T, Tile>(sums, first, tokens, 0, decoder, second);
+      }
       cp_async_wait<kStages - 3>();
       __syncthreads();  // everybody's copies for iter + 1 have arrived; nobody reads the slots of iter - 1
       stage(iter + kStages - 1);
       decode_from(iter + 1);
-      multiply_and_decode<F, T, Tile>(sums, second, tokens, 1, decoder, first);
+      if constexpr (L::kExchange)
+        multiply_exchanged<F, T, Tile>(sums, fragments + kNextPart + all, tokens, 1, decoder, fragments + own);
+      else
+        multiply_own<F, T, Tile>(sums, second, tokens, 1, decoder, first);
     }
     cp_async_wait<0>();
     __syncthreads();  // the pipeline's memory is free
@@ -258,7 +329,7 @@ __global__ void __launch_bounds__(MmaLayout<F, Tile>::kThreads, Tile::kBlocksPer
         for (int j = 0; j < kNT; ++j)
 #pragma unroll
           for (int e = 0; e < 4; ++e) {
-            const int row = (warp * kRT + i) * 16 + 8 * (e / 2) + r, token = 8 * j + 2 * c + e % 2;
+            const int row = (warp_n * kRT + i) * 16 + 8 * (e / 2) + r, token = (warp_m * kNT + j) * 8 + 2 * c + e % 2;
             store1(reinterpret_cast<T*>(smem + token * L::kOutPitch) + row, sums[i][j][e]);
           }
     __syncthreads();
