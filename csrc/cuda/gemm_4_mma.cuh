@@ -15,16 +15,16 @@ namespace quantgemm {
 // A block's tile is kTokens × (16 kRowTiles kWarpsN); each of kWarpsN × kWarpsM warps has kRowTiles of
 // 16 rows and 1/kWarpsM of the tokens.
 struct Tokens32 {
-  static constexpr int kTokens = 32, kRowTiles = 2, kWarpsN = 4, kWarpsM = 1, kStages = 3, kBlocksPerSm = 4;
+  static constexpr int kTokens = 32, kRowTiles = 2, kWarpsN = 4, kWarpsM = 1, kStages = 3, kBlocksPerSm = 3;
 };
 struct Tokens64 {
-  static constexpr int kTokens = 64, kRowTiles = 2, kWarpsN = 4, kWarpsM = 1, kStages = 3, kBlocksPerSm = 3;
+  static constexpr int kTokens = 64, kRowTiles = 2, kWarpsN = 4, kWarpsM = 1, kStages = 3, kBlocksPerSm = 2;
 };
 struct Tokens128 {
-  static constexpr int kTokens = 128, kRowTiles = 2, kWarpsN = 8, kWarpsM = 2, kStages = 3, kBlocksPerSm = 1;
+  static constexpr int kTokens = 128, kRowTiles = 2, kWarpsN = 4, kWarpsM = 1, kStages = 3, kBlocksPerSm = 2;
 };
 struct Tokens256 {
-  static constexpr int kTokens = 256, kRowTiles = 2, kWarpsN = 4, kWarpsM = 4, kStages = 3, kBlocksPerSm = 1;
+  static constexpr int kTokens = 256, kRowTiles = 4, kWarpsN = 2, kWarpsM = 4, kStages = 3, kBlocksPerSm = 1;
 };
 
 template <class F, class Tile>
@@ -112,40 +112,38 @@ __device__ __forceinline__ uint2 load_tokens(bytes_ptr row, int part, int step) 
   return *reinterpret_cast<const uint2*>(row + 16 * (piece ^ swizzle(r)) + 8 * (c % 2));
 }
 
-// sums += a · x for one part (32 of k) of a slab of tokens; meanwhile the next part is decoded.
+// sums += slab · x, part by part: decode, then multiply.
 template <BlockFormat F, class T, class Tile, int NT>
-__device__ __forceinline__ void multiply_own(float (&sums)[Tile::kRowTiles][NT][4],
-                                             const Fragments<2 * Tile::kRowTiles>& a, bytes_ptr tokens, int part,
-                                             SlabDecoder<F, T, Tile>& decoder, Fragments<2 * Tile::kRowTiles>& next) {
-  constexpr int kQuads = SlabDecoder<F, T, Tile>::kQuads;
+__device__ __forceinline__ void multiply_own(float (&sums)[Tile::kRowTiles][NT][4], bytes_ptr tokens,
+                                             SlabDecoder<F, T, Tile>& decoder) {
   const int r = threadIdx.x % 32 / 4, c = threadIdx.x % 4;
 #pragma unroll
-  for (int j = 0; j < NT; j += 2) {
-    uint2 b[2][2];
+  for (int part = 0; part < 2; ++part) {
+    Fragments<2 * Tile::kRowTiles> a;
 #pragma unroll
-    for (int l = 0; l < 2; ++l) {
-      const bytes_ptr row = tokens + (8 * (j + l) + r) * 128;
+    for (int index = 0; index < decoder.kQuads; ++index) decoder.quad(a, part, index);
+#pragma unroll
+    for (int j = 0; j < NT; ++j) {
+      const bytes_ptr row = tokens + (8 * j + r) * 128;
+      uint2 b[2];
       if constexpr (kPairedQuads<F, Tile>) {
         const uint4 both = *reinterpret_cast<const uint4*>(row + 16 * ((4 * part + c) ^ swizzle(r)));
-        b[l][0] = make_uint2(both.x, both.y), b[l][1] = make_uint2(both.z, both.w);
+        b[0] = make_uint2(both.x, both.y), b[1] = make_uint2(both.z, both.w);
       } else {
-        b[l][0] = load_tokens(row, part, 0), b[l][1] = load_tokens(row, part, 1);
+        b[0] = load_tokens(row, part, 0), b[1] = load_tokens(row, part, 1);
       }
-    }
 #pragma unroll
-    for (int step = 0; step < 2; ++step)
-#pragma unroll
-      for (int l = 0; l < 2; ++l)
+      for (int step = 0; step < 2; ++step)
 #pragma unroll
         for (int i = 0; i < Tile::kRowTiles; ++i)
-          mma_16x8x16(sums[i][j + l], a.words[2 * i + step], b[l][step].x, b[l][step].y, T{});
-#pragma unroll
-    for (int l = 0; l < 2 * kQuads / NT; ++l) decoder.quad(next, 1 - part, j * kQuads / NT + l);
+          mma_16x8x16(sums[i][j], a.words[2 * i + step], b[step].x, b[step].y, T{});
+    }
   }
 }
 
-// The same with fragments in shared memory, [row tile][step][lane] of 16 bytes: all warps' of this part
-// in `fragments`, the warp's own of the next part to `next`.
+// sums += a · x for one part (32 of k), while the next part is decoded. Fragments are in shared memory,
+// [row tile][step][lane] of 16 bytes: all warps' of this part in `fragments`, the warp's own of the
+// next part go to `next`.
 template <BlockFormat F, class T, class Tile, int NT>
 __device__ __forceinline__ void multiply_exchanged(float (&sums)[Tile::kRowTiles][NT][4], const uint4* fragments,
                                                    bytes_ptr tokens, int part, SlabDecoder<F, T, Tile>& decoder,
@@ -206,13 +204,11 @@ __global__ void __launch_bounds__(MmaLayout<F, Tile>::kThreads, Tile::kBlocksPer
                                                                              p.row_bytes, last_row, threadIdx.x);
     const TokenStager<Tile::kTokens, L::kThreads> stage_tokens(p.x + 2 * (token0 * p.k + k0), p.k, num_tokens);
     const auto stage = [&](int iter) {
-      if (iter < iters) {
-        stage_tokens(smem_address + iter % kStages * L::kTokenBytes, iter * L::kIter, num_k - iter * L::kIter);
-        const int chunk = iter / L::kChunkIters;
-        if (iter % L::kChunkIters == 0)
-          stage_rows(smem_address + L::kWeightsAt + chunk % 2 * L::kWeightBytes,
-                     chunk * int64_t{L::kChunkBytes}, threadIdx.x);
-      }
+      const int chunk = iter / L::kChunkIters;
+      if (iter % L::kChunkIters == 0 && iter < iters)
+        stage_rows(smem_address + L::kWeightsAt + chunk % 2 * L::kWeightBytes, chunk * int64_t{L::kChunkBytes},
+                   threadIdx.x);
+      stage_tokens(smem_address + iter % kStages * L::kTokenBytes, iter * L::kIter, num_k - iter * L::kIter);
       cp_async_commit();
     };
 
@@ -244,40 +240,45 @@ __global__ void __launch_bounds__(MmaLayout<F, Tile>::kThreads, Tile::kBlocksPer
       }
       decoder.load_affines();
     };
-    cp_async_wait<kStages - 2>();
-    __syncthreads();
-    decode_from(0);
-    Fragments<decoder.kCount> first, second;
+    const auto tokens_of = [&](int iter) -> bytes_ptr {
+      return smem + iter % kStages * L::kTokenBytes + warp_m * kNT * 8 * 128;
+    };
+    if constexpr (!L::kExchange) {
+#pragma unroll 1
+      for (int iter = 0; iter < iters; ++iter) {
+        cp_async_wait<kStages - 2>();
+        __syncthreads();  // everybody's copies for iter have arrived; nobody reads the slots of iter - 1
+        stage(iter + kStages - 1);
+        decode_from(iter);
+        multiply_own<F, T, Tile>(sums, tokens_of(iter), decoder);
+      }
+    } else {
+      uint4* const fragments = reinterpret_cast<uint4*>(smem + L::kFragmentsAt) + lane;
+      constexpr int kNextPart = L::kFragmentBytes / 16;
+      const int all = warp_n * kRT * 64, own = warp * decoder.kCount * 32;
+      cp_async_wait<kStages - 2>();
+      __syncthreads();  // iteration 0 has arrived
+      decode_from(0);
+      Fragments<decoder.kCount> decoded;
 #pragma unroll
-    for (int index = 0; index < decoder.kQuads; ++index) decoder.quad(first, 0, index);
-    uint4* const fragments = reinterpret_cast<uint4*>(smem + L::kFragmentsAt) + lane;
-    constexpr int kNextPart = L::kFragmentBytes / 16;
-    const int all = warp_n * kRT * 64, own = warp * decoder.kCount * 32;
-    if constexpr (L::kExchange) {
+      for (int index = 0; index < decoder.kQuads; ++index) decoder.quad(decoded, 0, index);
 #pragma unroll
       for (int i = 0; i < decoder.kCount; ++i) {
-        const uint32_t(&w)[4] = first.words[i];
+        const uint32_t(&w)[4] = decoded.words[i];
         fragments[own + i * 32] = make_uint4(w[0], w[1], w[2], w[3]);
       }
-    }
-
 #pragma unroll 1
-    for (int iter = 0; iter < iters; ++iter) {
-      const bytes_ptr tokens = smem + iter % kStages * L::kTokenBytes + warp_m * kNT * 8 * 128;
-      if constexpr (L::kExchange) {
+      for (int iter = 0; iter < iters; ++iter) {
         __syncthreads();  // everybody's fragments of part 0 are there, those of part 1 no longer used
-        multiply_exchanged<F, T, Tile>(sums, fragments + all, tokens, 0, decoder, fragments + kNextPart + own);
-      } else {
-        multiply_own<F, T, Tile>(sums, first, tokens, 0, decoder, second);
+        multiply_exchanged<F, T, Tile>(sums, fragments + all, tokens_of(iter), 0, decoder,
+                                       fragments + kNextPart + own);
+        cp_async_wait<kStages - 3>();
+        __syncthreads();  // everybody's copies for iter + 1 have arrived; nobody reads the slots of iter - 1
+        stage(iter + kStages - 1);
+        decode_from(iter + 1);
+        multiply_exchanged<F, T, Tile>(sums, fragments + kNextPart + all, tokens_of(iter), 1, decoder,
+                                       fragments + own);
       }
-      cp_async_wait<kStages - 3>();
-      __syncthreads();  // everybody's copies for iter + 1 have arrived; nobody reads the slots of iter - 1
-      stage(iter + kStages - 1);
-      decode_from(iter + 1);
-      if constexpr (L::kExchange)
-        multiply_exchanged<F, T, Tile>(sums, fragments + kNextPart + all, tokens, 1, decoder, fragments + own);
-      else
-        multiply_own<F, T, Tile>(sums, second, tokens, 1, decoder, first);
     }
     cp_async_wait<0>();
     __syncthreads();  // the pipeline's memory is free

@@ -37,8 +37,8 @@ __device__ __forceinline__ void multiply_codes(float (&sums)[4], const Slab& sla
 #pragma unroll
     for (int step = first; step < first + kGroupSteps; ++step) {
       uint32_t a[4];
-      codes_to_real(F::quad(blocks[0], quad0 + 4 * step), a[0], a[2], T{});
-      codes_to_real(F::quad(blocks[1], quad0 + 4 * step), a[1], a[3], T{});
+      load_codes<F>(blocks[0], quad0 + 4 * step, a[0], a[2], T{});
+      load_codes<F>(blocks[1], quad0 + 4 * step, a[1], a[3], T{});
       mma_16x8x16(parts, a, b[step].x, b[step].y, T{});
       const uint32_t ones[4] = {kOnes<T>, kOnes<T>, kOnes<T>, kOnes<T>};
       if (F::kOffset) mma_16x8x16(x_sums, ones, b[step].x, b[step].y, T{});

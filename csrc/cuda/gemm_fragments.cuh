@@ -61,6 +61,27 @@ __device__ __forceinline__ void codes_to_real(uint32_t quad, uint32_t& low, uint
   low = mend_doubled(__byte_perm(biased, 0x43434343u, 0x4140));
   high = mend_doubled(__byte_perm(biased, 0x43434343u, 0x4342));
 }
+// Codes 0…127 less a constant need neither: 7 bits are enough, and one subtraction.
+template <int Zero>
+__device__ __forceinline__ void codes_less_zero(uint32_t codes, uint32_t& low, uint32_t& high, Half) {
+  constexpr uint32_t kBias = (0x6400u + Zero) * 0x00010001u;
+  asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(low) : "r"(__byte_perm(codes, 0x64646464u, 0x4140)), "r"(kBias));
+  asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(high) : "r"(__byte_perm(codes, 0x64646464u, 0x4342)), "r"(kBias));
+}
+template <int Zero>
+__device__ __forceinline__ void codes_less_zero(uint32_t codes, uint32_t& low, uint32_t& high, BFloat16) {
+  constexpr uint32_t kOne = 0x3f803f80u, kBias = (0xc300u + Zero) * 0x00010001u;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(low) : "r"(__byte_perm(codes, 0x43434343u, 0x4140)), "r"(kOne), "r"(kBias));
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(high) : "r"(__byte_perm(codes, 0x43434343u, 0x4342)), "r"(kOne), "r"(kBias));
+}
+
+// q of weights 4i … 4i+3 of a block as two pairs of 16-bit floats.
+template <BlockFormat F, class T>
+__device__ __forceinline__ void load_codes(bytes_ptr block, int i, uint32_t& low, uint32_t& high, T type) {
+  if constexpr (requires { F::kZero, F::codes(block, i); }) codes_less_zero<F::kZero>(F::codes(block, i), low, high, type);
+  else codes_to_real(F::quad(block, i), low, high, type);
+}
+
 template <class T>
 inline constexpr uint32_t kOnes = std::is_same_v<T, Half> ? 0x3c003c00u : 0x3f803f80u;  // 1, 1
 

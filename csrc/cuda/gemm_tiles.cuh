@@ -70,8 +70,8 @@ inline int multiprocessors() {
 // they lie `address mod 16` bytes into the row's place in shared memory.
 template <int Rows, int Pieces, int Pitch, int Threads>
 struct RowStager {
-  static constexpr int kLanes = Threads / Rows > 4 ? Threads / Rows : Rows < 32 ? 2 : 4;  // share a row
-  static constexpr int kStep = Threads / kLanes;                                          // rows at once
+  static constexpr int kLanes = 8;                // share a row: fewer lines in an instruction than rows
+  static constexpr int kStep = Threads / kLanes;  // rows at once
   static_assert(Rows % kStep == 0);
 
   bytes_ptr first;  // the thread's first piece, not yet rounded down to 16
@@ -118,36 +118,32 @@ struct RowStager {
 // bytes (2 tokens × 64) meets a bank twice.
 __device__ __forceinline__ int swizzle(int token) { return (token & 1) << 2 | (token & 2); }
 
-// 64 values of Tokens tokens, as [token][64]. Values behind k become zero; tokens behind m are left as
-// they were, since their results are never stored.
+// 64 values of Tokens tokens, as [token][64]. Values behind k become zero; instead of tokens behind m
+// the last one is copied, since their results are never stored. No branches, so that the compiler can
+// put products between the copies.
 template <int Tokens, int Threads>
 struct TokenStager {
   static constexpr int kStep = Threads / 8;  // tokens at once
   static_assert(Tokens % kStep == 0 && kStep % 4 == 0);
 
   bytes_ptr x;     // the thread's first piece
-  int64_t stride;  // bytes from token to token
-  int num_tokens;
+  int64_t stride;  // bytes between the thread's tokens
+  int last;        // the last of them
 
-  __device__ __forceinline__ TokenStager(bytes_ptr tile, int64_t k, int num_tokens)
-      : x(tile + 2 * (threadIdx.x / 8 * k) + 16 * (threadIdx.x % 8)), stride(2 * k), num_tokens(num_tokens) {}
-
-  // From k0 on, num_values values.
+  __device__ __forceinline__ TokenStager(bytes_ptr tile, int64_t k, int num_tokens) : stride(2 * kStep * k) {
+    const int token = min(static_cast<int>(threadIdx.x / 8), num_tokens - 1);
+    x = tile + 2 * (token * k) + 16 * (threadIdx.x % 8);
+    last = (num_tokens - 1 - token) / kStep;
+  }
+  // From k0 on, num_values values; none if that is not positive.
   __device__ __forceinline__ void operator()(uint32_t target, int k0, int num_values) const {
     const int token = threadIdx.x / 8, piece = threadIdx.x % 8;
     target += 128 * token + 16 * (piece ^ swizzle(token));
-    bytes_ptr source = x + 2 * int64_t{k0};
-    if (num_tokens == Tokens && num_values >= 64) {
+    const bool behind = 8 * piece >= num_values;
+    const bytes_ptr source = x + (behind ? 0 : 2 * int64_t{k0});
 #pragma unroll
-      for (int i = 0; i < Tokens / kStep; ++i, source += kStep * stride)
-        cp_async16(target + i * kStep * 128, source);
-    } else {
-      const bool inside = 8 * piece < num_values;
-      if (!inside) source = x;
-#pragma unroll 1
-      for (int i = token; i < num_tokens; i += kStep, source += kStep * stride, target += kStep * 128)
-        cp_async16(target, source, inside ? 16 : 0);
-    }
+    for (int i = 0; i < Tokens / kStep; ++i)
+      cp_async16_if(num_values > 0, target + i * kStep * 128, source + min(i, last) * stride, behind);
   }
 };
 

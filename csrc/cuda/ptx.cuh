@@ -34,6 +34,14 @@ __device__ __forceinline__ void cp_async16(uint32_t target, const void* source, 
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(source), "r"(valid_bytes)
                : "memory");
 }
+// The same under a condition, and with zeros instead of the source's bytes if `zero` (ignore-src).
+__device__ __forceinline__ void cp_async16_if(bool active, uint32_t target, const void* source, bool zero) {
+  asm volatile(
+      "{ .reg .pred active, zero; setp.ne.b32 active, %2, 0; setp.ne.b32 zero, %3, 0;"
+      " @active cp.async.cg.shared.global [%0], [%1], 16, zero; }" ::"r"(target),
+      "l"(source), "r"(static_cast<int>(active)), "r"(static_cast<int>(zero))
+      : "memory");
+}
 // Closes a group of copies; waits until all but the Pending latest groups of this thread have
 // arrived. Other threads' copies need a barrier as well. PTX ISA 9.7.9.25.3.2 and .3, sm_80.
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
