@@ -43,14 +43,14 @@ struct MmaLayout {
   static constexpr int kChunkIters = kChunk / kIter, kChunkBytes = kChunk / F::kElems * F::kBytes;
   static_assert(Tile::kStages - 1 <= kChunkIters);
   static constexpr int kPieces = (kChunkBytes + 15 + 16 - kAlignOf<F::kBytes>) / 16;
-  static constexpr int kPitch = 16 * (kPieces | 1);  // odd: 8 rows begin in different banks
+  static constexpr int kPitch = 16 * (kPieces | 1);              // odd: 8 rows begin in different banks
   static constexpr int kTokenBytes = Tile::kTokens * kIter * 2;  // of one stage
   static constexpr int kWeightBytes = kRows * kPitch;            // of one chunk
-  static constexpr int kFragmentBytes = kExchange ? kRows * 32 * 2 : 0;  // of 32 of k; there are two
+  static constexpr int kFragmentBytes = kExchange ? kRows * 32 * 2 : 0;  // of 32 of k; room for four
   static constexpr int kWeightsAt = Tile::kStages * kTokenBytes, kFragmentsAt = kWeightsAt + 2 * kWeightBytes;
-  static constexpr int kPipeline = kFragmentsAt + 2 * kFragmentBytes;
+  static constexpr int kPipeline = kFragmentsAt + 4 * kFragmentBytes;
   static constexpr int kOutPitch = 2 * kRows + 16;  // afterwards: [token][row] of y
-  static constexpr int kBytes = std::max(kPipeline, Tile::kTokens * kOutPitch);
+  static constexpr int kBytes = std::max(kPipeline, Tile::kTokens* kOutPitch);
 };
 
 struct MmaProblem {
@@ -94,13 +94,18 @@ struct SlabDecoder {
     const Slab& slab = slabs[i];
     const bytes_ptr block = slab.blocks[half] + (F::kElems > 32 || part == 0 ? 0 : slab.second);
     if (fragment % 2 == 0 || (Shared::kGroups == 4 && !kPaired)) {
-      if constexpr (F::kElems == 32) affines[half] = F::affine(block, 0);
-      else if constexpr (Shared::kGroups == 4) affines[half] = shared[i].get(part, kPaired ? c / 2 : step, half);
-      else affines[half] = shared[i].get(0, part, half);
+      Affine affine;
+      if constexpr (F::kElems == 32)
+        affine = F::affine(block, 0);
+      else if constexpr (Shared::kGroups == 4)
+        affine = shared[i].get(part, kPaired ? c / 2 : step, half);
+      else
+        affine = shared[i].get(0, part, half);
+      affines[half] = for_codes<F>(affine);
     }
     const int first = F::kElems > 32 ? slab.within / 4 + 8 * part : 0;
     float v[4];
-    decode_quad<F>(block, first + (kPaired ? 2 * c + step : c + 4 * step), affines[half], v);
+    decode_four<F>(block, first + (kPaired ? 2 * c + step : c + 4 * step), affines[half], v);
     out.words[fragment][half] = pack_pair(v[0], v[1], T{});
     out.words[fragment][2 + half] = pack_pair(v[2], v[3], T{});
   }
@@ -141,13 +146,13 @@ __device__ __forceinline__ void multiply_own(float (&sums)[Tile::kRowTiles][NT][
   }
 }
 
-// sums += a · x for one part (32 of k), while the next part is decoded. Fragments are in shared memory,
-// [row tile][step][lane] of 16 bytes: all warps' of this part in `fragments`, the warp's own of the
-// next part go to `next`.
+// sums += a · x for one part (32 of k) of a slab, while that part of the next slab is decoded. Fragments
+// are in shared memory, [row tile][step][lane] of 16 bytes: all warps' in `fragments`, the warp's own of
+// the next slab go to `next`.
 template <BlockFormat F, class T, class Tile, int NT>
-__device__ __forceinline__ void multiply_exchanged(float (&sums)[Tile::kRowTiles][NT][4], const uint4* fragments,
-                                                   bytes_ptr tokens, int part, SlabDecoder<F, T, Tile>& decoder,
-                                                   uint4* next) {
+__device__ __forceinline__ void multiply_exchanged(float (&sums)[Tile::kRowTiles][NT][4],
+                                                   const uint4* fragments, bytes_ptr tokens, int part,
+                                                   SlabDecoder<F, T, Tile>& decoder, uint4* next) {
   constexpr int kQuads = SlabDecoder<F, T, Tile>::kQuads;
   const int r = threadIdx.x % 32 / 4;
   Fragments<kQuads / 2> decoded;
@@ -167,8 +172,8 @@ __device__ __forceinline__ void multiply_exchanged(float (&sums)[Tile::kRowTiles
       constexpr int kEvery = 2 * NT / kQuads;  // products between two quads
       const int at = step * NT + j, index = at / kEvery;
       if (at % kEvery == 0) {
-        decoder.quad(decoded, 1 - part, index);
-        const uint32_t(&w)[4] = decoded.words[index / 2];
+        decoder.quad(decoded, part, index);
+        const uint32_t (&w)[4] = decoded.words[index / 2];
         if (index % 2) next[index / 2 * 32] = make_uint4(w[0], w[1], w[2], w[3]);
       }
     }
@@ -200,14 +205,15 @@ __global__ void __launch_bounds__(MmaLayout<F, Tile>::kThreads, Tile::kBlocksPer
     const int iters = (num_k + L::kIter - 1) / L::kIter;
     const bytes_ptr tile_w = p.w + row0 * p.row_bytes + chunk0 * int64_t{L::kChunkBytes};
 
-    const RowStager<L::kRows, L::kPieces, L::kPitch, L::kThreads> stage_rows(tile_w, p.w + p.n * p.row_bytes,
-                                                                             p.row_bytes, last_row, threadIdx.x);
-    const TokenStager<Tile::kTokens, L::kThreads> stage_tokens(p.x + 2 * (token0 * p.k + k0), p.k, num_tokens);
+    const RowStager<L::kRows, L::kPieces, L::kPitch, L::kThreads> stage_rows(
+        tile_w, p.w + p.n * p.row_bytes, p.row_bytes, last_row, threadIdx.x);
+    const TokenStager<Tile::kTokens, L::kThreads> stage_tokens(p.x + 2 * (token0 * p.k + k0), p.k,
+                                                               num_tokens);
     const auto stage = [&](int iter) {
       const int chunk = iter / L::kChunkIters;
       if (iter % L::kChunkIters == 0 && iter < iters)
-        stage_rows(smem_address + L::kWeightsAt + chunk % 2 * L::kWeightBytes, chunk * int64_t{L::kChunkBytes},
-                   threadIdx.x);
+        stage_rows(smem_address + L::kWeightsAt + chunk % 2 * L::kWeightBytes,
+                   chunk * int64_t{L::kChunkBytes}, threadIdx.x);
       stage_tokens(smem_address + iter % kStages * L::kTokenBytes, iter * L::kIter, num_k - iter * L::kIter);
       cp_async_commit();
     };
@@ -215,7 +221,7 @@ __global__ void __launch_bounds__(MmaLayout<F, Tile>::kThreads, Tile::kBlocksPer
     float sums[kRT][kNT][4] = {};
     SlabDecoder<F, T, Tile> decoder;
     const int first_row = warp * decoder.kCount / 2 * 16 + r;  // that the lane decodes
-    int skew[decoder.kTiles][2];                           // bytes from a multiple of 16 to the lane's rows
+    int skew[decoder.kTiles][2];  // bytes from a multiple of 16 to the lane's rows
 #pragma unroll
     for (int i = 0; i < decoder.kTiles; ++i)
 #pragma unroll
@@ -253,31 +259,38 @@ __global__ void __launch_bounds__(MmaLayout<F, Tile>::kThreads, Tile::kBlocksPer
         multiply_own<F, T, Tile>(sums, tokens_of(iter), decoder);
       }
     } else {
+      // Two slabs of two parts: the one that is multiplied and the one that is decoded meanwhile.
       uint4* const fragments = reinterpret_cast<uint4*>(smem + L::kFragmentsAt) + lane;
-      constexpr int kNextPart = L::kFragmentBytes / 16;
+      constexpr int kPart = L::kFragmentBytes / 16;
       const int all = warp_n * kRT * 64, own = warp * decoder.kCount * 32;
       cp_async_wait<kStages - 2>();
       __syncthreads();  // iteration 0 has arrived
       decode_from(0);
-      Fragments<decoder.kCount> decoded;
 #pragma unroll
-      for (int index = 0; index < decoder.kQuads; ++index) decoder.quad(decoded, 0, index);
+      for (int part = 0; part < 2; ++part) {
+        Fragments<decoder.kCount> decoded;
 #pragma unroll
-      for (int i = 0; i < decoder.kCount; ++i) {
-        const uint32_t(&w)[4] = decoded.words[i];
-        fragments[own + i * 32] = make_uint4(w[0], w[1], w[2], w[3]);
+        for (int index = 0; index < decoder.kQuads; ++index) decoder.quad(decoded, part, index);
+#pragma unroll
+        for (int i = 0; i < decoder.kCount; ++i) {
+          const uint32_t (&w)[4] = decoded.words[i];
+          fragments[part * kPart + own + i * 32] = make_uint4(w[0], w[1], w[2], w[3]);
+        }
       }
 #pragma unroll 1
       for (int iter = 0; iter < iters; ++iter) {
-        __syncthreads();  // everybody's fragments of part 0 are there, those of part 1 no longer used
-        multiply_exchanged<F, T, Tile>(sums, fragments + all, tokens_of(iter), 0, decoder,
-                                       fragments + kNextPart + own);
         cp_async_wait<kStages - 3>();
-        __syncthreads();  // everybody's copies for iter + 1 have arrived; nobody reads the slots of iter - 1
+        // Everybody's fragments of iter are there and copies for iter + 1 have arrived; nobody uses the
+        // fragments and slots of iter - 1 any more.
+        __syncthreads();
         stage(iter + kStages - 1);
         decode_from(iter + 1);
-        multiply_exchanged<F, T, Tile>(sums, fragments + kNextPart + all, tokens_of(iter), 1, decoder,
-                                       fragments + own);
+        const uint4* const from = fragments + iter % 2 * 2 * kPart + all;
+        uint4* const to = fragments + (iter + 1) % 2 * 2 * kPart + own;
+#pragma unroll
+        for (int part = 0; part < 2; ++part)
+          multiply_exchanged<F, T, Tile>(sums, from + part * kPart, tokens_of(iter), part, decoder,
+                                         to + part * kPart);
       }
     }
     cp_async_wait<0>();
@@ -285,7 +298,8 @@ __global__ void __launch_bounds__(MmaLayout<F, Tile>::kThreads, Tile::kBlocksPer
 
     if (left < p.schedule.chunks) {  // a part of the tile
       const auto slot_of = [&](uint32_t block, bool begins) {
-        return reinterpret_cast<float4*>(p.partial.sums + (2 * int64_t{block} + begins) * L::kElems) + threadIdx.x;
+        return reinterpret_cast<float4*>(p.partial.sums + (2 * int64_t{block} + begins) * L::kElems) +
+               threadIdx.x;
       };
       constexpr int kStride = L::kThreads;
       const uint32_t first = p.schedule.block_of(tile * p.schedule.chunks);
@@ -296,7 +310,8 @@ __global__ void __launch_bounds__(MmaLayout<F, Tile>::kThreads, Tile::kBlocksPer
         for (int i = 0; i < kRT; ++i)
 #pragma unroll
           for (int j = 0; j < kNT; ++j)
-            out[(i * kNT + j) * kStride] = make_float4(sums[i][j][0], sums[i][j][1], sums[i][j][2], sums[i][j][3]);
+            out[(i * kNT + j) * kStride] =
+                make_float4(sums[i][j][0], sums[i][j][1], sums[i][j][2], sums[i][j][3]);
       }
       __shared__ bool is_last;
       __threadfence();  // the partial tile is visible before the arrival is
@@ -325,14 +340,15 @@ __global__ void __launch_bounds__(MmaLayout<F, Tile>::kThreads, Tile::kBlocksPer
 
     // Through shared memory, because a lane's sums of one token are of rows 8 apart.
 #pragma unroll
-      for (int i = 0; i < kRT; ++i)
+    for (int i = 0; i < kRT; ++i)
 #pragma unroll
-        for (int j = 0; j < kNT; ++j)
+      for (int j = 0; j < kNT; ++j)
 #pragma unroll
-          for (int e = 0; e < 4; ++e) {
-            const int row = (warp_n * kRT + i) * 16 + 8 * (e / 2) + r, token = (warp_m * kNT + j) * 8 + 2 * c + e % 2;
-            store1(reinterpret_cast<T*>(smem + token * L::kOutPitch) + row, sums[i][j][e]);
-          }
+        for (int e = 0; e < 4; ++e) {
+          const int row = (warp_n * kRT + i) * 16 + 8 * (e / 2) + r,
+                    token = (warp_m * kNT + j) * 8 + 2 * c + e % 2;
+          store1(reinterpret_cast<T*>(smem + token * L::kOutPitch) + row, sums[i][j][e]);
+        }
     __syncthreads();
     T* const y = static_cast<T*>(p.y) + token0 * p.n + row0;
     if (p.n % 8 == 0) {
@@ -365,7 +381,8 @@ int64_t mma_scratch_bytes(const GemmArgs& args) {
   int64_t bytes = 0;
   BlockFormats::visit(args.qtype, [&]<class F>(F) {
     if constexpr (F::kElems % 32 == 0)
-      bytes = PartialTiles::bytes(mma_schedule<Tile>(args, MmaLayout<F, Tile>::kChunk), MmaLayout<F, Tile>::kElems);
+      bytes = PartialTiles::bytes(mma_schedule<Tile>(args, MmaLayout<F, Tile>::kChunk),
+                                  MmaLayout<F, Tile>::kElems);
   });
   return bytes;
 }

@@ -2,4 +2,4 @@
 #include "gemm_4_mma.cuh"
 
 template cudaError_t quantgemm::launch_gemm_mma_tile<quantgemm::Half, quantgemm::Tokens256>(const GemmArgs&,
-                                                                                          cudaStream_t);
+                                                                                            cudaStream_t);

@@ -14,7 +14,8 @@ inline constexpr int kFewTokens = 8, kFewRows = 16, kFewWarps = 8, kFewBlocksPer
 
 template <class F>
 struct FewLayout {
-  static constexpr int kChunk = 256, kSlots = 2;  // of k; copies of one chunk are under way beside the one in use
+  static constexpr int kChunk = 256,
+                       kSlots = 2;  // of k; copies of one chunk are under way beside the one in use
   static constexpr int kChunkBytes = kChunk / F::kElems * F::kBytes;
   static constexpr int kPieces = (kChunkBytes + 15 + 16 - kAlignOf<F::kBytes>) / 16;
   static constexpr int kPitch = 16 * (kPieces | 1);  // odd: 8 rows begin in different banks
@@ -46,9 +47,12 @@ __device__ __forceinline__ void multiply_codes(float (&sums)[4], const Slab& sla
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       Affine affine;
-      if constexpr (F::kElems == 32) affine = F::affine(blocks[half], 0);
-      else if constexpr (SlabAffines<F>::kGroups == 4) affine = affines.get(first / 2, first % 2, half);
-      else affine = affines.get(0, first / 2, half);
+      if constexpr (F::kElems == 32)
+        affine = F::affine(blocks[half], 0);
+      else if constexpr (SlabAffines<F>::kGroups == 4)
+        affine = affines.get(first / 2, first % 2, half);
+      else
+        affine = affines.get(0, first / 2, half);
 #pragma unroll
       for (int e = 2 * half; e < 2 * half + 2; ++e) {
         sums[e] += affine.scale * parts[e];
@@ -70,18 +74,20 @@ __global__ void __launch_bounds__(32 * kFewWarps, kFewBlocksPerSm)
   const int chunks = static_cast<int>((k + L::kChunk - 1) / L::kChunk);
   const bytes_ptr tile = w + row0 * row_bytes;
 
-  const RowStager<kFewRows, L::kPieces, L::kPitch, 32> stage_rows(tile, w + n * row_bytes, row_bytes, last_row, lane);
+  const RowStager<kFewRows, L::kPieces, L::kPitch, 32> stage_rows(tile, w + n * row_bytes, row_bytes,
+                                                                  last_row, lane);
   uint8_t* const slots = smem + warp * L::kSlots * L::kSlotBytes;
   const uint32_t slots_address = shared_address(slots);
   const auto stage = [&](int chunk, int slot) {
-    if (chunk < chunks) stage_rows(slots_address + slot * L::kSlotBytes, int64_t{chunk} * L::kChunkBytes, lane);
+    if (chunk < chunks)
+      stage_rows(slots_address + slot * L::kSlotBytes, int64_t{chunk} * L::kChunkBytes, lane);
     cp_async_commit();
   };
   for (int slot = 0; slot < L::kSlots; ++slot) stage(warp + slot * kFewWarps, slot);
 
   // A lane whose token does not exist takes the last one: its results are not stored.
   const bytes_ptr token = x + 2 * (min(r, m - 1) * k + 4 * c);
-  const auto load_x = [&](uint2 (&b)[4], int64_t at, int64_t left) {  // zeros behind k
+  const auto load_x = [&](uint2(&b)[4], int64_t at, int64_t left) {  // zeros behind k
 #pragma unroll
     for (int step = 0; step < 4; ++step) {
       b[step] = make_uint2(0, 0);

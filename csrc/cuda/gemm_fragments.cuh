@@ -15,8 +15,9 @@ struct Slab {
   int within, second;
 };
 
-// Lane 4r + c of a row tile holds rows r and r + 8 ("half" 0 and 1). The affines of a slab of both: where each lane needs several, the four lanes of a row decode different ones and pass
-// them around. Blocks of 32 have one cheap scale each.
+// Lane 4r + c of a row tile holds rows r and r + 8 ("half" 0 and 1). The affines of a slab of both: where
+// each lane needs several, the four lanes of a row decode different ones and pass them around. Blocks of 32
+// have one cheap scale each.
 template <BlockFormat F>
 struct SlabAffines {
   static constexpr int kGroups = F::kElems == 32 ? 1 : F::kGroup >= 64 ? 1 : 64 / F::kGroup;
@@ -28,7 +29,8 @@ struct SlabAffines {
     if constexpr (F::kElems > 32) {
 #pragma unroll
       for (int i = 0; i < kHeld; ++i)
-        held[i] = kShared ? F::affine(c % 2 ? slab.blocks[1] : slab.blocks[0], slab.within / F::kGroup + 2 * i + c / 2)
+        held[i] = kShared ? F::affine(c % 2 ? slab.blocks[1] : slab.blocks[0],
+                                      slab.within / F::kGroup + 2 * i + c / 2)
                           : F::affine(slab.blocks[i], slab.within / F::kGroup);
     }
   }
@@ -44,8 +46,12 @@ struct SlabAffines {
 // Codes as 16-bit floats, exactly: four bytes become two words of two.
 __device__ __forceinline__ void codes_to_real(uint32_t quad, uint32_t& low, uint32_t& high, Half) {
   const uint32_t biased = quad ^ 0x80808080u;  // code + 128 in the low bits of 1024 + …
-  asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(low) : "r"(__byte_perm(biased, 0x64646464u, 0x4140)), "r"(0x64806480u));
-  asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(high) : "r"(__byte_perm(biased, 0x64646464u, 0x4342)), "r"(0x64806480u));
+  asm("sub.rn.f16x2 %0, %1, %2;"
+      : "=r"(low)
+      : "r"(__byte_perm(biased, 0x64646464u, 0x4140)), "r"(0x64806480u));
+  asm("sub.rn.f16x2 %0, %1, %2;"
+      : "=r"(high)
+      : "r"(__byte_perm(biased, 0x64646464u, 0x4342)), "r"(0x64806480u));
 }
 // bfloat16 has 7 bits behind the point. Byte b under an exponent of 2^7 reads 128 + b up to 127, then
 // the eighth bit doubles it to 2b: less 256, that is the code if negative, else twice the code.
@@ -71,15 +77,44 @@ __device__ __forceinline__ void codes_less_zero(uint32_t codes, uint32_t& low, u
 template <int Zero>
 __device__ __forceinline__ void codes_less_zero(uint32_t codes, uint32_t& low, uint32_t& high, BFloat16) {
   constexpr uint32_t kOne = 0x3f803f80u, kBias = (0xc300u + Zero) * 0x00010001u;
-  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(low) : "r"(__byte_perm(codes, 0x43434343u, 0x4140)), "r"(kOne), "r"(kBias));
-  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(high) : "r"(__byte_perm(codes, 0x43434343u, 0x4342)), "r"(kOne), "r"(kBias));
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;"
+      : "=r"(low)
+      : "r"(__byte_perm(codes, 0x43434343u, 0x4140)), "r"(kOne), "r"(kBias));
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;"
+      : "=r"(high)
+      : "r"(__byte_perm(codes, 0x43434343u, 0x4342)), "r"(kOne), "r"(kBias));
+}
+
+// Types that store q + kZero, 0…127, may say so (block_format.h).
+template <class F>
+concept StoresZero = BlockFormat<F> && requires(bytes_ptr block, int i) { F::kZero, F::codes(block, i); };
+
+// Weights 4i … 4i+3 in float32, as decode_quad. A stored code under an exponent of 2^7 reads 128 + code,
+// so that one multiply-add makes the weight, exactly: (128 + kZero) · scale is a float32 in all of them.
+template <BlockFormat F>
+__device__ __forceinline__ Affine for_codes(Affine a) {
+  if constexpr (StoresZero<F>) a.offset = -(128.0f + F::kZero) * a.scale;
+  return a;
+}
+template <BlockFormat F>
+__device__ __forceinline__ void decode_four(bytes_ptr block, int i, Affine a, float (&w)[4]) {
+  if constexpr (StoresZero<F>) {
+    const uint32_t codes = F::codes(block, i);
+#pragma unroll
+    for (int j = 0; j < 4; ++j)
+      w[j] = __fmaf_rn(__uint_as_float(__byte_perm(codes, 0x43000000u, 0x7044 | j << 8)), a.scale, a.offset);
+  } else {
+    decode_quad<F>(block, i, a, w);
+  }
 }
 
 // q of weights 4i … 4i+3 of a block as two pairs of 16-bit floats.
 template <BlockFormat F, class T>
 __device__ __forceinline__ void load_codes(bytes_ptr block, int i, uint32_t& low, uint32_t& high, T type) {
-  if constexpr (requires { F::kZero, F::codes(block, i); }) codes_less_zero<F::kZero>(F::codes(block, i), low, high, type);
-  else codes_to_real(F::quad(block, i), low, high, type);
+  if constexpr (StoresZero<F>)
+    codes_less_zero<F::kZero>(F::codes(block, i), low, high, type);
+  else
+    codes_to_real(F::quad(block, i), low, high, type);
 }
 
 template <class T>

@@ -81,8 +81,12 @@ struct RowStager {
 
   __device__ static int row(int thread) { return thread / kLanes; }
   __device__ static int lane(int thread) { return thread % kLanes; }
-  __device__ __forceinline__ RowStager(bytes_ptr tile, bytes_ptr end, int64_t row_bytes, int last_row, int thread)
-      : first(tile + row(thread) * row_bytes + 16 * lane(thread)), end(end), row_bytes(row_bytes), last_row(last_row) {}
+  __device__ __forceinline__ RowStager(bytes_ptr tile, bytes_ptr end, int64_t row_bytes, int last_row,
+                                       int thread)
+      : first(tile + row(thread) * row_bytes + 16 * lane(thread)),
+        end(end),
+        row_bytes(row_bytes),
+        last_row(last_row) {}
 
   __device__ __forceinline__ static bytes_ptr round_down(bytes_ptr p) {
     return reinterpret_cast<bytes_ptr>(reinterpret_cast<uintptr_t>(p) & ~uintptr_t{15});
@@ -91,7 +95,8 @@ struct RowStager {
   __device__ __forceinline__ void operator()(uint32_t target, int64_t skip, int thread) const {
     target += row(thread) * Pitch + 16 * lane(thread);
     bytes_ptr at = first + skip;
-    if (last_row == Rows - 1 && at + (Rows - 1 - row(thread)) * row_bytes + 16 * (Pieces - lane(thread)) <= end) {
+    if (last_row == Rows - 1 &&
+        at + (Rows - 1 - row(thread)) * row_bytes + 16 * (Pieces - lane(thread)) <= end) {
 #pragma unroll
       for (int i = 0; i < Rows / kStep; ++i, at += kStep * row_bytes) {
         const bytes_ptr piece = round_down(at);
@@ -106,7 +111,8 @@ struct RowStager {
 #pragma unroll 1
         for (int j = 0; j < Pieces - lane(thread); j += kLanes) {
           const bytes_ptr piece = round_down(at) + 16 * j;
-          if (piece < end) cp_async16(target + 16 * j, piece, end - piece < 16 ? static_cast<int>(end - piece) : 16);
+          if (piece < end)
+            cp_async16(target + 16 * j, piece, end - piece < 16 ? static_cast<int>(end - piece) : 16);
         }
     }
   }
