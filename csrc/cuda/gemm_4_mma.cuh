@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: MIT
 // y = x · wᵀ on tensor cores, activations kept in 16 bits. Idea: weights are the A operand (rows of
-// w = rows of A), activations the B operand, so that the tile of tokens can be as narrow as 8. A warp
-// owns its rows of w: it decodes them straight from the blocks in shared memory into A fragments;
-// nothing decoded is ever stored, and no weight is decoded twice in a block. Any order of k will do
-// as long as A and B agree on it, so a lane takes whole quads of four neighbouring weights.
-// Limit: tensor cores with many tokens, reading the weights with few.
+// w = rows of A), activations the B operand, so that a tile of tokens can be narrow. Warps decode the
+// blocks in shared memory straight into A fragments, each weight once per block; up to 128 tokens a
+// warp keeps its fragments, above it decodes for the next slab of k while it multiplies this one, and
+// warps exchange. Any order of k will do as long as A and B agree, so lanes take whole quads.
+// Limit: the rate of mma.sync with many tokens, decoding with few.
 #pragma once
 #include "../formats/gguf_formats.h"
 #include "gemm_fragments.cuh"
@@ -50,7 +50,7 @@ struct MmaLayout {
   static constexpr int kWeightsAt = Tile::kStages * kTokenBytes, kFragmentsAt = kWeightsAt + 2 * kWeightBytes;
   static constexpr int kPipeline = kFragmentsAt + 4 * kFragmentBytes;
   static constexpr int kOutPitch = 2 * kRows + 16;  // afterwards: [token][row] of y
-  static constexpr int kBytes = std::max(kPipeline, Tile::kTokens* kOutPitch);
+  static constexpr int kBytes = std::max(kPipeline, Tile::kTokens * kOutPitch);
 };
 
 struct MmaProblem {
@@ -66,11 +66,6 @@ struct MmaProblem {
 // blocks without exchange quads 2c and 2c + 1, so that a lane has one group and one 16-byte load of x.
 template <class F, class Tile>
 inline constexpr bool kPairedQuads = F::kElems > 32 && !MmaLayout<F, Tile>::kExchange;
-
-template <int Count>  // both steps of a row tile, then the next row tile's
-struct Fragments {
-  uint32_t words[Count][4];
-};
 
 // What a warp decodes next, quad after quad in between its products.
 template <BlockFormat F, class T, class Tile>
@@ -110,12 +105,6 @@ struct SlabDecoder {
     out.words[fragment][2 + half] = pack_pair(v[2], v[3], T{});
   }
 };
-
-// The lane's values of x for a step of 16: four of token r of eight tokens, whose rows begin at `row`.
-__device__ __forceinline__ uint2 load_tokens(bytes_ptr row, int part, int step) {
-  const int r = threadIdx.x % 32 / 4, c = threadIdx.x % 4, piece = 4 * part + 2 * step + c / 2;
-  return *reinterpret_cast<const uint2*>(row + 16 * (piece ^ swizzle(r)) + 8 * (c % 2));
-}
 
 // sums += slab · x, part by part: decode, then multiply.
 template <BlockFormat F, class T, class Tile, int NT>
@@ -304,15 +293,13 @@ __global__ void __launch_bounds__(MmaLayout<F, Tile>::kThreads, Tile::kBlocksPer
       constexpr int kStride = L::kThreads;
       const uint32_t first = p.schedule.block_of(tile * p.schedule.chunks);
       const uint32_t last = p.schedule.block_of((tile + 1) * p.schedule.chunks - 1);
-      {
-        float4* out = slot_of(blockIdx.x, chunk0 == 0);
+      float4* out = slot_of(blockIdx.x, chunk0 == 0);
 #pragma unroll
-        for (int i = 0; i < kRT; ++i)
+      for (int i = 0; i < kRT; ++i)
 #pragma unroll
-          for (int j = 0; j < kNT; ++j)
-            out[(i * kNT + j) * kStride] =
-                make_float4(sums[i][j][0], sums[i][j][1], sums[i][j][2], sums[i][j][3]);
-      }
+        for (int j = 0; j < kNT; ++j)
+          out[(i * kNT + j) * kStride] =
+              make_float4(sums[i][j][0], sums[i][j][1], sums[i][j][2], sums[i][j][3]);
       __shared__ bool is_last;
       __threadfence();  // the partial tile is visible before the arrival is
       __syncthreads();
@@ -320,21 +307,19 @@ __global__ void __launch_bounds__(MmaLayout<F, Tile>::kThreads, Tile::kBlocksPer
       __syncthreads();
       if (!is_last) continue;
       __threadfence();
-      {
+#pragma unroll
+      for (int i = 0; i < kRT; ++i)
+#pragma unroll
+        for (int j = 0; j < kNT; ++j) sums[i][j][0] = sums[i][j][1] = sums[i][j][2] = sums[i][j][3] = 0;
+      for (uint32_t block = first; block <= last; ++block) {
+        const float4* in = slot_of(block, block == first);
 #pragma unroll
         for (int i = 0; i < kRT; ++i)
 #pragma unroll
-          for (int j = 0; j < kNT; ++j) sums[i][j][0] = sums[i][j][1] = sums[i][j][2] = sums[i][j][3] = 0;
-        for (uint32_t block = first; block <= last; ++block) {
-          const float4* in = slot_of(block, block == first);
-#pragma unroll
-          for (int i = 0; i < kRT; ++i)
-#pragma unroll
-            for (int j = 0; j < kNT; ++j) {
-              const float4 v = __ldcg(in + (i * kNT + j) * kStride);
-              sums[i][j][0] += v.x, sums[i][j][1] += v.y, sums[i][j][2] += v.z, sums[i][j][3] += v.w;
-            }
-        }
+          for (int j = 0; j < kNT; ++j) {
+            const float4 v = __ldcg(in + (i * kNT + j) * kStride);
+            sums[i][j][0] += v.x, sums[i][j][1] += v.y, sums[i][j][2] += v.z, sums[i][j][3] += v.w;
+          }
       }
     }
 

@@ -43,6 +43,12 @@ struct SlabAffines {
   }
 };
 
+// A fragments: both steps of a row tile (16 of k each), then the next row tile's.
+template <int Count>
+struct Fragments {
+  uint32_t words[Count][4];
+};
+
 // Codes as 16-bit floats, exactly: four bytes become two words of two.
 __device__ __forceinline__ void codes_to_real(uint32_t quad, uint32_t& low, uint32_t& high, Half) {
   const uint32_t biased = quad ^ 0x80808080u;  // code + 128 in the low bits of 1024 + …

@@ -124,6 +124,12 @@ struct RowStager {
 // bytes (2 tokens × 64) meets a bank twice.
 __device__ __forceinline__ int swizzle(int token) { return (token & 1) << 2 | (token & 2); }
 
+// The lane's values of x for a step of 16: four of token r of eight tokens, whose rows begin at `row`.
+__device__ __forceinline__ uint2 load_tokens(bytes_ptr row, int part, int step) {
+  const int r = threadIdx.x % 32 / 4, c = threadIdx.x % 4, piece = 4 * part + 2 * step + c / 2;
+  return *reinterpret_cast<const uint2*>(row + 16 * (piece ^ swizzle(r)) + 8 * (c % 2));
+}
+
 // 64 values of Tokens tokens, as [token][64]. Values behind k become zero; instead of tokens behind m
 // the last one is copied, since their results are never stored. No branches, so that the compiler can
 // put products between the copies.
