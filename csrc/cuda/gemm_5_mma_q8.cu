@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 // Launcher of the int8 tensor-core product: the tile by the number of tokens, the grid by the number
 // of tiles.
+#include <cstdlib>
 #include "gemm_5_mma_q8.cuh"
 
 namespace quantgemm {
@@ -39,6 +40,9 @@ Plan plan_for(const GemmArgs& args, const Device& device) {
   p.work.token_tiles = (args.m + L::kTokens - 1) / L::kTokens;
   p.work.tile_units = (args.k + L::kStep - 1) / L::kStep;
   p.tiles = p.work.token_tiles * ((args.n + kRows - 1) / kRows);
+  p.work.row_bytes = args.k / F::kElems * F::kBytes;
+  p.work.act_bytes = ActivationRow::bytes(args.k);
+  p.work.k = static_cast<int>(args.k);
   p.work.num_units = p.tiles * p.work.tile_units;
   // Whole tiles keep at least 9 of 10 slots busy, or equal shares do not pay for their sums.
   const int64_t waves = (p.tiles + slots - 1) / slots;
@@ -80,6 +84,15 @@ void with_tile(const GemmArgs& args, const Device& device, Fn&& f) {
       const bool large_fits = 2 * (Layout<F, 8>::kBytes + 1024) <= device.shared_per_sm &&
                               Layout<F, 8>::kBytes <= device.shared_per_block;
       const int64_t rest = args.m % 128;
+      if (const char* force = getenv("QG_PAIRS")) {
+        switch (atoi(force)) {
+          case 1: with.template operator()<1>(); return;
+          case 2: with.template operator()<2>(); return;
+          case 4: with.template operator()<4>(); return;
+          case 6: with.template operator()<6>(); return;
+          case 8: with.template operator()<8>(); return;
+        }
+      }
       if (args.m <= 16) {
         with.template operator()<1>();
       } else if (args.m <= 32) {

@@ -23,6 +23,8 @@ struct Work {
   int64_t num_units, tile_units, token_tiles;
   float4* partials;  // [grid][2][kPairs · 4][kThreads]
   int* arrivals;     // [tiles], zero at the start
+  int64_t row_bytes, act_bytes;  // of a row of w, of a row of activations
+  int k;
 
   __device__ int64_t begin(int64_t block) const { return block * num_units / gridDim.x; }
   __device__ int64_t owner(int64_t unit) const { return ((unit + 1) * gridDim.x - 1) / num_units; }
@@ -50,108 +52,97 @@ struct Layout {
   static constexpr int kActBytes = kCodeBytes + kStageGroups * kScaleStride;
   static constexpr int kTableBytes = kStepGroups * kRows * (F::kOffset ? 8 : 4);
 
-  static constexpr int bytes_for(int ahead) {
-    return kTableBytes + (ahead + 1) * kActBytes + ((ahead + kStages - 1) / kStages + 1) * kWeightBytes;
-  }
-  // Stages in flight before the one in use, and buffers for them.
-  static constexpr int kAhead = bytes_for(2) <= (kPairs > 2 ? 100 : 75) * 1024 ? 2 : 1;
-  static constexpr int kActBuffers = kAhead + 1, kWeightBuffers = (kAhead + kStages - 1) / kStages + 1;
+  // Two buffers each: one in use, one being filled.
+  static constexpr int kStageBytes = kTableBytes + 2 * (kActBytes + kWeightBytes);
   static constexpr int kOutStride = kRows + 4;  // floats
   static constexpr int kOutBytes = kTokens * kOutStride * 4;
-  static constexpr int kBytes = bytes_for(kAhead) > kOutBytes ? bytes_for(kAhead) : kOutBytes;
+  static constexpr int kBytes = kStageBytes > kOutBytes ? kStageBytes : kOutBytes;
 
-  static constexpr int kBlocksPerSm = kPairs == 8 ? 2 : kPairs == 4 ? 3 : 4;
+  static constexpr int kBlocksPerSm = kPairs >= 6 ? 2 : kPairs == 4 ? 3 : 4;
 
   uint8_t* memory;
   __device__ float* table(int warp) const {
     return reinterpret_cast<float*>(memory + warp * (kTableBytes / kWarps));
   }
-  __device__ uint8_t* weights(int64_t step) const {
-    return memory + kTableBytes + static_cast<int>(step % kWeightBuffers) * kWeightBytes;
+  __device__ uint8_t* weights(int step) const { return memory + kTableBytes + step % 2 * kWeightBytes; }
+  __device__ uint8_t* codes(int stage) const {
+    return memory + kTableBytes + 2 * kWeightBytes + stage % 2 * kActBytes;
   }
-  __device__ uint8_t* codes(int64_t stage) const {
-    return memory + kTableBytes + kWeightBuffers * kWeightBytes +
-           static_cast<int>(stage % kActBuffers) * kActBytes;
-  }
-  __device__ uint8_t* scales(int64_t stage) const { return codes(stage) + kCodeBytes; }
+  __device__ uint8_t* scales(int stage) const { return codes(stage) + kCodeBytes; }
 };
 
-// One tile of y, and the copies of its operands into shared memory.
+// A thread's part in copying a tile's operands. Rows and tokens past the edge are not copied: what is
+// computed for them is never stored.
 template <BlockFormat F, int kPairs>
-struct Tile {
+struct Copier {
   using L = Layout<F, kPairs>;
-  const GemmArgs& args;
+  static constexpr int kRowsPerPass = kThreads / L::kPieces, kPasses = (kRows + kRowsPerPass - 1) / kRowsPerPass;
+  static constexpr int kTokensPerPass = kThreads / 8, kScalesPerPass = kThreads / kStageGroups;
+  const Work& work;
   L shared;
-  int64_t first_row, first_token;
+  int rows, tokens;  // from the thread's first row, the tile's first token to the tile's last
+  bytes_ptr weights, codes, scales;
 
-  __device__ int64_t row_bytes() const { return args.k / F::kElems * F::kBytes; }
-  __device__ int64_t clamped_row(int row) const {
-    const int64_t r = first_row + row;
-    return r < args.n ? r : args.n - 1;  // rows and tokens past the edge repeat the last one
-  }
-  // Where a row's step begins within its first 16-byte piece.
-  __device__ int misalignment(int row, int64_t step) const {
-    return static_cast<int>((clamped_row(row) * row_bytes() + step * L::kStepBytes) & 15);
+  __device__ Copier(const GemmArgs& args, const Work& work, uint8_t* memory, int64_t first_row, int64_t first_token)
+      : work(work), shared{memory} {
+    const int row = threadIdx.x / L::kPieces;
+    const int64_t rows_left = args.n - first_row, tokens_left = args.m - first_token;
+    rows = row < kRowsPerPass ? static_cast<int>(rows_left < kRows ? rows_left : kRows) - row : 0;
+    tokens = static_cast<int>(tokens_left < L::kTokens ? tokens_left : L::kTokens);
+    weights = args.w + (first_row + row) * work.row_bytes + 16 * (threadIdx.x % L::kPieces);
+    codes = args.activations + (first_token + threadIdx.x / 8) * work.act_bytes + threadIdx.x % 8 * 16;
+    scales = args.activations + (first_token + threadIdx.x / kStageGroups) * work.act_bytes +
+             ActivationRow::scales_offset(args.k) + threadIdx.x % kStageGroups * 8;
   }
 
-  __device__ void copy_weights(int64_t step) const {
-    uint8_t* target = shared.weights(step);
-    const int64_t all = args.n * row_bytes(), left = row_bytes() - step * L::kStepBytes;
-    const int length = left < L::kStepBytes ? static_cast<int>(left) : L::kStepBytes;
+  // kCount of the passes over the rows of a step. A row may begin anywhere; only its own bytes are read.
+  template <int kCount>
+  __device__ __forceinline__ void copy_weights(int step, int end, int first = 0) const {
+    const int row = threadIdx.x / L::kPieces, piece = threadIdx.x % L::kPieces;
+    const int skipped = first * kRowsPerPass;
+    const uint32_t target =
+        shared_address(shared.weights(step)) + (row + skipped) * L::kRowBytes + 16 * piece;
+    const int64_t offset = static_cast<int64_t>(step) * L::kStepBytes, left = work.row_bytes - offset;
+    const int length = (left < L::kStepBytes ? static_cast<int>(left) : L::kStepBytes) - 16 * piece;
+    const int count = step < end ? rows - skipped : 0;
+    bytes_ptr source = weights + offset + skipped * work.row_bytes;
 #pragma unroll
-    for (int i = 0; i < L::kPieces * kRows / kThreads; ++i) {
-      const int index = threadIdx.x + i * kThreads, row = index / L::kPieces, piece = index % L::kPieces;
-      const int64_t begin = clamped_row(row) * row_bytes() + step * L::kStepBytes;
-      const int64_t source = (begin & ~int64_t{15}) + 16 * piece;
-      if (source >= begin + length) continue;
-      const int64_t valid = all - source;
-      copy_async<16>(target + row * L::kRowBytes + 16 * piece, args.w + source,
-                     valid < 16 ? static_cast<int>(valid) : 16);
+    for (int i = 0; i < kCount; ++i) {
+      const int misaligned = static_cast<int>(reinterpret_cast<uintptr_t>(source) & 15);
+      const int bytes = misaligned + length;
+      copy_async<16>(target + i * kRowsPerPass * L::kRowBytes, source - misaligned,
+                     i * kRowsPerPass < count && bytes > 0, bytes < 16 ? bytes : 16);
+      source += kRowsPerPass * work.row_bytes;
     }
   }
 
   // Codes: 16-byte piece p of token t lies at place p ^ (t % 8) of its 128 bytes, so that the 8 rows
   // of a matrix lie in different banks. Scales: in the order in which a lane wants them.
-  __device__ void copy_activations(int64_t stage) const {
-    const int64_t bytes = ActivationRow::bytes(args.k), k0 = stage * kStageElems;
-    const int piece = threadIdx.x % 8;
-    uint8_t* codes = shared.codes(stage);
-    if (k0 + 16 * piece < args.k) {
+  __device__ __forceinline__ void copy_activations(int stage, int end) const {
+    const int piece = threadIdx.x % 8, group = threadIdx.x % kStageGroups;
+    int token = threadIdx.x / 8;
+    uint32_t target = shared_address(shared.codes(stage)) + token * kStageElems + 16 * (piece ^ (token % 8));
+    bytes_ptr source = codes + static_cast<int64_t>(stage) * kStageElems;
+    const int here = stage < end ? tokens : 0;
+    int count = stage * kStageElems + 16 * piece < work.k ? here - token : 0;
 #pragma unroll
-      for (int i = 0; i < (L::kTokens * 8 + kThreads - 1) / kThreads; ++i) {
-        const int token = threadIdx.x / 8 + i * (kThreads / 8);
-        const uint8_t* source = args.activations + clamped_token(token) * bytes + k0 + 16 * piece;
-        copy_async<16>(codes + token * kStageElems + 16 * (piece ^ (token % 8)), source, 16);
-      }
+    for (int i = 0; i < L::kTokens; i += kTokensPerPass) {
+      copy_async<16>(target + i * kStageElems, source, i < count);
+      source += kTokensPerPass * work.act_bytes;
     }
-    const int group = threadIdx.x % kStageGroups;
-    const int64_t at = stage * kStageGroups + group;
-    const bool inside = at < args.k / ActivationRow::kGroup;  // scales past the end are zero
-    uint8_t* scales = shared.scales(stage) + group * L::kScaleStride;
+    token = threadIdx.x / kStageGroups;
+    // token 8 h + 2 c + e of 16 to place 4 c + 2 h + e: both halves' scales are neighbours
+    const int place =
+        L::kSums ? token : (token & ~15) + 4 * ((token >> 1) & 3) + 2 * ((token >> 3) & 1) + (token & 1);
+    target = shared_address(shared.scales(stage)) + group * L::kScaleStride + place * L::kScaleBytes;
+    const bool inside = stage * kStageElems + group * ActivationRow::kGroup < work.k;  // past it scales are zero
+    source = inside ? scales + static_cast<int64_t>(stage) * (8 * kStageGroups) : scales;
+    count = here - token;
 #pragma unroll
-    for (int i = 0; i < (L::kTokens * kStageGroups + kThreads - 1) / kThreads; ++i) {
-      const int token = threadIdx.x / kStageGroups + i * (kThreads / kStageGroups);
-      if (token >= L::kTokens) break;
-      const uint8_t* source = args.activations + clamped_token(token) * bytes +
-                              ActivationRow::scales_offset(args.k) + (inside ? 8 * at : 0);
-      // token 8 h + 2 c + e of 16 to place 4 c + 2 h + e: both halves' scales are neighbours
-      const int place = L::kSums ? token
-                                 : (token & ~15) + 4 * ((token >> 1) & 3) + 2 * ((token >> 3) & 1) + (token & 1);
-      copy_async<L::kScaleBytes>(scales + place * L::kScaleBytes, source, inside ? L::kScaleBytes : 0);
+    for (int i = 0; i < L::kTokens; i += kScalesPerPass) {
+      copy_async<L::kScaleBytes>(target + i * L::kScaleBytes, source, i < count, inside ? L::kScaleBytes : 0);
+      source += kScalesPerPass * work.act_bytes;
     }
-  }
-  __device__ int64_t clamped_token(int token) const {
-    const int64_t t = first_token + token;
-    return t < args.m ? t : args.m - 1;
-  }
-
-  // Stages are counted from k = 0; a step's weights come with its first stage.
-  __device__ void copy_stage(int64_t stage, int64_t end) const {
-    if (stage < end) {
-      copy_activations(stage);
-      if (stage % L::kStages == 0) copy_weights(stage / L::kStages);
-    }
-    commit_copies();  // perhaps an empty group: their number tells which stage has arrived
   }
 };
 
@@ -165,13 +156,14 @@ struct Weights {
   float scale[kParts][4], offset[kParts][4];
 
   // group: of the step
-  __device__ void load(bytes_ptr const (&rows)[4], const float* table, int group) {
+  __device__ void load(bytes_ptr const (&rows)[2], const float* table, int group) {
     const int lane = threadIdx.x % 32, r = lane / 4, c = lane % 4;
     const int block = group * 32 / F::kElems * F::kBytes, quad = group * 32 % F::kElems / 4 + c;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      a[i / 2][i % 2] = F::quad(rows[i] + block, quad);
-      a[i / 2][i % 2 + 2] = F::quad(rows[i] + block, quad + 4);
+      bytes_ptr row = rows[i % 2] + i / 2 * 16 * L::kRowBytes + block;
+      a[i / 2][i % 2] = F::quad(row, quad);
+      a[i / 2][i % 2 + 2] = F::quad(row, quad + 4);
     }
 #pragma unroll
     for (int part = 0; part < kParts; ++part) {
@@ -194,15 +186,19 @@ template <BlockFormat F, int kPairs>
 __device__ __forceinline__ void fill_table(float* table, bytes_ptr row, int valid_groups) {
   using L = Layout<F, kPairs>;
   const int lane = threadIdx.x % 32;
-  float* entry = table + 4 * (lane % 8) + lane / 8;
+  Affine affine[L::kStepGroups];  // all loads first: they cannot pass the stores
 #pragma unroll
   for (int g = 0; g < L::kStepGroups; ++g) {
     const int e = g * L::kGroup;
-    const Affine affine = F::affine(row + e / F::kElems * F::kBytes, e % F::kElems / F::kGroup);
+    affine[g] = F::affine(row + e / F::kElems * F::kBytes, e % F::kElems / F::kGroup);
+  }
+  float* entry = table + 4 * (lane % 8) + lane / 8;
+#pragma unroll
+  for (int g = 0; g < L::kStepGroups; ++g) {
     const bool valid = g < valid_groups;  // groups past the row's end count nothing
-    const uint32_t scale = __float_as_uint(affine.scale) & ~3u;
+    const uint32_t scale = __float_as_uint(affine[g].scale) & ~3u;
     entry[g * kWarpRows * (F::kOffset ? 2 : 1)] = valid ? __uint_as_float(scale) * kDown : 0.0f;
-    if constexpr (F::kOffset) entry[g * kWarpRows * 2 + kWarpRows] = valid ? affine.offset * kDown : 0.0f;
+    if constexpr (F::kOffset) entry[g * kWarpRows * 2 + kWarpRows] = valid ? affine[g].offset * kDown : 0.0f;
   }
 }
 
@@ -211,110 +207,138 @@ template <int kPairs>
 using Sums = float[kPairs][2][2][4];
 
 // One group of 32. s · Σ without converting: fma(magic + Σ, s, −magic · s) is s · Σ rounded once,
-// because magic · s is exact.
+// because magic · s is exact. The products for 8 tokens are under way while the 8 before are scaled.
 template <BlockFormat F, int kPairs>
-__device__ __forceinline__ void multiply_group(Sums<kPairs>& sums, const Weights<F, kPairs>& w,
-                                               uint32_t codes, const uint8_t* scales) {
+struct Group {
   using L = Layout<F, kPairs>;
-  constexpr int kParts = Weights<F, kPairs>::kParts;
-  float minus[kParts][4];
-#pragma unroll
-  for (int part = 0; part < kParts; ++part)
-    for (int i = 0; i < 4; ++i) minus[part][i] = -kMagic * w.scale[part][i];
-  const int c = threadIdx.x % 4;
-#pragma unroll
-  for (int p = 0; p < kPairs; ++p) {
+  static constexpr int kParts = Weights<F, kPairs>::kParts;
+  static constexpr bool kPartSums = F::kOffset && kParts == 2;  // sums of 16 activations
+  struct Products {
+    uint32_t d[2][kParts][4];                   // per row tile
+    uint32_t ones[kPartSums ? kParts : 1][4];
+  };
+  struct Tokens {  // 16
     uint32_t b[4];
-    load_matrices(b, codes + p * 16 * kStageElems);
     float scale[4], sum[4];
+  };
+  const Weights<F, kPairs>& w;
+  float minus[kParts][4];
+
+  __device__ __forceinline__ explicit Group(const Weights<F, kPairs>& w) : w(w) {
+#pragma unroll
+    for (int part = 0; part < kParts; ++part)
+      for (int i = 0; i < 4; ++i) minus[part][i] = -kMagic * w.scale[part][i];
+  }
+  __device__ __forceinline__ static void load(Tokens& t, uint32_t codes, const uint8_t* scales, int p) {
+    const int c = threadIdx.x % 4;
+    load_matrices(t.b, codes + p * 16 * kStageElems);
     if constexpr (L::kSums) {
       for (int h = 0; h < 2; ++h) {
         const float4 q = *reinterpret_cast<const float4*>(scales + 8 * (16 * p + 8 * h + 2 * c));
-        scale[2 * h] = q.x, sum[2 * h] = q.y, scale[2 * h + 1] = q.z, sum[2 * h + 1] = q.w;
+        t.scale[2 * h] = q.x, t.sum[2 * h] = q.y, t.scale[2 * h + 1] = q.z, t.sum[2 * h + 1] = q.w;
       }
     } else {
-      Weights<F, kPairs>::copy4(scale, reinterpret_cast<const float*>(scales) + 16 * p + 4 * c);
+      Weights<F, kPairs>::copy4(t.scale, reinterpret_cast<const float*>(scales) + 16 * p + 4 * c);
     }
+  }
+  __device__ __forceinline__ void start(Products& products, const Tokens& t, int h) const {
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      float part_sum[kParts][2];
-      if constexpr (F::kOffset && kParts == 2) {
-        for (int part = 0; part < 2; ++part) {
-          uint32_t d[4];
-          multiply_16(d, 0x01010101u, 0x01010101u, b[2 * h + part]);
-          for (int e = 0; e < 2; ++e) part_sum[part][e] = __uint_as_float(d[e]) - kMagic;
-        }
-      }
-#pragma unroll
-      for (int tile = 0; tile < 2; ++tile) {
-        float(&y)[4] = sums[p][h][tile];
-        const uint32_t(&a)[4] = w.a[tile];
-        uint32_t d[kParts][4];
-        if constexpr (kParts == 1) {
-          multiply_32(d[0], a, b[2 * h], b[2 * h + 1]);
-        } else {
-          multiply_16(d[0], a[0], a[1], b[2 * h]);
-          multiply_16(d[1], a[2], a[3], b[2 * h + 1]);
-        }
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          const int row = 2 * tile + e / 2, token = 2 * h + e % 2;
-#pragma unroll
-          for (int part = 0; part < kParts; ++part) {
-            float t = fmaf(__uint_as_float(d[part][e]), w.scale[part][row], minus[part][row]);
-            if constexpr (F::kOffset && kParts == 2) t = fmaf(part_sum[part][e % 2], w.offset[part][row], t);
-            y[e] = fmaf(t, scale[token], y[e]);
-          }
-          if constexpr (L::kSums) y[e] = fmaf(w.offset[0][row], sum[token], y[e]);
-        }
+    for (int tile = 0; tile < 2; ++tile) {
+      const uint32_t(&a)[4] = w.a[tile];
+      if constexpr (kParts == 1) {
+        multiply_32(products.d[tile][0], a, t.b[2 * h], t.b[2 * h + 1]);
+      } else {
+        multiply_16(products.d[tile][0], a[0], a[1], t.b[2 * h]);
+        multiply_16(products.d[tile][1], a[2], a[3], t.b[2 * h + 1]);
       }
     }
+    if constexpr (kPartSums)
+      for (int part = 0; part < 2; ++part)
+        multiply_16(products.ones[part], 0x01010101u, 0x01010101u, t.b[2 * h + part]);
+  }
+  __device__ __forceinline__ void finish(float (&y)[2][4], const Products& products, const Tokens& t, int h) const {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const int tile = i / 4, e = i % 4, row = 2 * tile + e / 2, token = 2 * h + e % 2;
+#pragma unroll
+      for (int part = 0; part < kParts; ++part) {
+        float v = fmaf(__uint_as_float(products.d[tile][part][e]), w.scale[part][row], minus[part][row]);
+        if constexpr (kPartSums)
+          v = fmaf(__uint_as_float(products.ones[part][e % 2]) - kMagic, w.offset[part][row], v);
+        y[tile][e] = fmaf(v, t.scale[token], y[tile][e]);
+      }
+      if constexpr (L::kSums) y[tile][e] = fmaf(w.offset[0][row], t.sum[token], y[tile][e]);
+    }
+  }
+};
+
+template <BlockFormat F, int kPairs>
+__device__ __forceinline__ void multiply_group(Sums<kPairs>& sums, const Weights<F, kPairs>& w,
+                                               uint32_t codes, const uint8_t* scales) {
+  using G = Group<F, kPairs>;
+  const G group(w);
+  typename G::Tokens tokens[2];
+  typename G::Products products[2];
+  G::load(tokens[0], codes, scales, 0);
+#pragma unroll
+  for (int i = 0; i <= 2 * kPairs; ++i) {
+    if (i % 2 == 1 && i / 2 + 1 < kPairs) G::load(tokens[(i / 2 + 1) % 2], codes, scales, i / 2 + 1);
+    if (i < 2 * kPairs) group.start(products[i % 2], tokens[i / 2 % 2], i % 2);
+    const int done = i - 1;
+    if (done >= 0) group.finish(sums[done / 2][done % 2], products[done % 2], tokens[done / 2 % 2], done % 2);
   }
 }
 
 // Steps [first, last) of a tile, added up in the lanes' fragments, times 2^-24.
 template <BlockFormat F, int kPairs>
-__device__ __forceinline__ void multiply_tile(Sums<kPairs>& sums, const Tile<F, kPairs>& tile, int64_t first,
-                                              int64_t last) {
+__device__ __forceinline__ void multiply_tile(Sums<kPairs>& sums, const Copier<F, kPairs>& copier,
+                                              uint32_t first_row_bytes, int first, int last) {
   using L = Layout<F, kPairs>;
+  using C = Copier<F, kPairs>;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, r = lane / 4;
-  const int64_t k = tile.args.k, all_stages = (k + kStageElems - 1) / kStageElems;
-  const int64_t end = last * L::kStages < all_stages ? last * L::kStages : all_stages;
-  for (int i = 0; i < L::kAhead; ++i) tile.copy_stage(first * L::kStages + i, end);
+  const int all_stages = (copier.work.k + kStageElems - 1) / kStageElems;
+  const int end = last * L::kStages < all_stages ? last * L::kStages : all_stages;
+  // Where a row's step begins within its first 16-byte piece.
+  const auto misalignment = [&](int row, int step) {
+    return (first_row_bytes + row * static_cast<uint32_t>(copier.work.row_bytes) + step * L::kStepBytes) & 15;
+  };
+  copier.copy_activations(first * L::kStages, end);
+  copier.template copy_weights<C::kPasses>(first, last);
+  commit_copies();
 
-  const float* table = tile.shared.table(warp);
-  bytes_ptr rows[4];
-  for (int64_t stage = first * L::kStages; stage < end; ++stage) {
-    wait_copies<L::kAhead - 1>();
+  float* table = copier.shared.table(warp);
+  bytes_ptr rows[2];  // r and r+8; 16 rows further a step begins at the same place of its 16 bytes
+  for (int stage = first * L::kStages; stage < end; ++stage) {
+    const int step = stage / L::kStages;
+    wait_copies<0>();
     __syncthreads();  // the stage is there for all, and the one before it has been read by all
-    tile.copy_stage(stage + L::kAhead, end);
     if (stage % L::kStages == 0) {
-      const int64_t step = stage / L::kStages, left = (k - step * L::kStep) / L::kGroup;
-      bytes_ptr staged = tile.shared.weights(step);
-      for (int i = 0; i < 4; ++i) {
-        const int row = warp * kWarpRows + 8 * i + r;
-        rows[i] = staged + row * L::kRowBytes + tile.misalignment(row, step);
-      }
-      const int row = warp * kWarpRows + lane;
-      fill_table<F, kPairs>(tile.shared.table(warp), staged + row * L::kRowBytes + tile.misalignment(row, step),
-                            left < L::kStepGroups ? static_cast<int>(left) : L::kStepGroups);
+      bytes_ptr staged = copier.shared.weights(step) + warp * kWarpRows * L::kRowBytes;
+      for (int i = 0; i < 2; ++i)
+        rows[i] = staged + (8 * i + r) * L::kRowBytes + misalignment(warp * kWarpRows + 8 * i + r, step);
+      fill_table<F, kPairs>(table, staged + lane * L::kRowBytes + misalignment(warp * kWarpRows + lane, step),
+                            (copier.work.k - step * L::kStep) / L::kGroup);
       __syncwarp();
     }
-    const int first_group = static_cast<int>(stage % L::kStages) * kStageGroups;
+    const int first_group = stage % L::kStages * kStageGroups;
     const uint32_t codes =
-        shared_address(tile.shared.codes(stage)) + (lane % 8 + lane / 16 * 8) * kStageElems;
-    const uint8_t* scales = tile.shared.scales(stage);
-    Weights<F, kPairs> now, next;
-    now.load(rows, table, first_group);
+        shared_address(copier.shared.codes(stage)) + (lane % 8 + lane / 16 * 8) * kStageElems;
+    const uint8_t* scales = copier.shared.scales(stage);
+    Weights<F, kPairs> now;
 #pragma unroll
     for (int g = 0; g < kStageGroups; ++g) {
-      if (g + 1 < kStageGroups) next.load(rows, table, first_group + g + 1);
+      now.load(rows, table, first_group + g);
+      // The next stage's activations, and its share of the next step's weights.
+      if (g == 0) copier.copy_activations(stage + 1, end);
+      if (g == 1) {
+        constexpr int kShare = (C::kPasses + L::kStages - 1) / L::kStages;
+        copier.template copy_weights<kShare>(step + 1, last, stage % L::kStages * kShare);
+      }
+      if (g == 1) commit_copies();
       const int place = (2 * g + lane / 8 % 2) ^ (lane % 8);
       multiply_group<F, kPairs>(sums, now, codes + 16 * place, scales + g * L::kScaleStride);
-      now = next;
     }
   }
-  wait_copies<0>();
   __syncthreads();  // shared memory is free again
 }
 
@@ -381,20 +405,21 @@ __global__ void __launch_bounds__(kThreads, Layout<F, kPairs>::kBlocksPerSm)
     gemm_mma_q8_kernel(const __grid_constant__ GemmArgs args, const __grid_constant__ Work work) {
   using L = Layout<F, kPairs>;
   extern __shared__ __align__(16) uint8_t memory[];
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int64_t end = work.begin(blockIdx.x + 1);
   for (int64_t unit = work.begin(blockIdx.x); unit < end;) {
-    const int64_t index = unit / work.tile_units, first = unit % work.tile_units;
-    const int64_t wanted = first + end - unit, last = wanted < work.tile_units ? wanted : work.tile_units;
+    const int64_t index = unit / work.tile_units;
+    const int first = static_cast<int>(unit % work.tile_units), units = static_cast<int>(work.tile_units);
+    const int last = end - unit < units - first ? first + static_cast<int>(end - unit) : units;
     unit += last - first;
-    const Tile<F, kPairs> tile{args, L{memory}, index / work.token_tiles * kRows,
-                               index % work.token_tiles * L::kTokens};
+    const int64_t first_row = index / work.token_tiles * kRows;
+    const int64_t first_token = index % work.token_tiles * L::kTokens;
     Sums<kPairs> sums = {};
-    multiply_tile(sums, tile, first, last);
-    if (last - first < work.tile_units && !combine<kPairs>(sums, work, index, first == 0)) continue;
+    multiply_tile<F, kPairs>(sums, {args, work, memory, first_row, first_token},
+                             static_cast<uint32_t>(first_row * work.row_bytes), first, last);
+    if (last - first < units && !combine<kPairs>(sums, work, index, first == 0)) continue;
 
     float* staged = reinterpret_cast<float*>(memory);
-    const int r = lane / 4, c = lane % 4;
+    const int warp = threadIdx.x / 32, r = threadIdx.x % 32 / 4, c = threadIdx.x % 4;
 #pragma unroll
     for (int i = 0; i < kPairs * 16; ++i) {
       const int e = i % 4, rows = i / 4 % 2, h = i / 8 % 2, p = i / 16;
@@ -404,13 +429,13 @@ __global__ void __launch_bounds__(kThreads, Layout<F, kPairs>::kBlocksPerSm)
     __syncthreads();
     switch (args.type) {
       case Real::kFloat32:
-        store_tile<float, L::kTokens, L::kOutStride>(args, staged, tile.first_row, tile.first_token);
+        store_tile<float, L::kTokens, L::kOutStride>(args, staged, first_row, first_token);
         break;
       case Real::kFloat16:
-        store_tile<Half, L::kTokens, L::kOutStride>(args, staged, tile.first_row, tile.first_token);
+        store_tile<Half, L::kTokens, L::kOutStride>(args, staged, first_row, first_token);
         break;
       case Real::kBFloat16:
-        store_tile<BFloat16, L::kTokens, L::kOutStride>(args, staged, tile.first_row, tile.first_token);
+        store_tile<BFloat16, L::kTokens, L::kOutStride>(args, staged, first_row, first_token);
         break;
     }
     __syncthreads();  // before the next tile's copies arrive where this one's results lay
