@@ -1,150 +1,19 @@
 // SPDX-License-Identifier: MIT
 // y[m, n] = x[m, k] · w[n, k]ᵀ with int8 tensor cores, both sides' scales applied per group of 32:
-//     y += s_a · (s_w · Σ q_w q_a) + o_w · sum_a        (float32; Σ exact)
+//     y += s_a · (s_w · Σ q_w q_a) + o_w · sum_a        (Σ exact, the rest float32)
 // A thread block of 4 warps owns kRows rows of w and 16·kPairs tokens, a warp 32 of the rows. Weights
 // are the A operand, made of the native bytes by F::quad where they lie in shared memory; tokens are B.
-// Limit: issue slots, two FFMA per output and group (finish_group below) beside one mma per four.
+// Limit: issue slots. Beside one mma, which holds up dispatch for about 7, stand 8 FFMA and 5 others.
 #pragma once
-#include "../formats/activation.h"
-#include "../formats/gguf_formats.h"
-#include "launch.h"
 #include "memory.cuh"
-#include "mma_q8.cuh"
+#include "mma_q8_stage.cuh"
 
 namespace quantgemm::mma_q8 {
 
-constexpr int kWarps = 4, kThreads = 32 * kWarps, kWarpRows = 32, kRows = kWarps * kWarpRows;
-constexpr int kStageElems = 128, kStageGroups = kStageElems / ActivationRow::kGroup;
-
-// Work is cut into units of one step along k of one tile; block b owns units
-// b · num_units / gridDim.x … of them all: whole tiles where the grid is as large as their number,
-// else equal shares, and tiles in several hands are summed by the last to finish.
-struct Work {
-  int64_t num_units, tile_units, token_tiles;
-  float4* partials;  // [grid][2][kPairs · 4][kThreads]
-  int* arrivals;     // [tiles], zero at the start
-  int64_t row_bytes, act_bytes;  // of a row of w, of a row of activations
-  int k;
-
-  __device__ int64_t begin(int64_t block) const { return block * num_units / gridDim.x; }
-  __device__ int64_t owner(int64_t unit) const { return ((unit + 1) * gridDim.x - 1) / num_units; }
-};
-
-// Shared memory. Weights are staged a step (256 or 128 of k) at a time, activations 128 of k.
-template <BlockFormat F, int kPairs>
-struct Layout {
-  static constexpr int kTokens = 16 * kPairs;
-  // A step's bytes of a row are copied as the 16-byte pieces that contain them.
-  static constexpr bool kWide = F::kElems == 256 || 256 / F::kElems * F::kBytes <= 240;
-  static constexpr int kStep = kWide ? 256 : kStageElems, kStages = kStep / kStageElems;
-  static constexpr int kStepBytes = kStep / F::kElems * F::kBytes;
-  static constexpr int kPieces = (kStepBytes + 16 - kAlignOf<F::kBytes> + 15) / 16;
-  static constexpr int kRowBytes = 16 * (kPieces | 1);  // odd: 8 rows' quads lie in different banks
-  static constexpr int kGroup = F::kGroup < 32 ? 16 : 32;
-  static constexpr int kStepGroups = kStep / kGroup;
-
-  static constexpr bool kSums = F::kOffset && kGroup == 32;  // else sums per 16 come from the codes
-  static constexpr int kScaleBytes = kSums ? 8 : 4;
-  static constexpr int kScaleStride = (kTokens + 16) * kScaleBytes;  // scales of a group
-  static constexpr int kCodeBytes = kTokens * kStageElems;
-
-  static constexpr int kWeightBytes = kRows * kRowBytes;
-  static constexpr int kActBytes = kCodeBytes + kStageGroups * kScaleStride;
-  static constexpr int kTableBytes = kStepGroups * kRows * (F::kOffset ? 8 : 4);
-
-  // Two buffers each: one in use, one being filled.
-  static constexpr int kStageBytes = kTableBytes + 2 * (kActBytes + kWeightBytes);
-  static constexpr int kOutStride = kRows + 4;  // floats
-  static constexpr int kOutBytes = kTokens * kOutStride * 4;
-  static constexpr int kBytes = kStageBytes > kOutBytes ? kStageBytes : kOutBytes;
-
-  static constexpr int kBlocksPerSm = kPairs >= 6 ? 2 : kPairs == 4 ? 3 : 4;
-
-  uint8_t* memory;
-  __device__ float* table(int warp) const {
-    return reinterpret_cast<float*>(memory + warp * (kTableBytes / kWarps));
-  }
-  __device__ uint8_t* weights(int step) const { return memory + kTableBytes + step % 2 * kWeightBytes; }
-  __device__ uint8_t* codes(int stage) const {
-    return memory + kTableBytes + 2 * kWeightBytes + stage % 2 * kActBytes;
-  }
-  __device__ uint8_t* scales(int stage) const { return codes(stage) + kCodeBytes; }
-};
-
-// A thread's part in copying a tile's operands. Rows and tokens past the edge are not copied: what is
-// computed for them is never stored.
-template <BlockFormat F, int kPairs>
-struct Copier {
-  using L = Layout<F, kPairs>;
-  static constexpr int kRowsPerPass = kThreads / L::kPieces, kPasses = (kRows + kRowsPerPass - 1) / kRowsPerPass;
-  static constexpr int kTokensPerPass = kThreads / 8, kScalesPerPass = kThreads / kStageGroups;
-  const Work& work;
-  L shared;
-  int rows, tokens;  // from the thread's first row, the tile's first token to the tile's last
-  bytes_ptr weights, codes, scales;
-
-  __device__ Copier(const GemmArgs& args, const Work& work, uint8_t* memory, int64_t first_row, int64_t first_token)
-      : work(work), shared{memory} {
-    const int row = threadIdx.x / L::kPieces;
-    const int64_t rows_left = args.n - first_row, tokens_left = args.m - first_token;
-    rows = row < kRowsPerPass ? static_cast<int>(rows_left < kRows ? rows_left : kRows) - row : 0;
-    tokens = static_cast<int>(tokens_left < L::kTokens ? tokens_left : L::kTokens);
-    weights = args.w + (first_row + row) * work.row_bytes + 16 * (threadIdx.x % L::kPieces);
-    codes = args.activations + (first_token + threadIdx.x / 8) * work.act_bytes + threadIdx.x % 8 * 16;
-    scales = args.activations + (first_token + threadIdx.x / kStageGroups) * work.act_bytes +
-             ActivationRow::scales_offset(args.k) + threadIdx.x % kStageGroups * 8;
-  }
-
-  // kCount of the passes over the rows of a step. A row may begin anywhere; only its own bytes are read.
-  template <int kCount>
-  __device__ __forceinline__ void copy_weights(int step, int end, int first = 0) const {
-    const int row = threadIdx.x / L::kPieces, piece = threadIdx.x % L::kPieces;
-    const int skipped = first * kRowsPerPass;
-    const uint32_t target =
-        shared_address(shared.weights(step)) + (row + skipped) * L::kRowBytes + 16 * piece;
-    const int64_t offset = static_cast<int64_t>(step) * L::kStepBytes, left = work.row_bytes - offset;
-    const int length = (left < L::kStepBytes ? static_cast<int>(left) : L::kStepBytes) - 16 * piece;
-    const int count = step < end ? rows - skipped : 0;
-    bytes_ptr source = weights + offset + skipped * work.row_bytes;
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      const int misaligned = static_cast<int>(reinterpret_cast<uintptr_t>(source) & 15);
-      const int bytes = misaligned + length;
-      copy_async<16>(target + i * kRowsPerPass * L::kRowBytes, source - misaligned,
-                     i * kRowsPerPass < count && bytes > 0, bytes < 16 ? bytes : 16);
-      source += kRowsPerPass * work.row_bytes;
-    }
-  }
-
-  // Codes: 16-byte piece p of token t lies at place p ^ (t % 8) of its 128 bytes, so that the 8 rows
-  // of a matrix lie in different banks. Scales: in the order in which a lane wants them.
-  __device__ __forceinline__ void copy_activations(int stage, int end) const {
-    const int piece = threadIdx.x % 8, group = threadIdx.x % kStageGroups;
-    int token = threadIdx.x / 8;
-    uint32_t target = shared_address(shared.codes(stage)) + token * kStageElems + 16 * (piece ^ (token % 8));
-    bytes_ptr source = codes + static_cast<int64_t>(stage) * kStageElems;
-    const int here = stage < end ? tokens : 0;
-    int count = stage * kStageElems + 16 * piece < work.k ? here - token : 0;
-#pragma unroll
-    for (int i = 0; i < L::kTokens; i += kTokensPerPass) {
-      copy_async<16>(target + i * kStageElems, source, i < count);
-      source += kTokensPerPass * work.act_bytes;
-    }
-    token = threadIdx.x / kStageGroups;
-    // token 8 h + 2 c + e of 16 to place 4 c + 2 h + e: both halves' scales are neighbours
-    const int place =
-        L::kSums ? token : (token & ~15) + 4 * ((token >> 1) & 3) + 2 * ((token >> 3) & 1) + (token & 1);
-    target = shared_address(shared.scales(stage)) + group * L::kScaleStride + place * L::kScaleBytes;
-    const bool inside = stage * kStageElems + group * ActivationRow::kGroup < work.k;  // past it scales are zero
-    source = inside ? scales + static_cast<int64_t>(stage) * (8 * kStageGroups) : scales;
-    count = here - token;
-#pragma unroll
-    for (int i = 0; i < L::kTokens; i += kScalesPerPass) {
-      copy_async<L::kScaleBytes>(target + i * L::kScaleBytes, source, i < count, inside ? L::kScaleBytes : 0);
-      source += kScalesPerPass * work.act_bytes;
-    }
-  }
-};
+__device__ __forceinline__ void load4(float (&v)[4], const float* p) {
+  const float4 q = *reinterpret_cast<const float4*>(p);
+  v[0] = q.x, v[1] = q.y, v[2] = q.z, v[3] = q.w;
+}
 
 // A group's weights as a lane holds them: two 16-row A fragments, and what its four rows
 // r, r+8, r+16, r+24 make of an integer sum (a sum per 16 where scales are).
@@ -168,13 +37,9 @@ struct Weights {
 #pragma unroll
     for (int part = 0; part < kParts; ++part) {
       const float* entry = table + (group * kParts + part) * kWarpRows * (F::kOffset ? 2 : 1) + 4 * r;
-      copy4(scale[part], entry);
-      if constexpr (F::kOffset) copy4(offset[part], entry + kWarpRows);
+      load4(scale[part], entry);
+      if constexpr (F::kOffset) load4(offset[part], entry + kWarpRows);
     }
-  }
-  __device__ static void copy4(float (&v)[4], const float* p) {
-    const float4 q = *reinterpret_cast<const float4*>(p);
-    v[0] = q.x, v[1] = q.y, v[2] = q.z, v[3] = q.w;
   }
 };
 
@@ -207,85 +72,59 @@ template <int kPairs>
 using Sums = float[kPairs][2][2][4];
 
 // One group of 32. s · Σ without converting: fma(magic + Σ, s, −magic · s) is s · Σ rounded once,
-// because magic · s is exact. The products for 8 tokens are under way while the 8 before are scaled.
-template <BlockFormat F, int kPairs>
-struct Group {
-  using L = Layout<F, kPairs>;
-  static constexpr int kParts = Weights<F, kPairs>::kParts;
-  static constexpr bool kPartSums = F::kOffset && kParts == 2;  // sums of 16 activations
-  struct Products {
-    uint32_t d[2][kParts][4];                   // per row tile
-    uint32_t ones[kPartSums ? kParts : 1][4];
-  };
-  struct Tokens {  // 16
-    uint32_t b[4];
-    float scale[4], sum[4];
-  };
-  const Weights<F, kPairs>& w;
-  float minus[kParts][4];
-
-  __device__ __forceinline__ explicit Group(const Weights<F, kPairs>& w) : w(w) {
-#pragma unroll
-    for (int part = 0; part < kParts; ++part)
-      for (int i = 0; i < 4; ++i) minus[part][i] = -kMagic * w.scale[part][i];
-  }
-  __device__ __forceinline__ static void load(Tokens& t, uint32_t codes, const uint8_t* scales, int p) {
-    const int c = threadIdx.x % 4;
-    load_matrices(t.b, codes + p * 16 * kStageElems);
-    if constexpr (L::kSums) {
-      for (int h = 0; h < 2; ++h) {
-        const float4 q = *reinterpret_cast<const float4*>(scales + 8 * (16 * p + 8 * h + 2 * c));
-        t.scale[2 * h] = q.x, t.sum[2 * h] = q.y, t.scale[2 * h + 1] = q.z, t.sum[2 * h + 1] = q.w;
-      }
-    } else {
-      Weights<F, kPairs>::copy4(t.scale, reinterpret_cast<const float*>(scales) + 16 * p + 4 * c);
-    }
-  }
-  __device__ __forceinline__ void start(Products& products, const Tokens& t, int h) const {
-#pragma unroll
-    for (int tile = 0; tile < 2; ++tile) {
-      const uint32_t(&a)[4] = w.a[tile];
-      if constexpr (kParts == 1) {
-        multiply_32(products.d[tile][0], a, t.b[2 * h], t.b[2 * h + 1]);
-      } else {
-        multiply_16(products.d[tile][0], a[0], a[1], t.b[2 * h]);
-        multiply_16(products.d[tile][1], a[2], a[3], t.b[2 * h + 1]);
-      }
-    }
-    if constexpr (kPartSums)
-      for (int part = 0; part < 2; ++part)
-        multiply_16(products.ones[part], 0x01010101u, 0x01010101u, t.b[2 * h + part]);
-  }
-  __device__ __forceinline__ void finish(float (&y)[2][4], const Products& products, const Tokens& t, int h) const {
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const int tile = i / 4, e = i % 4, row = 2 * tile + e / 2, token = 2 * h + e % 2;
-#pragma unroll
-      for (int part = 0; part < kParts; ++part) {
-        float v = fmaf(__uint_as_float(products.d[tile][part][e]), w.scale[part][row], minus[part][row]);
-        if constexpr (kPartSums)
-          v = fmaf(__uint_as_float(products.ones[part][e % 2]) - kMagic, w.offset[part][row], v);
-        y[tile][e] = fmaf(v, t.scale[token], y[tile][e]);
-      }
-      if constexpr (L::kSums) y[tile][e] = fmaf(w.offset[0][row], t.sum[token], y[tile][e]);
-    }
-  }
-};
-
+// because magic · s is exact.
 template <BlockFormat F, int kPairs>
 __device__ __forceinline__ void multiply_group(Sums<kPairs>& sums, const Weights<F, kPairs>& w,
                                                uint32_t codes, const uint8_t* scales) {
-  using G = Group<F, kPairs>;
-  const G group(w);
-  typename G::Tokens tokens[2];
-  typename G::Products products[2];
-  G::load(tokens[0], codes, scales, 0);
+  using L = Layout<F, kPairs>;
+  constexpr int kParts = Weights<F, kPairs>::kParts;
+  constexpr bool kPartSums = F::kOffset && kParts == 2;  // sums of 16 activations: by a matrix of ones
+  float minus[kParts][4];
 #pragma unroll
-  for (int i = 0; i <= 2 * kPairs; ++i) {
-    if (i % 2 == 1 && i / 2 + 1 < kPairs) G::load(tokens[(i / 2 + 1) % 2], codes, scales, i / 2 + 1);
-    if (i < 2 * kPairs) group.start(products[i % 2], tokens[i / 2 % 2], i % 2);
-    const int done = i - 1;
-    if (done >= 0) group.finish(sums[done / 2][done % 2], products[done % 2], tokens[done / 2 % 2], done % 2);
+  for (int part = 0; part < kParts; ++part)
+    for (int i = 0; i < 4; ++i) minus[part][i] = -kMagic * w.scale[part][i];
+  const int c = threadIdx.x % 4;
+#pragma unroll
+  for (int p = 0; p < kPairs; ++p) {
+    uint32_t b[4];
+    load_matrices(b, codes + p * 16 * kStageElems);
+    float scale[4], sum[4];
+    if constexpr (L::kSums) {
+      for (int h = 0; h < 2; ++h) {
+        const float4 q = *reinterpret_cast<const float4*>(scales + 8 * (16 * p + 8 * h + 2 * c));
+        scale[2 * h] = q.x, sum[2 * h] = q.y, scale[2 * h + 1] = q.z, sum[2 * h + 1] = q.w;
+      }
+    } else {
+      load4(scale, reinterpret_cast<const float*>(scales) + 16 * p + 4 * c);
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {  // 8 tokens, 16 rows
+      const int h = i / 2, tile = i % 2;
+      const uint32_t (&a)[4] = w.a[tile];
+      uint32_t d[kParts][4], ones[kParts][4];
+      if constexpr (kParts == 1) {
+        multiply_32(d[0], a, b[2 * h], b[2 * h + 1]);
+      } else {
+        multiply_16(d[0], a[0], a[1], b[2 * h]);
+        multiply_16(d[1], a[2], a[3], b[2 * h + 1]);
+      }
+      if constexpr (kPartSums)
+        for (int part = 0; part < 2; ++part)
+          multiply_16(ones[part], 0x01010101u, 0x01010101u, b[2 * h + part]);
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const int row = 2 * tile + e / 2, token = 2 * h + e % 2;
+        float& y = sums[p][h][tile][e];
+#pragma unroll
+        for (int part = 0; part < kParts; ++part) {
+          float v = fmaf(__uint_as_float(d[part][e]), w.scale[part][row], minus[part][row]);
+          if constexpr (kPartSums)
+            v = fmaf(__uint_as_float(ones[part][e % 2]) - kMagic, w.offset[part][row], v);
+          y = fmaf(v, scale[token], y);
+        }
+        if constexpr (L::kSums) y = fmaf(w.offset[0][row], sum[token], y);
+      }
+    }
   }
 }
 
@@ -423,8 +262,8 @@ __global__ void __launch_bounds__(kThreads, Layout<F, kPairs>::kBlocksPerSm)
 #pragma unroll
     for (int i = 0; i < kPairs * 16; ++i) {
       const int e = i % 4, rows = i / 4 % 2, h = i / 8 % 2, p = i / 16;
-      staged[(16 * p + 8 * h + 2 * c + e % 2) * L::kOutStride + warp * kWarpRows + 16 * rows + e / 2 * 8 + r] =
-          sums[p][h][rows][e];
+      staged[(16 * p + 8 * h + 2 * c + e % 2) * L::kOutStride + warp * kWarpRows + 16 * rows + e / 2 * 8 +
+             r] = sums[p][h][rows][e];
     }
     __syncthreads();
     switch (args.type) {
@@ -440,6 +279,24 @@ __global__ void __launch_bounds__(kThreads, Layout<F, kPairs>::kBlocksPerSm)
     }
     __syncthreads();  // before the next tile's copies arrive where this one's results lay
   }
+}
+
+// Launches the kernel of args.qtype. Instantiated for 16 and 32 tokens in gemm_5_mma_q8_narrow.cu, for 64
+// and 128 in gemm_5_mma_q8_wide.cu, since so many kernels take long to compile.
+template <int kPairs>
+cudaError_t launch_tiles(const GemmArgs& args, const Work& work, int64_t grid, cudaStream_t stream) {
+  cudaError_t status = cudaErrorNotSupported;
+  BlockFormats::visit(args.qtype, [&]<class F>(F) {
+    if constexpr (F::kElems % ActivationRow::kGroup == 0) {
+      constexpr int kBytes = Layout<F, kPairs>::kBytes;
+      const auto kernel = gemm_mma_q8_kernel<F, kPairs>;
+      status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+      if (status != cudaSuccess) return;
+      kernel<<<static_cast<unsigned>(grid), kThreads, kBytes, stream>>>(args, work);
+      status = cudaGetLastError();
+    }
+  });
+  return status;
 }
 
 }  // namespace quantgemm::mma_q8
