@@ -198,8 +198,7 @@ class Sequence {
       if (accepts(fraction, left, multiply(q_at(token), mass))) return true;
       if (!weighed) weigh(p, 1.0f);
       weighed = true;
-      subtract(mass);
-      if (total > 0) mass = mass_of(total);
+      if (subtract(mass)) mass = mass_of(total);
       return false;
     });
     if (accepted < 0 && !weighed) weigh(p, 1.0f);
@@ -208,6 +207,7 @@ class Sequence {
 
   // The last token, from `weights`.
   void finish(const Row<T>& p) {
+    if (!summed) total = sum(weights);
     if (total == 0) {
       status |= kNoMass;
       return emit(argmax(p), 0.0f, -1);
@@ -289,32 +289,39 @@ class Sequence {
 
   void weigh(const Row<T>& p, float share) {
     weights.resize(static_cast<size_t>(p.length));
-    total = 0;
     for (int64_t i = 0; i < p.length; ++i) {
       const float x = p.at(i);
       if (is_bad_value(x, a.target_is_logits)) status |= kBadValue;
-      total += to_fixed(weights[static_cast<size_t>(i)] = multiply(probability(x, law), share));
+      weights[static_cast<size_t>(i)] = multiply(probability(x, law), share);
     }
+    summed = false;
+  }
+
+  static uint64_t sum(const std::vector<float>& x) {
+    uint64_t total = 0;
+    for (const float w : x) total += to_fixed(w);
+    return total;
   }
 
   // Takes mass·q from the weights, unless that leaves nothing: then they stay as they are.
-  void subtract(float mass, bool may_be_empty = false) {
+  bool subtract(float mass, bool may_be_empty = false) {
     if (a.draft != nullptr && !a.target_to_draft && !a.draft_lse)
       for (int64_t j = 0; j < std::min(draft_row.length, a.vocab); ++j)
         if (is_bad_value(draft_row.at(j), a.draft_is_logits)) status |= kBadValue;
     left.resize(weights.size());
-    uint64_t sum = 0;
+    uint64_t rest = 0;
     for (size_t i = 0; i < weights.size(); ++i) {
       const auto id = static_cast<int64_t>(i);
       left[i] = id == one_hot ? 0.0f : residual(weights[i], multiply(q_at(id), mass));
-      sum += to_fixed(left[i]);
+      rest += to_fixed(left[i]);
     }
-    if (sum == 0 && !may_be_empty) {
+    if (rest == 0 && !may_be_empty) {
       status |= kEmptyResidual;
-      return;
+      return false;
     }
     std::swap(weights, left);
-    total = sum;
+    total = rest, summed = true;
+    return true;
   }
 
   const VerifyArgs& a;
@@ -326,7 +333,8 @@ class Sequence {
   RowLaw draft_law = stored_law();
   int64_t one_hot = -1;
   std::vector<float> weights, left;  // of the draw: p, or what is left of it
-  uint64_t total = 0;                // Σ weights in fixed point
+  uint64_t total = 0;                // Σ weights in fixed point, once it was asked for
+  bool summed = false;
   int64_t best = 0, count = 0;
   uint32_t status = 0;
 };
