@@ -63,9 +63,16 @@ inline GemmChoice select_gemm(const GemmProblem& p, bool may_round) {
       return {GemmAlgo::kDp4a, "int8 dot products read a quarter of float32"};
     return {GemmAlgo::kTiled, "vector float32 arithmetic on decoded weights"};
   }
-  if (may_round && p.m <= 8 && can(GemmAlgo::kDp4a))
-    return {GemmAlgo::kDp4a,
-            "few tokens: reading the weights is the limit, int8 dot products keep up with it"};
+  // Thresholds of m as measured on an H200 (docs/ladder.md); k, n and the type moved them little.
+  if (may_round && can(GemmAlgo::kDp4a)) {
+    const bool exact_tensor_cores = can(GemmAlgo::kMma);
+    if (p.m <= (exact_tensor_cores ? 4 : 8))
+      return {GemmAlgo::kDp4a,
+              "few tokens: reading the weights is the limit, int8 dot products keep up with it"};
+    if (can(GemmAlgo::kMmaQ8) && (!exact_tensor_cores || (p.m > 8 && p.m <= 16)))
+      return {GemmAlgo::kMmaQ8, "int8 tensor cores are the fastest here"};
+    if (!exact_tensor_cores) return {GemmAlgo::kDp4a, "int8 dot products: no tensor cores serve here"};
+  }
   if (can(GemmAlgo::kMma)) return {GemmAlgo::kMma, "tensor cores, activations kept as they are"};
   return {GemmAlgo::kTiled, "float32 arithmetic: tensor cores cannot keep this precision or type"};
 }

@@ -50,7 +50,7 @@ struct MmaLayout {
   static constexpr int kWeightsAt = Tile::kStages * kTokenBytes, kFragmentsAt = kWeightsAt + 2 * kWeightBytes;
   static constexpr int kPipeline = kFragmentsAt + 4 * kFragmentBytes;
   static constexpr int kOutPitch = 2 * kRows + 16;  // afterwards: [token][row] of y
-  static constexpr int kBytes = std::max(kPipeline, Tile::kTokens * kOutPitch);
+  static constexpr int kBytes = std::max(kPipeline, Tile::kTokens* kOutPitch);
 };
 
 struct MmaProblem {
@@ -354,11 +354,12 @@ __global__ void __launch_bounds__(MmaLayout<F, Tile>::kThreads, Tile::kBlocksPer
   }
 }
 
-template <class Tile>
-TileSchedule mma_schedule(const GemmArgs& args, int64_t chunk) {
-  using L = MmaLayout<Q4_0, Tile>;  // its tile is every format's
+template <class F, class Tile>
+TileSchedule mma_schedule(const GemmArgs& args) {
+  using L = MmaLayout<F, Tile>;
   return schedule_tiles((args.n + L::kRows - 1) / L::kRows, (args.m + Tile::kTokens - 1) / Tile::kTokens,
-                        (args.k + chunk - 1) / chunk, int64_t{multiprocessors()} * Tile::kBlocksPerSm);
+                        (args.k + L::kChunk - 1) / L::kChunk,
+                        int64_t{multiprocessors()} * Tile::kBlocksPerSm);
 }
 
 template <class Tile>
@@ -366,8 +367,7 @@ int64_t mma_scratch_bytes(const GemmArgs& args) {
   int64_t bytes = 0;
   BlockFormats::visit(args.qtype, [&]<class F>(F) {
     if constexpr (F::kElems % 32 == 0)
-      bytes = PartialTiles::bytes(mma_schedule<Tile>(args, MmaLayout<F, Tile>::kChunk),
-                                  MmaLayout<F, Tile>::kElems);
+      bytes = PartialTiles::bytes(mma_schedule<F, Tile>(args), MmaLayout<F, Tile>::kElems);
   });
   return bytes;
 }
@@ -379,7 +379,7 @@ cudaError_t launch_gemm_mma_tile(const GemmArgs& args, cudaStream_t stream) {
   BlockFormats::visit(args.qtype, [&]<class F>(F) {
     if constexpr (F::kElems % 32 == 0) {
       using L = MmaLayout<F, Tile>;
-      const TileSchedule schedule = mma_schedule<Tile>(args, L::kChunk);
+      const TileSchedule schedule = mma_schedule<F, Tile>(args);
       MmaProblem problem{static_cast<bytes_ptr>(args.x), args.w, args.y, {}, schedule, args.m, args.n, args.k,
                          args.k / F::kElems * F::kBytes};
       const auto kernel = gemm_mma_kernel<F, T, Tile>;

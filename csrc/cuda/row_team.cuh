@@ -40,7 +40,7 @@ __device__ __forceinline__ void cluster_barrier(const Team& team) {
 }
 
 // Every block's shared.mine to every block's shared.all.
-__device__ void exchange(Shared& shared, const Team& team) {
+__device__ inline void exchange(Shared& shared, const Team& team) {
   cluster_barrier(team);
   if (static_cast<int>(threadIdx.x) < team.ranks * kPublished) {
     const int rank = threadIdx.x / kPublished, i = threadIdx.x % kPublished;
@@ -218,7 +218,7 @@ __device__ __forceinline__ uint64_t inclusive_prefix(uint64_t x, int lane) {
 }
 
 // By one warp: which of n numbers holds `rest`, and what is left of it there.
-__device__ int find_piece(const uint64_t* pieces, int n, uint64_t& rest, int lane) {
+__device__ inline int find_piece(const uint64_t* pieces, int n, uint64_t& rest, int lane) {
   for (int first = 0;; first += 32) {
     const uint64_t own = first + lane < n ? pieces[first + lane] : 0;
     const uint64_t prefix = inclusive_prefix(own, lane);
