@@ -47,7 +47,7 @@ class Counter:
             self.counts[report.outcome] += 1
             if report.passed and "cuda" in report.keywords:
                 self.counts["passed_on_gpu"] += 1
-        if report.outcome == "skipped" and isinstance(report.longrepr, tuple):
+        if report.outcome == "skipped" and isinstance(report.longrepr, (tuple, list)):
             reason = report.longrepr[2].removeprefix("Skipped: ")
             self.skip_reasons[reason] = self.skip_reasons.get(reason, 0) + 1
 

@@ -62,6 +62,21 @@ __device__ __forceinline__ void multiply_codes(float (&sums)[4], const Slab& sla
   }
 }
 
+// One output from decoded weights. Codes times infinity are not weights times infinity (∞ − ∞ where
+// the zero is taken back), so a sum that came out as NaN is computed again this way.
+template <BlockFormat F, class T>
+__device__ __noinline__ float dot_decoded(bytes_ptr w, const T* x, int64_t k) {
+  float sum = 0;
+  for (int64_t e = 0; e < k; e += 4) {
+    const bytes_ptr block = w + e / F::kElems * F::kBytes;
+    const int within = static_cast<int>(e % F::kElems);
+    float v[4];
+    decode_quad<F>(block, within / 4, F::affine(block, within / F::kGroup), v);
+    for (int j = 0; j < 4; ++j) sum += to_float(x[e + j]) * v[j];
+  }
+  return sum;
+}
+
 template <BlockFormat F, class T>
 __global__ void __launch_bounds__(32 * kFewWarps, kFewBlocksPerSm)
     gemm_mma_few_kernel(bytes_ptr x, bytes_ptr w, T* y, int m, int64_t n, int64_t k, int64_t row_bytes) {
@@ -138,6 +153,7 @@ __global__ void __launch_bounds__(32 * kFewWarps, kFewBlocksPerSm)
   if (t < m && t < kFewTokens && row <= last_row) {
     float sum = 0;
     for (int other = 0; other < kFewWarps; ++other) sum += turn[other][t][row];
+    if (sum != sum) sum = dot_decoded<F>(tile + row * row_bytes, reinterpret_cast<const T*>(x) + t * k, k);
     store1(y + t * n + row0 + row, sum);
   }
 }
