@@ -16,6 +16,8 @@
 namespace quantgemm {
 namespace {
 
+constexpr int64_t kRun = 64;
+
 void gemm_naive(const GemmArgs& args, const GemmRange& range) {
   visit_real(args.type, [&]<class T>(T) {
     const auto run = [&]<class F>(F) {
@@ -34,8 +36,12 @@ void gemm_naive(const GemmArgs& args, const GemmRange& range) {
         }
         for (int64_t i = range.first_m; i < range.last_m; ++i) {
           const T* x = static_cast<const T*>(args.x) + i * args.k;
-          float sum = 0;
-          for (int64_t e = 0; e < args.k; ++e) sum += load_real(x + e) * row[e];
+          float sum = 0;  // of runs: short sums round less than one of length k
+          for (int64_t begin = 0; begin < args.k; begin += kRun) {
+            float run = 0;
+            for (int64_t e = begin; e < std::min(begin + kRun, args.k); ++e) run += load_real(x + e) * row[e];
+            sum += run;
+          }
           store_real(static_cast<T*>(args.y) + i * args.n + j, sum);
         }
       }
