@@ -31,9 +31,10 @@ setup: $(READY)
 	.venv/bin/pip install -q -r requirements-dev.txt
 	touch $@
 
-# On a machine with a GPU: its own architecture, unless TORCH_CUDA_ARCH_LIST says otherwise.
+# One architecture, unless TORCH_CUDA_ARCH_LIST says otherwise: that of this machine's GPU, and where
+# there is none (the kernels are then compiled, not run) Hopper's, which leaves no code out.
 OWN_ARCH = "import torch; c = torch.cuda.is_available() and torch.cuda.get_device_capability(); \
-print('%d.%d%s' % (*c, 'a' if c[0] >= 9 else '') if c else '')"
+print('%d.%d%s' % (*c, 'a' if c[0] >= 9 else '') if c else '9.0a')"
 build: $(READY)
 	TORCH_CUDA_ARCH_LIST="$${TORCH_CUDA_ARCH_LIST:-$$($(PY) -c $(OWN_ARCH))}" \
 	$(PY) setup.py -q build_ext --inplace

@@ -25,7 +25,7 @@ ROOT = Path(__file__).parent.resolve()
 DEFAULT_ARCHS = "8.0;8.6;8.9+PTX;9.0a"
 TORCH_ABI = (2, 10)  # the oldest torch whose stable ABI has what csrc/ops uses
 CXX_FLAGS = "-std=c++20 -O3 -Wall -Wextra -fPIC -fvisibility=hidden -ffp-contract=off"
-NVCC_FLAGS = "-std=c++20 -O3 -lineinfo -Werror all-warnings"
+NVCC_FLAGS = "-std=c++20 -O3 --compress-mode=size -Werror all-warnings"
 NVCC_FLAGS += " -Xcompiler=-fPIC,-Wall,-Wno-unknown-pragmas,-fvisibility=hidden"
 
 

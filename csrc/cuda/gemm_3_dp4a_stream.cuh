@@ -6,12 +6,9 @@
 #include <type_traits>
 
 #include "gemm_3_dp4a.cuh"
+#include "ptx.cuh"
 
 namespace quantgemm::dp4a {
-
-__device__ __forceinline__ uint32_t shared_address(const void* p) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
-}
 
 // How pieces of rows arrive in a warp's ring. A row's first lane calls start(); wait() returns to
 // all lanes when the stage's rows are there. `bytes` is a multiple of 16, as are both addresses.
@@ -58,10 +55,10 @@ struct Arrivals {  // 16 bytes an instruction, counted in groups
       asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(to + i),
                    "l"(static_cast<const uint8_t*>(from) + i));
   }
-  __device__ void close() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+  __device__ void close() { cp_async_commit(); }
   template <int Stages>
   __device__ void wait(int) {
-    asm volatile("cp.async.wait_group %0;" ::"n"(Stages - 2) : "memory");
+    cp_async_wait<Stages - 2>();
     __syncwarp();
   }
 };

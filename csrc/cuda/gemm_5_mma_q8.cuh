@@ -143,13 +143,13 @@ __device__ __forceinline__ void multiply_tile(Sums<kPairs>& sums, const Copier<F
   };
   copier.copy_activations(first * L::kStages, end);
   copier.template copy_weights<C::kPasses>(first, last);
-  commit_copies();
+  cp_async_commit();
 
   float* table = copier.shared.table(warp);
   bytes_ptr rows[2];  // r and r+8; 16 rows further a step begins at the same place of its 16 bytes
   for (int stage = first * L::kStages; stage < end; ++stage) {
     const int step = stage / L::kStages;
-    wait_copies<0>();
+    cp_async_wait<0>();
     __syncthreads();  // the stage is there for all, and the one before it has been read by all
     if (stage % L::kStages == 0) {
       bytes_ptr staged = copier.shared.weights(step) + warp * kWarpRows * L::kRowBytes;
@@ -173,7 +173,7 @@ __device__ __forceinline__ void multiply_tile(Sums<kPairs>& sums, const Copier<F
         constexpr int kShare = (C::kPasses + L::kStages - 1) / L::kStages;
         copier.template copy_weights<kShare>(step + 1, last, stage % L::kStages * kShare);
       }
-      if (g == 1) commit_copies();
+      if (g == 1) cp_async_commit();
       const int place = (2 * g + lane / 8 % 2) ^ (lane % 8);
       multiply_group<F, kPairs>(sums, now, codes + 16 * place, scales + g * L::kScaleStride);
     }

@@ -1,16 +1,12 @@
 // SPDX-License-Identifier: MIT
 // The instructions of the int8 tensor-core product, one wrapper each (PTX ISA: cp.async in
-// "Data Movement", ldmatrix and mma in "Warp Level Matrix Instructions").
+// "Data Movement", ldmatrix and mma in "Warp Level Matrix Instructions"), beside those of ptx.cuh.
 // Fragments of m16n8k32, lane = 4 r + c:  A: rows r, r+8, quads c, 4+c   B: column r, quads c, 4+c
 //                                         C: rows r, r, r+8, r+8, columns 2c, 2c+1, 2c, 2c+1
 #pragma once
-#include <cstdint>
+#include "ptx.cuh"
 
 namespace quantgemm {
-
-__device__ __forceinline__ uint32_t shared_address(const void* p) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
-}
 
 // If wanted: Bytes from global to shared memory, behind the thread's back; all but `valid` of them
 // become zero. Predicated, not branched around, so that arithmetic can be scheduled across it.
@@ -30,11 +26,6 @@ __device__ __forceinline__ void copy_async(uint32_t target, const void* source, 
         "l"(source), "r"(static_cast<int>(wanted)), "r"(valid), "n"(Bytes)
         : "memory");
   }
-}
-__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int Newest>  // waits for all groups of copies but the newest few
-__device__ __forceinline__ void wait_copies() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(Newest) : "memory");
 }
 
 // Four 8 × 16-byte matrices; lane i gives the address of row i % 8 of matrix i / 8 and receives
