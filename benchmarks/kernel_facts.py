@@ -38,7 +38,7 @@ def demangled(name: str) -> str:
 
 
 def launches(call: Callable[[], Any]) -> list[dict[str, Any]]:
-    """The kernels of one call, in order: name, time, grid, threads, registers, shared memory in KiB."""
+    """The kernels of one call, in order: name, time, grid, threads, registers, shared KiB."""
     call()
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
