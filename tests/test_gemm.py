@@ -149,6 +149,24 @@ def test_every_rung(fmt: Format, device: str) -> None:
     assert seen >= {"naive", "tiled"} | (set() if fmt.is_plain else {"dp4a"})
 
 
+@pytest.mark.cuda
+@pytest.mark.parametrize("m", [12, 20, 64, 257, 500])
+@pytest.mark.parametrize("qtype", [QType.Q4_0, QType.Q4_K, QType.Q6_K, QType.Q8_0, QType.MXFP4])
+def test_tiles_of_many_tokens(qtype: QType, m: int) -> None:
+    """The tiles and passes between and beyond the sizes above; more tiles than multiprocessors."""
+    fmt = FORMATS[qtype]
+    for n, k in ((130, 768), (5000, 256)):
+        w, weights = random_weights(fmt, n, k, "cuda")
+        for dtype in DTYPES:
+            x = random_x(m, k, dtype=dtype, device="cuda")
+            for algo in able(m, n, k, qtype, dtype, "cuda"):
+                y = ops.gemm(x, w, qtype, algo)
+                if algo in ROUNDING:
+                    assert_as_integers(y, x, w, qtype)
+                else:
+                    assert_as_torch(y, x, weights)
+
+
 @on_devices
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_unquantised_rows_of_any_length(dtype: torch.dtype, device: str) -> None:

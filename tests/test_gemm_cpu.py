@@ -95,7 +95,8 @@ def test_instruction_sets_agree(tmp_path: Path) -> None:
     results = []
     for level in LEVELS:
         path = tmp_path / level
-        paths = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
+        others = os.environ.get("PYTHONPATH", "")
+        paths = os.pathsep.join((str(ROOT), str(ROOT / "tests"), others))
         env = {**os.environ, "QUANTGEMM_CPU": level, "PYTHONPATH": paths}
         command = [sys.executable, "-c", LEVEL_SCRIPT, str(path)]
         subprocess.run(command, env=env, cwd=tmp_path, check=True)

@@ -97,10 +97,11 @@ def test_a_new_format_is_two_edits(tmp_path: Path) -> None:
     assert marker in text
     module.write_text(text.replace(marker, TOY_PYTHON + marker, 1))
 
-    env = {**os.environ, "QUANTGEMM_CUDA": "0", "PYTHONPATH": str(tmp_path)}
+    path = os.pathsep.join((str(tmp_path), os.environ.get("PYTHONPATH", "")))
+    env = {**os.environ, "QUANTGEMM_CUDA": "0", "PYTHONPATH": path}
     build = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
-    subprocess.run(build, cwd=tmp_path, env=env, check=True, capture_output=True)
-    check = [sys.executable, "-c", TOY_CHECK.format(root=str(tmp_path))]
-    done = subprocess.run(check, cwd=tmp_path, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    check = [sys.executable, "-X", "faulthandler", "-c", TOY_CHECK.format(root=str(tmp_path))]
+    for command in (build, check):
+        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, f"status {done.returncode}\n{done.stdout}\n{done.stderr}"
     assert "TOY2 decodes" in done.stdout
