@@ -64,6 +64,25 @@ struct GemmArgs {
   Real type;
 };
 
+// Blocks to the packed layout (formats/packed.h) and back.
+struct PackArgs {
+  const uint8_t* from;  // pack: blocks [n, k / block elems · block bytes of qtype]; unpack: strips
+  uint8_t* to;          // pack: strips [num_strips(n), strip_bytes(k)]; unpack: blocks
+  int64_t n, k;
+  int64_t qtype;
+};
+
+// y[m, n] = x[m, k] · wᵀ + bias, w as strips
+struct GemmPackedArgs {
+  const void* x;          // [m, k] of type
+  const uint8_t* packed;  // [num_strips(n), strip_bytes(k)] of qtype
+  const void* bias;       // [n] of type, or null
+  void* y;                // [m, n] of type
+  int64_t m, n, k;
+  int64_t qtype;
+  Real type;
+};
+
 struct EmbeddingArgs {
   const int64_t* ids;  // [num_ids], each a row of w; any other id gives a row of NaN
   const uint8_t* w;    // [num_rows, row_blocks · block bytes of qtype]

@@ -77,6 +77,12 @@ inline GemmChoice select_gemm(const GemmProblem& p, bool may_round) {
   return {GemmAlgo::kTiled, "float32 arithmetic: tensor cores cannot keep this precision or type"};
 }
 
+// ---- packed weights (formats/packed.h) on a GPU ----
+enum class PackedAlgo { kGemv, kMma };
+inline constexpr PackedAlgo kPackedAlgos[] = {PackedAlgo::kGemv, PackedAlgo::kMma};
+inline const char* name_of(PackedAlgo algo) { return algo == PackedAlgo::kGemv ? "gemv" : "mma"; }
+inline PackedAlgo select_packed_gemm(int64_t m) { return m <= 8 ? PackedAlgo::kGemv : PackedAlgo::kMma; }
+
 // Algorithms that can serve a problem, e.g. "naive, tiled".
 inline std::string able_gemms(const GemmProblem& p) {
   std::string names;

@@ -9,6 +9,7 @@ class FormatRow(TypedDict):
     has_offset: bool
     is_plain: bool
     can_quantize: bool
+    can_pack: bool
 
 class RawBuildInfo(TypedDict):
     compiler: str

@@ -24,12 +24,15 @@ __all__ = [
     "embedding",
     "gemm",
     "gemm_fp32",
+    "gemm_packed",
     "invert_vocabulary_map",
+    "pack",
     "quantize",
     "quantize_activations",
     "sample",
     "spec_verify",
     "spec_verify_tree",
+    "unpack",
 ]
 
 Shape = TypeVar("Shape", bound=Callable[..., Any])
@@ -135,17 +138,21 @@ def _gemm_backward(ctx: Any, grad_y: torch.Tensor) -> tuple[torch.Tensor, None, 
     is decoded at a time changes the memory, not the rounding.
     """
     (w,) = ctx.saved_tensors
-    fmt = format_by_id(ctx.qtype)
+    return _times_decoded(grad_y, w, ctx.qtype), None, None, None
+
+
+def _times_decoded(grad_y: torch.Tensor, w: torch.Tensor, qtype: int) -> torch.Tensor:
+    fmt = format_by_id(qtype)
     num_blocks = w.shape[1] // fmt.block_bytes
     decoded_bytes = max(1, w.shape[0] * fmt.block_elems * grad_y.element_size())
     step = max(1, DECODED_BYTES // decoded_bytes) * fmt.block_bytes
     if num_blocks * fmt.block_bytes <= step:
-        return grad_y @ dequantize(w, ctx.qtype, grad_y.dtype), None, None, None
+        return grad_y @ dequantize(w, qtype, grad_y.dtype)
     parts = [
-        grad_y @ dequantize(w[:, i : i + step], ctx.qtype, grad_y.dtype)
+        grad_y @ dequantize(w[:, i : i + step], qtype, grad_y.dtype)
         for i in range(0, w.shape[1], step)
     ]
-    return torch.cat(parts, -1), None, None, None
+    return torch.cat(parts, -1)
 
 
 torch.library.register_autograd("quantgemm::gemm", _gemm_backward, setup_context=_save_weights)
@@ -157,20 +164,125 @@ _autocast_rules = torch.library.Library("quantgemm", "FRAGMENT")  # type: ignore
 def _register_autocast(device_type: str, key: str) -> None:
     """torch.library.register_autocast with the dtype of the region instead of a fixed one."""
 
+    def cast(x: torch.Tensor) -> torch.Tensor:
+        # float64 stays, as torch's own rule has it: the op then says what it takes.
+        if x.device.type == device_type and x.is_floating_point() and x.dtype != torch.float64:
+            return x.to(torch.get_autocast_dtype(device_type))
+        return x
+
     def gemm_in_autocast(
         x: torch.Tensor, w: torch.Tensor, qtype: int, algo: str = "auto"
     ) -> torch.Tensor:
-        # float64 stays, as torch's own rule has it: the op then says what it takes.
-        if x.device.type == device_type and x.is_floating_point() and x.dtype != torch.float64:
-            x = x.to(torch.get_autocast_dtype(device_type))
+        x = cast(x)
         with torch.autocast(device_type, enabled=False):
             return torch.ops.quantgemm.gemm(x, w, qtype, algo)  # type: ignore[no-any-return]
 
+    def packed_in_autocast(
+        x: torch.Tensor,
+        packed: torch.Tensor,
+        qtype: int,
+        n: int,
+        k: int,
+        bias: torch.Tensor | None = None,
+        algo: str = "auto",
+    ) -> torch.Tensor:
+        x, bias = cast(x), bias if bias is None else cast(bias)
+        with torch.autocast(device_type, enabled=False):
+            return torch.ops.quantgemm.gemm_packed(  # type: ignore[no-any-return]
+                x, packed, qtype, n, k, bias, algo
+            )
+
     _autocast_rules.impl("gemm", gemm_in_autocast, key)  # type: ignore[no-untyped-call]
+    _autocast_rules.impl("gemm_packed", packed_in_autocast, key)  # type: ignore[no-untyped-call]
 
 
 _register_autocast("cpu", "AutocastCPU")
 _register_autocast("cuda", "AutocastCUDA")
+
+
+def pack(w: torch.Tensor, qtype: int) -> torch.Tensor:
+    """GGUF rows in the layout of the fastest products: same bits, other order (csrc/formats/packed.h).
+
+    w: uint8 ``[n, row_bytes]``; qtype: a type whose ``can_pack`` in the format table is true. Returns
+    uint8 ``[strips, strip_bytes]``, n padded to 64 rows and k to 64 columns.
+    """
+    return torch.ops.quantgemm.pack(w, int(qtype))  # type: ignore[no-any-return]
+
+
+@register_fake("quantgemm::pack")
+def _(w: torch.Tensor, qtype: int) -> torch.Tensor:
+    return w.new_empty(packed_shape(qtype, w.shape[0], _cols(format_by_id(qtype), w.shape[1])))
+
+
+def unpack(packed: torch.Tensor, qtype: int, n: int, k: int) -> torch.Tensor:
+    """The rows that `pack` was given, byte for byte: uint8 ``[n, row_bytes]``."""
+    return torch.ops.quantgemm.unpack(packed, int(qtype), n, k)  # type: ignore[no-any-return]
+
+
+@register_fake("quantgemm::unpack")
+def _(packed: torch.Tensor, qtype: int, n: int, k: int) -> torch.Tensor:
+    fmt = format_by_id(qtype)
+    return packed.new_empty([n, k // fmt.block_elems * fmt.block_bytes])
+
+
+def packed_shape(qtype: int, n: int, k: int) -> tuple[int, int]:
+    """``[strips, strip_bytes]`` of packed weights ``[n, k]``: 16 rows to a strip."""
+    fmt = format_by_id(qtype)
+    blocks = (k + 63) // 64 * 64 // fmt.block_elems
+    return (n + 63) // 64 * 4, 16 * blocks * fmt.block_bytes
+
+
+def gemm_packed(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    qtype: int,
+    n: int,
+    k: int,
+    bias: torch.Tensor | None = None,
+    algo: str = "auto",
+) -> torch.Tensor:
+    """Product with packed weights: ``y[..., n] = x[..., k] · wᵀ + bias`` for ``packed = pack(w)``.
+
+    x: float32/float16/bfloat16, never rounded; bias: ``[n]`` of x's dtype. algo: ``gemv`` (weights
+    are read once per 8 tokens, rows of y do not depend on the other tokens), ``mma`` or ``auto``; the
+    CPU has ``auto`` alone. Differentiable in x and bias; torch.autocast casts both.
+    """
+    return torch.ops.quantgemm.gemm_packed(  # type: ignore[no-any-return]
+        x, packed, int(qtype), n, k, bias, algo
+    )
+
+
+@register_fake("quantgemm::gemm_packed")
+def _(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    qtype: int,
+    n: int,
+    k: int,
+    bias: torch.Tensor | None = None,
+    algo: str = "auto",
+) -> torch.Tensor:
+    return x.new_empty([*x.shape[:-1], n])
+
+
+def _save_packed(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    _, packed, ctx.qtype, ctx.n, ctx.k, _, _ = inputs
+    ctx.save_for_backward(packed)
+
+
+def _gemm_packed_backward(ctx: Any, grad_y: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    (packed,) = ctx.saved_tensors
+    grad_x = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        grad_x = _times_decoded(grad_y, unpack(packed, ctx.qtype, ctx.n, ctx.k), ctx.qtype)
+    if ctx.needs_input_grad[5]:
+        grad_bias = grad_y.reshape(-1, ctx.n).sum(0)
+    return grad_x, None, None, None, None, grad_bias, None
+
+
+torch.library.register_autograd(
+    "quantgemm::gemm_packed", _gemm_packed_backward, setup_context=_save_packed
+)
 
 
 def gemm_fp32(x: torch.Tensor, w: torch.Tensor, algo: str) -> torch.Tensor:

@@ -36,6 +36,7 @@ def product_cases(device: str) -> dict[str, tuple[Callable, tuple]]:
     x = torch.randn(3, 7, 512, generator=generator).to(device)
     ids = torch.randint(0, 9, (2, 5), generator=generator).to(device)
     w = Q.quantize(torch.randn(9, 512, generator=generator), int(QType.Q4_K)).to(device)
+    packed = Q.pack(w, int(QType.Q4_K))
     weights = torch.randn(9, 512, generator=generator).to(device)
     return {
         "gemm": (Q.gemm.default, (x, w, int(QType.Q4_K), "auto")),
@@ -44,6 +45,16 @@ def product_cases(device: str) -> dict[str, tuple[Callable, tuple]]:
         "gemm with int8 activations": (
             Q.gemm.default,
             (x.bfloat16(), w, int(QType.Q4_K), "auto_q8"),
+        ),
+        "pack": (Q.pack.default, (w, int(QType.Q4_K))),
+        "unpack": (Q.unpack.default, (packed, int(QType.Q4_K), 9, 512)),
+        "gemm_packed": (
+            Q.gemm_packed.default,
+            (x.half(), packed, int(QType.Q4_K), 9, 512, weights[:, 0].half(), "auto"),
+        ),
+        "gemm_packed of few tokens": (
+            Q.gemm_packed.default,
+            (x[0], packed, int(QType.Q4_K), 9, 512, None, "auto"),
         ),
         "gemm_fp32": (Q.gemm_fp32.default, (x, weights, "tiled")),
         "embedding": (Q.embedding.default, (ids, w, int(QType.Q4_K), torch.float16)),

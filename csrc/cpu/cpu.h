@@ -19,6 +19,9 @@ int64_t gemm_cpu_scratch_bytes(const GemmArgs& args, GemmAlgo algo);
 void gemm_cpu_prepare(const GemmArgs& args, GemmAlgo algo, int64_t first_m, int64_t last_m);
 void gemm_cpu(const GemmArgs& args, GemmAlgo algo, const GemmRange& range);
 
+void pack_cpu(const PackArgs& args, int64_t first_strip, int64_t last_strip);
+void unpack_cpu(const PackArgs& args, int64_t first_strip, int64_t last_strip);
+
 void embedding_cpu(const EmbeddingArgs& args, int64_t first_id, int64_t last_id);
 void spec_verify_cpu(const VerifyArgs& args, int64_t first_sequence, int64_t last_sequence);
 

@@ -21,6 +21,13 @@ cudaError_t launch_gemm_mma_q8(const GemmArgs& args, cudaStream_t stream);
 int64_t gemm_dp4a_scratch_bytes(const GemmArgs& args);
 int64_t gemm_mma_scratch_bytes(const GemmArgs& args);
 int64_t gemm_mma_q8_scratch_bytes(const GemmArgs& args);
+
+// The packed layout (formats/packed.h) and products with it.
+cudaError_t launch_pack(const PackArgs& args, cudaStream_t stream);
+cudaError_t launch_unpack(const PackArgs& args, cudaStream_t stream);
+cudaError_t launch_gemv_packed(const GemmPackedArgs& args, cudaStream_t stream);
+cudaError_t launch_mma_packed(const GemmPackedArgs& args, cudaStream_t stream);
+
 cudaError_t launch_embedding(const EmbeddingArgs& args, cudaStream_t stream);
 
 // Rows of logits: maxima, sums and cutoffs into args.strips, of this many bytes (row_laws.cuh).

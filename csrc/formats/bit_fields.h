@@ -30,10 +30,20 @@ QG_HD uint32_t spread_nibbles(uint32_t fields) {
   return (fields | (fields << 4)) & 0x0f0f0f0fu;
 }
 
+// The ways back of the first two: bit 0 of bytes 0…3 -> bits 0…3, two bits of each -> fields at 0, 2, 4, 6.
+// One multiplication puts what each byte gives into the highest byte, where nothing else arrives.
+QG_HD uint32_t gather_bits(uint32_t four) { return (((four & 0x01010101u) * 0x01020408u) >> 24) & 0xfu; }
+QG_HD uint32_t gather_pairs(uint32_t four) { return ((four & 0x03030303u) * 0x01041040u) >> 24; }
+
 // Legacy nibble order of 32 weights in 16 bytes: weights 0…15 low, 16…31 high nibbles.
 template <int Align>
 QG_HD uint32_t nibbles_of_32(bytes_ptr codes, int i) {
   return (load<uint32_t, Align>(codes + 4 * (i & 3)) >> (i & 4)) & 0x0f0f0f0fu;
+}
+
+template <int Align>
+QG_HD void put_nibbles_of_32(uint8_t* codes, int i, uint32_t four) {
+  or_into<Align>(codes + 4 * (i & 3), (four & 0x0f0f0f0fu) << (i & 4));
 }
 
 // K-quant nibble order: 64 weights in 32 bytes, weights 0…31 low, 32…63 high nibbles.
@@ -42,10 +52,20 @@ QG_HD uint32_t nibbles_of_64(bytes_ptr codes, int i) {
   return (load<uint32_t, Align>(codes + 32 * (i >> 4) + 4 * (i & 7)) >> ((i & 8) >> 1)) & 0x0f0f0f0fu;
 }
 
+template <int Align>
+QG_HD void put_nibbles_of_64(uint8_t* codes, int i, uint32_t four) {
+  or_into<Align>(codes + 32 * (i >> 4) + 4 * (i & 7), (four & 0x0f0f0f0fu) << ((i & 8) >> 1));
+}
+
 // K-quant 2-bit planes: 128 weights in 32 bytes, weights 32p…32p+31 in bits 2p and 2p+1.
 template <int Align>
 QG_HD uint32_t planes_of_128(bytes_ptr codes, int i) {
   return (load<uint32_t, Align>(codes + 32 * (i >> 5) + 4 * (i & 7)) >> (2 * ((i >> 3) & 3))) & 0x03030303u;
+}
+
+template <int Align>
+QG_HD void put_planes_of_128(uint8_t* codes, int i, uint32_t four) {
+  or_into<Align>(codes + 32 * (i >> 5) + 4 * (i & 7), (four & 0x03030303u) << (2 * ((i >> 3) & 3)));
 }
 
 // One base-3 digit (0, 1, 2) of each of four bytes: byte · 3^digit (mod 256) · 3 / 256.

@@ -61,6 +61,22 @@ concept TwoLevelFormat = BlockFormat<F> && requires(bytes_ptr block, int i) {
   { F::scale_codes(block, i) } -> std::same_as<uint64_t>;
 };
 
+// Where a code is exactly kCodeBits bits and all other bits are whole bytes, the head (scales, offsets),
+// a format may say so and gets a packed form (packed.h). Base class of such a format: its head is
+// the bytes from HeadAt on. place(block, i, four) is the way back from stored_codes: it ORs the codes
+// of weights 4i … 4i+3 into a block whose code bits are still zero.
+template <int Bits, int HeadAt = 0>
+struct Packs {
+  static constexpr int kCodeBits = Bits;
+  QG_HD static constexpr int head_at(int i) { return HeadAt + i; }  // where head byte i is in a block
+};
+template <class F>
+concept PackableFormat = BlockFormat<F> && requires(uint8_t* block, int i, uint32_t four) {
+  { F::kCodeBits } -> std::convertible_to<int>;
+  { F::head_at(i) } -> std::same_as<int>;
+  { F::place(block, i, four) } -> std::same_as<void>;
+};
+
 // Unquantised tensors are rows of one-element "blocks" with a value instead of a code.
 template <class F>
 concept PlainFormat = requires(bytes_ptr element) {
@@ -104,6 +120,19 @@ template <BlockFormat F>
 QG_HD uint32_t codes_of(bytes_ptr block, int i) {
   if constexpr (HasZero<F>) return F::codes(block, i);
   return F::quad(block, i);
+}
+
+// The bits of a code as they are stored, one byte each, and q of them.
+template <PackableFormat F>
+QG_HD uint32_t stored_codes(bytes_ptr block, int i) {
+  if constexpr (LevelFormat<F>) return F::nibbles(block, i);
+  return codes_of<F>(block, i);
+}
+template <PackableFormat F>
+QG_HD uint32_t quad_of_stored(uint32_t four) {
+  if constexpr (LevelFormat<F>) return F::levels(four);
+  if constexpr (HasZero<F>) return sub_bytes(four, broadcast_byte(F::kZero));
+  return four;
 }
 
 // ---- the registry: visit the format of a ggml id ----

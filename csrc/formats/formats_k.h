@@ -9,7 +9,7 @@
 namespace quantgemm {
 
 // | 16 × (m << 4 | s) | 64 bytes of 2-bit planes | d f16 | dmin f16 |      groups of 16
-struct Q2_K {
+struct Q2_K : Packs<2> {
   static constexpr int kType = 10, kElems = 256, kBytes = 84, kGroup = 16;
   static constexpr const char* kName = "Q2_K";
   static constexpr bool kOffset = true;
@@ -27,12 +27,14 @@ struct Q2_K {
     return (load<uint64_t, 4>(b + 8 * i) >> 4) & 0x0f0f0f0f0f0f0f0fu;
   }
   QG_HD static uint32_t quad(bytes_ptr b, int i) { return planes_of_128<4>(b + 16, i); }
+  QG_HD static constexpr int head_at(int i) { return i < 16 ? i : 64 + i; }
+  QG_HD static void place(uint8_t* b, int i, uint32_t four) { put_planes_of_128<4>(b + 16, i, four); }
 };
 
 // | 32 bytes of third bits: bit g of byte l is weight 32g + l | 64 bytes of 2-bit planes |
 // | 12 bytes: 16 6-bit scales, low nibbles in bytes 0-7, high pairs in 8-11 | d f16 |   groups of 16
 // code = low two bits − (third bit ? 0 : 4), scale = d · (s − 32)
-struct Q3_K {
+struct Q3_K : Packs<3, 96> {
   static constexpr int kType = 11, kElems = 256, kBytes = 110, kGroup = 16, kZero = 4;
   static constexpr const char* kName = "Q3_K";
   static constexpr bool kOffset = false;
@@ -47,6 +49,10 @@ struct Q3_K {
     return planes_of_128<2>(b + 32, i) | (third << 2);
   }
   QG_HD static uint32_t quad(bytes_ptr b, int i) { return sub_bytes(codes(b, i), broadcast_byte(kZero)); }
+  QG_HD static void place(uint8_t* b, int i, uint32_t four) {
+    put_planes_of_128<2>(b + 32, i, four);
+    or_into<2>(b + 4 * (i & 7), ((four >> 2) & 0x01010101u) << (i >> 3));
+  }
 };
 
 // Q4_K and Q5_K: 8 scales and 8 minima of 6 bits in 12 bytes.
@@ -81,17 +87,18 @@ struct KScalesMins {
 };
 
 // | d f16 | dmin f16 | 12 bytes of 6-bit scales and minima | 128 bytes of nibbles |   groups of 32
-struct Q4_K : KScalesMins {
+struct Q4_K : KScalesMins, Packs<4> {
   static constexpr int kType = 12, kElems = 256, kBytes = 144, kGroup = 32;
   static constexpr const char* kName = "Q4_K";
   static constexpr bool kOffset = true;
   QG_HD static Affine affine(bytes_ptr b, int g) { return k_scale_min(b, g); }
   QG_HD static uint32_t quad(bytes_ptr b, int i) { return nibbles_of_64<16>(b + 16, i); }
+  QG_HD static void place(uint8_t* b, int i, uint32_t four) { put_nibbles_of_64<16>(b + 16, i, four); }
 };
 
 // | d f16 | dmin f16 | 12 bytes as Q4_K | 32 bytes: fifth bit of weight 32g + l is bit g of byte l |
 // | 128 bytes of nibbles |   groups of 32
-struct Q5_K : KScalesMins {
+struct Q5_K : KScalesMins, Packs<5> {
   static constexpr int kType = 13, kElems = 256, kBytes = 176, kGroup = 32;
   static constexpr const char* kName = "Q5_K";
   static constexpr bool kOffset = true;
@@ -100,11 +107,15 @@ struct Q5_K : KScalesMins {
     const uint32_t fifth = (load<uint32_t, 16>(b + 16 + 4 * (i & 7)) >> (i >> 3)) & 0x01010101u;
     return nibbles_of_64<16>(b + 48, i) | (fifth << 4);
   }
+  QG_HD static void place(uint8_t* b, int i, uint32_t four) {
+    put_nibbles_of_64<16>(b + 48, i, four);
+    or_into<16>(b + 16 + 4 * (i & 7), ((four >> 4) & 0x01010101u) << (i >> 3));
+  }
 };
 
 // | 128 bytes: low nibbles | 64 bytes: high pairs in 2-bit planes | 16 × int8 scale | d f16 |
 // Per 128 weights, 64 low-nibble bytes hold weights 0-63 low, 64-127 high.   groups of 16
-struct Q6_K {
+struct Q6_K : Packs<6, 192> {
   static constexpr int kType = 14, kElems = 256, kBytes = 210, kGroup = 16, kZero = 32;
   static constexpr const char* kName = "Q6_K";
   static constexpr bool kOffset = false;
@@ -119,6 +130,10 @@ struct Q6_K {
     return (low & 0x0f0f0f0fu) | (planes_of_128<2>(b + 128, i) << 4);
   }
   QG_HD static uint32_t quad(bytes_ptr b, int i) { return sub_bytes(codes(b, i), broadcast_byte(kZero)); }
+  QG_HD static void place(uint8_t* b, int i, uint32_t four) {
+    or_into<2>(b + 64 * (i >> 5) + 4 * (i & 15), (four & 0x0f0f0f0fu) << ((i & 16) >> 2));
+    put_planes_of_128<2>(b + 128, i, four >> 4);
+  }
 };
 
 // | d f32 | 256 × int8 | 16 × i16 sum of 16 codes |   an activation format; sums do not enter
@@ -132,7 +147,7 @@ struct Q8_K {
 
 // | d f16 | u16: high pairs of 8 scales | 4 bytes: their low nibbles | 128 bytes of nibbles |
 // 32 weights in 16 bytes as IQ4_NL, scale = d · (s − 32)                            groups of 32
-struct IQ4_XS {
+struct IQ4_XS : Packs<4> {
   static constexpr int kType = 23, kElems = 256, kBytes = 136, kGroup = 32;
   static constexpr const char* kName = "IQ4_XS";
   static constexpr bool kOffset = false;
@@ -143,6 +158,9 @@ struct IQ4_XS {
   QG_HD static uint32_t nibbles(bytes_ptr b, int i) { return nibbles_of_32<8>(b + 8 + 16 * (i >> 3), i & 7); }
   QG_HD static uint32_t levels(uint32_t four) { return iq4_levels(four); }
   QG_HD static uint32_t quad(bytes_ptr b, int i) { return levels(nibbles(b, i)); }
+  QG_HD static void place(uint8_t* b, int i, uint32_t four) {
+    put_nibbles_of_32<8>(b + 8 + 16 * (i >> 3), i & 7, four);
+  }
 };
 
 }  // namespace quantgemm

@@ -12,7 +12,7 @@ QG_HD uint32_t fp4_levels_doubled(uint32_t nibbles) {
 }
 
 // | e u8: exponent | 16 bytes of nibbles as Q4_0 |   scale = 2^(e − 128): the doubling undone
-struct MXFP4 {
+struct MXFP4 : Packs<4> {
   static constexpr int kType = 39, kElems = 32, kBytes = 17, kGroup = 32;
   static constexpr const char* kName = "MXFP4";
   static constexpr bool kOffset = false;
@@ -23,11 +23,12 @@ struct MXFP4 {
   QG_HD static uint32_t nibbles(bytes_ptr b, int i) { return nibbles_of_32<1>(b + 1, i); }
   QG_HD static uint32_t levels(uint32_t four) { return fp4_levels_doubled(four); }
   QG_HD static uint32_t quad(bytes_ptr b, int i) { return levels(nibbles(b, i)); }
+  QG_HD static void place(uint8_t* b, int i, uint32_t four) { put_nibbles_of_32<1>(b + 1, i, four); }
 };
 
 // | 4 × e4m3 scale | 4 × 8 bytes: weight j low nibble of byte j, weight j+8 high nibble |
 // Unsigned scales: the sign bit is ignored, byte 0x7f means 0.                     groups of 16
-struct NVFP4 {
+struct NVFP4 : Packs<4> {
   static constexpr int kType = 40, kElems = 64, kBytes = 36, kGroup = 16;
   static constexpr const char* kName = "NVFP4";
   static constexpr bool kOffset = false;
@@ -42,6 +43,9 @@ struct NVFP4 {
   }
   QG_HD static uint32_t levels(uint32_t four) { return fp4_levels_doubled(four); }
   QG_HD static uint32_t quad(bytes_ptr b, int i) { return levels(nibbles(b, i)); }
+  QG_HD static void place(uint8_t* b, int i, uint32_t four) {
+    or_into<4>(b + 4 + 8 * (i >> 2) + 4 * (i & 1), (four & 0x0f0f0f0fu) << (2 * (i & 2)));
+  }
 };
 
 // Base-3 digits, five to a byte: | 32 bytes: weights 0-159 | 16 bytes: 160-239 | 4 bytes, four
@@ -63,13 +67,14 @@ struct TQ1_0 {
 };
 
 // | 64 bytes of 2-bit planes | d f16 |
-struct TQ2_0 {
+struct TQ2_0 : Packs<2, 64> {
   static constexpr int kType = 35, kElems = 256, kBytes = 66, kGroup = 256, kZero = 1;
   static constexpr const char* kName = "TQ2_0";
   static constexpr bool kOffset = false;
   QG_HD static Affine affine(bytes_ptr b, int) { return {half_to_float(load<uint16_t, 2>(b + 64)), 0}; }
   QG_HD static uint32_t codes(bytes_ptr b, int i) { return planes_of_128<2>(b, i); }
   QG_HD static uint32_t quad(bytes_ptr b, int i) { return sub_bytes(codes(b, i), broadcast_byte(kZero)); }
+  QG_HD static void place(uint8_t* b, int i, uint32_t four) { put_planes_of_128<2>(b, i, four); }
 };
 
 // | d f16 | 128 bits: weight j is bit j, one +d, zero −d |
@@ -85,13 +90,16 @@ struct Q1_0 {
 };
 
 // | d f16 | 16 bytes of four neighbouring 2-bit codes |   weight = d · (code − 1)
-struct Q2_0 {
+struct Q2_0 : Packs<2> {
   static constexpr int kType = 42, kElems = 64, kBytes = 18, kGroup = 64, kZero = 1;
   static constexpr const char* kName = "Q2_0";
   static constexpr bool kOffset = false;
   QG_HD static Affine affine(bytes_ptr b, int) { return {half_to_float(load<uint16_t, 2>(b)), 0}; }
   QG_HD static uint32_t codes(bytes_ptr b, int i) { return spread_pairs(b[2 + i]); }
   QG_HD static uint32_t quad(bytes_ptr b, int i) { return sub_bytes(codes(b, i), broadcast_byte(kZero)); }
+  QG_HD static void place(uint8_t* b, int i, uint32_t four) {
+    b[2 + i] |= static_cast<uint8_t>(gather_pairs(four));
+  }
 };
 
 }  // namespace quantgemm

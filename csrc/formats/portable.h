@@ -56,6 +56,20 @@ QG_HD T load(bytes_ptr p) {
 #endif
 }
 
+// The word at p, a multiple of Align, gets these bits as well.
+template <int Align>
+QG_HD void or_into(uint8_t* p, uint32_t bits) {
+#ifdef __CUDA_ARCH__
+  using Piece = std::conditional_t<Align == 1, uint8_t, std::conditional_t<Align == 2, uint16_t, uint32_t>>;
+#pragma unroll
+  for (int i = 0; i < static_cast<int>(4 / sizeof(Piece)); ++i)
+    reinterpret_cast<Piece*>(p)[i] |= static_cast<Piece>(bits >> (8 * sizeof(Piece) * i));
+#else
+  const uint32_t word = load<uint32_t, Align>(p) | bits;
+  std::memcpy(p, &word, sizeof word);
+#endif
+}
+
 // ---- half, bfloat16 <-> float on bit patterns; every rounding is to nearest even ----
 QG_HD float half_to_float(uint16_t h) {
 #ifdef __CUDA_ARCH__

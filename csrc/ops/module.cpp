@@ -11,6 +11,11 @@ STABLE_TORCH_LIBRARY(quantgemm, m) {
   m.def("quantize_activations(Tensor x) -> Tensor");
   m.def("gemm(Tensor x, Tensor w, int qtype, str algo='auto') -> Tensor");
   m.def("gemm_fp32(Tensor x, Tensor w, str algo) -> Tensor");
+  m.def("pack(Tensor w, int qtype) -> Tensor");
+  m.def("unpack(Tensor packed, int qtype, int n, int k) -> Tensor");
+  m.def(
+      "gemm_packed(Tensor x, Tensor packed, int qtype, int n, int k, Tensor? bias=None, str algo='auto') "
+      "-> Tensor");
   m.def("embedding(Tensor ids, Tensor w, int qtype, ScalarType dtype=float) -> Tensor");
   m.def(
       "spec_verify(Tensor target, Tensor draft_tokens, Tensor cu_rows, Tensor? draft=None, "
@@ -38,6 +43,9 @@ void register_backend(torch::stable::detail::StableLibrary& m) {
   m.impl("quantize_activations", TORCH_BOX(&quantgemm::quantize_activations));
   m.impl("gemm", TORCH_BOX(&quantgemm::gemm));
   m.impl("gemm_fp32", TORCH_BOX(&quantgemm::gemm_fp32));
+  m.impl("pack", TORCH_BOX(&quantgemm::pack));
+  m.impl("unpack", TORCH_BOX(&quantgemm::unpack));
+  m.impl("gemm_packed", TORCH_BOX(&quantgemm::gemm_packed));
   m.impl("embedding", TORCH_BOX(&quantgemm::embedding));
   m.impl("spec_verify", TORCH_BOX(&quantgemm::spec_verify));
   m.impl("sample", TORCH_BOX(&quantgemm::sample));
@@ -65,6 +73,7 @@ py::dict table_row(auto f) {
   row["has_offset"] = static_cast<bool>(F::kOffset);
   row["is_plain"] = PlainFormat<F>;
   row["can_quantize"] = can_quantize(F::kType);
+  row["can_pack"] = PackableFormat<F>;
   return row;
 }
 

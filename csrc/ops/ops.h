@@ -12,9 +12,13 @@ Tensor quantize(Tensor x, int64_t qtype, std::optional<Tensor> importance);
 Tensor quantize_activations(Tensor x);
 Tensor gemm(Tensor x, Tensor w, int64_t qtype, std::string algo);
 Tensor gemm_fp32(Tensor x, Tensor w, std::string algo);
+Tensor pack(Tensor w, int64_t qtype);
+Tensor unpack(Tensor packed_weights, int64_t qtype, int64_t n, int64_t k);
 Tensor embedding(Tensor ids, Tensor w, int64_t qtype, ScalarType dtype);
 
 using OptTensor = std::optional<Tensor>;
+Tensor gemm_packed(Tensor x, Tensor packed_weights, int64_t qtype, int64_t n, int64_t k, OptTensor bias,
+                   std::string algo);
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> spec_verify(
     Tensor target, Tensor draft_tokens, Tensor cu_rows, OptTensor draft, bool target_probs, bool draft_probs,
     OptTensor draft_lse, OptTensor draft_cutoff, OptTensor target_to_draft, OptTensor temperature,

@@ -1,0 +1,254 @@
+# SPDX-License-Identifier: MIT
+"""pack, unpack and gemm_packed: the layout against a plain loop over its description, unpack as the
+exact inverse for any bytes, and products against float64 with torch's own error as the measure."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from conftest import BLOCK_FORMATS, DEVICES, assert_same, random_blocks
+from test_gemm import assert_as_torch, random_weights, random_x
+
+from quantgemm import _C, ops
+from quantgemm.formats import FORMATS, Format, QType, format_by_id
+
+PACKED = [FORMATS[row["type_id"]] for row in _C.format_table() if row["can_pack"]]
+NAMES = """Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K Q6_K IQ4_NL IQ4_XS MXFP4 NVFP4 TQ2_0 Q2_0"""
+ALGOS = {"cpu": ["auto"], "cuda": ["auto", "gemv", "mma"]}
+on_devices = pytest.mark.parametrize("device", DEVICES)
+by_name = pytest.mark.parametrize("fmt", PACKED, ids=lambda f: f.name)
+
+
+def test_which_types() -> None:
+    assert {fmt.name for fmt in PACKED} == set(NAMES.split())
+
+
+def bytes_of(fmt: Format, n: int, k: int, device: str, seed: int = 0) -> torch.Tensor:
+    return torch.from_numpy(random_blocks(fmt, n, k, seed)).to(device)
+
+
+@on_devices
+@by_name
+def test_unpack_is_the_inverse(fmt: Format, device: str) -> None:
+    """Any bytes, NaN scales among them; n and k that fill no strip and no tile."""
+    e = fmt.block_elems
+    for n, k in itertools.product((1, 16, 33, 64, 130), (e, 3 * e, 2048, 2048 + e, 4096)):
+        w = bytes_of(fmt, n, k, device)
+        packed = ops.pack(w, fmt.type_id)
+        assert packed.shape == ops.packed_shape(fmt.type_id, n, k)
+        assert torch.equal(ops.unpack(packed, fmt.type_id, n, k), w)
+        assert torch.equal(packed.cpu(), ops.pack(w.cpu(), fmt.type_id))
+
+
+@by_name
+def test_no_larger_than_the_blocks(fmt: Format) -> None:
+    """Beside the padding of n to 64, and of k to 64 that only short rows notice."""
+    for n, k in ((64, 256), (128, 4096), (4096, 11008)):
+        strips, strip_bytes = ops.packed_shape(fmt.type_id, n, k)
+        assert strips * strip_bytes == n * fmt.row_bytes(k)
+    k = 2048 + fmt.block_elems
+    strips, strip_bytes = ops.packed_shape(fmt.type_id, 64, k)
+    assert strips * strip_bytes <= 1.03 * 64 * fmt.row_bytes(k)
+
+
+@by_name
+def test_layout_as_described(fmt: Format) -> None:
+    """csrc/formats/packed.h in words of its own: where the codes of a Q8_0-like decoding must lie.
+
+    Every weight is found again from its fragment: the value of one code is changed in the blocks, and
+    the packed bytes may differ in the planes at this weight's bits alone.
+    """
+    k, n = max(fmt.block_elems, 128), 64
+    w = random_blocks(fmt, n, k)
+    code_bits = {"Q8_0": 8, "Q6_K": 6, "Q5_K": 5, "Q5_0": 5, "Q5_1": 5, "Q3_K": 3}.get(fmt.name)
+    code_bits = code_bits or (2 if "2_" in fmt.name else 4)
+    planes = {8: [8], 6: [4, 2], 5: [4, 1], 4: [4], 3: [2, 1], 2: [2]}[code_bits]
+    packed = ops.pack(torch.from_numpy(w), fmt.type_id).numpy()
+    bits = np.unpackbits(packed, axis=1, bitorder="little").reshape(len(packed), -1)
+    rng = np.random.default_rng(fmt.type_id)
+    row_bits = np.unpackbits(w, axis=1, bitorder="little")
+    tiles = k // 64
+    head_begin = tiles * 128 * code_bits * 8
+    moved = np.zeros(row_bits.shape[1], bool)
+    for bit in rng.permutation(row_bits.shape[1])[:200]:
+        row = int(rng.integers(n))
+        changed = row_bits[row].copy()
+        changed[bit] ^= 1
+        again = w.copy()
+        again[row] = np.packbits(changed, bitorder="little")
+        new = ops.pack(torch.from_numpy(again), fmt.type_id).numpy()
+        where = np.argwhere(np.unpackbits(new, axis=1, bitorder="little") != bits)
+        assert len(where) == 1 and where[0][0] == row // 16, "one bit, in the row's strip"
+        at, moved[bit] = int(where[0][1]), True
+        if at >= head_begin:
+            continue
+        # The place says which weight it is: does the decoder agree?
+        begin, plane = 0, 0
+        while at >= begin + tiles * 1024 * planes[plane]:
+            begin, plane = begin + tiles * 1024 * planes[plane], plane + 1
+        tile, within = divmod(at - begin, 1024 * planes[plane])
+        col, strip_row = weight_at(planes[plane], within)
+        assert strip_row == row % 16
+        weights = fmt.decode(w[row : row + 1])[0], fmt.decode(again[row : row + 1])[0]
+        same = (weights[0] == weights[1]) | (np.isnan(weights[0]) & np.isnan(weights[1]))
+        assert set(np.flatnonzero(~same)) <= {tile * 64 + col}
+    assert moved.sum() >= min(200, len(moved))
+
+
+def weight_at(bits: int, at: int) -> tuple[int, int]:
+    """Column and row in a tile of the weight that bit `at` of the tile's plane belongs to."""
+    if bits == 8:
+        pair_of_steps, at = divmod(at, 32 * 128)
+        lane, at = divmod(at, 128)
+        word, at = divmod(at, 32)
+        step, high_row = 2 * pair_of_steps + word // 2, word % 2
+        high_col, which = at // 8 % 2, at // 16
+    else:
+        lane, at = divmod(at, 32 * bits)
+        word, at = divmod(at, 32)
+        which, field = at // 16, at % 16 // bits
+        step, pair = word * (4 // bits) + field // 4, field % 4
+        high_row, high_col = pair % 2, pair // 2
+    return 16 * step + 8 * high_col + 2 * (lane % 4) + which, lane // 4 + 8 * high_row
+
+
+@on_devices
+@by_name
+def test_products(fmt: Format, device: str) -> None:
+    e = fmt.block_elems
+    sizes = [(1, 64, 4096), (2, 33, 3 * e), (7, 257, e), (8, 8, 4096), (33, 130, 3 * e), (0, 9, e)]
+    if device == "cuda":
+        sizes += [(m, 200, 1024 + e) for m in (1, 3, 9, 16, 17, 70)] + [(8, 40, 14336), (1, 3000, 512)]
+    for (m, n, k), dtype in itertools.product(
+        sizes, (torch.float32, torch.float16, torch.bfloat16)
+    ):
+        w, weights = random_weights(fmt, n, k, device)
+        x, bias = random_x(m, k, dtype=dtype, device=device), random_x(n, dtype=dtype, device=device)
+        packed = ops.pack(w, fmt.type_id)
+        for algo in ALGOS[device]:
+            y = ops.gemm_packed(x, packed, fmt.type_id, n, k, None, algo)
+            assert_as_torch(y, x, weights)
+            biased = ops.gemm_packed(x, packed, fmt.type_id, n, k, bias, algo)
+            want = (y.double() + bias.double()).abs()
+            error = (biased.double() - y.double() - bias.double()).abs()
+            assert (error <= torch.finfo(dtype).eps * (want + y.double().abs()) + 1e-30).all()
+
+
+@on_devices
+@by_name
+def test_infinite_and_nan_activations(fmt: Format, device: str) -> None:
+    """They reach y as the weights' own product says, in the rows of x that have them alone."""
+    n, k = 70, max(256, fmt.block_elems)
+    w, weights = random_weights(fmt, n, k, device)
+    packed = ops.pack(w, fmt.type_id)
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        x = random_x(4, k, dtype=dtype, device=device)
+        x[1, 3], x[2, 17] = float("inf"), float("nan")
+        want = x.double() @ weights.T
+        for algo in ALGOS[device]:
+            y = ops.gemm_packed(x, packed, fmt.type_id, n, k, None, algo).double()
+            assert torch.equal(y.isnan(), want.isnan()) and y[[0, 3]].isfinite().all()
+            assert torch.equal(y.isinf() & (y > 0), want.isinf() & (want > 0))
+
+
+@pytest.mark.cuda
+def test_gemv_rows_do_not_depend_on_the_batch() -> None:
+    fmt = FORMATS[QType.Q4_K]
+    for n, k in ((300, 4096), (64, 14336)):
+        packed = ops.pack(random_weights(fmt, n, k, "cuda")[0], fmt.type_id)
+        for dtype in (torch.float32, torch.float16):
+            x = random_x(8, k, dtype=dtype, device="cuda")
+            whole = ops.gemm_packed(x, packed, fmt.type_id, n, k, None, "gemv")
+            for i, m in ((0, 1), (2, 3), (3, 5)):
+                part = ops.gemm_packed(x[i : i + m], packed, fmt.type_id, n, k, None, "gemv")
+                assert torch.equal(part, whole[i : i + m])
+            again = ops.gemm_packed(x, packed, fmt.type_id, n, k, None, "gemv")
+            assert torch.equal(again, whole)
+
+
+@on_devices
+def test_views_and_empty_sizes(device: str) -> None:
+    fmt = FORMATS[QType.Q5_K]
+    w, weights = random_weights(fmt, 96, 512, device)
+    packed = ops.pack(w, fmt.type_id)
+    assert torch.equal(ops.pack(w.t().contiguous().t(), fmt.type_id), packed)
+    shifted = torch.empty(packed.numel() + 3, dtype=torch.uint8, device=device)[3:].view_as(packed)
+    shifted.copy_(packed)
+    x = random_x(3, 2, 1024, dtype=torch.float32, device=device)[..., ::2]
+    y = ops.gemm_packed(x, shifted, fmt.type_id, 96, 512)
+    assert y.shape == (3, 2, 96)
+    assert_as_torch(y.flatten(0, 1), x.flatten(0, 1), weights)
+    empty = ops.pack(w[:0], fmt.type_id)
+    assert empty.shape[0] == 0 and ops.unpack(empty, fmt.type_id, 0, 512).shape == w[:0].shape
+    assert ops.gemm_packed(x, empty, fmt.type_id, 0, 512).shape == (3, 2, 0)
+    narrow = ops.pack(w[:, :0], fmt.type_id)
+    bias = random_x(96, dtype=torch.float32, device=device)
+    assert_same(ops.gemm_packed(x[..., :0], narrow, fmt.type_id, 96, 0, bias)[0, 0], bias)
+
+
+@on_devices
+def test_gradients(device: str) -> None:
+    fmt = FORMATS[QType.Q4_0]
+    w, weights = random_weights(fmt, 40, 96, device)
+    packed = ops.pack(w, fmt.type_id)
+    x = random_x(5, 96, dtype=torch.float32, device=device).requires_grad_()
+    bias = random_x(40, dtype=torch.float32, device=device).requires_grad_()
+    grad = random_x(5, 40, dtype=torch.float32, device=device, seed=9)
+    ops.gemm_packed(x, packed, fmt.type_id, 40, 96, bias).backward(grad)
+    assert x.grad is not None and bias.grad is not None
+    assert torch.allclose(x.grad.double(), grad.double() @ weights, rtol=1e-5, atol=1e-5)
+    assert torch.allclose(bias.grad, grad.sum(0), rtol=1e-5, atol=1e-5)
+
+
+def test_autocast() -> None:
+    packed = ops.pack(random_weights(FORMATS[QType.Q4_0], 40, 96, "cpu")[0], 2)
+    x, bias = torch.randn(2, 96), torch.randn(40)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = ops.gemm_packed(x, packed, 2, 40, 96, bias)
+    assert y.dtype == torch.bfloat16
+    assert torch.equal(y, ops.gemm_packed(x.bfloat16(), packed, 2, 40, 96, bias.bfloat16()))
+
+
+def test_errors_name_the_argument() -> None:
+    w = torch.zeros(3, 36, dtype=torch.uint8)
+    packed, x = ops.pack(w, 2), torch.zeros(2, 64)
+    cases = [
+        (NotImplementedError, r"IQ2_XXS has no packed form; types that have one: Q4_0, .*NVFP4",
+         lambda: ops.pack(torch.zeros(1, 66, dtype=torch.uint8), QType.IQ2_XXS)),
+        (NotImplementedError, "qtype: F32 has no packed form", lambda: ops.pack(w, 0)),
+        (ValueError, "w: row of 36 bytes is not a multiple of the 34-byte Q8_0 block",
+         lambda: ops.pack(w, 8)),
+        (TypeError, "w: expected torch.uint8", lambda: ops.pack(w.float(), 2)),
+        (ValueError, r"packed: expected shape \[4, 1088\] for Q8_0 weights \[3, 64\], got \[4, 576\]",
+         lambda: ops.unpack(packed, 8, 3, 64)),
+        (ValueError, r"packed: expected shape \[8, 576\]", lambda: ops.unpack(packed, 2, 65, 64)),
+        (ValueError, "k: 33 is not a multiple of the 32 weights", lambda: ops.unpack(packed, 2, 3, 33)),
+        (ValueError, "n: expected at least 0", lambda: ops.unpack(packed, 2, -1, 64)),
+        (ValueError, "x: expected rows of 64 values, got shape",
+         lambda: ops.gemm_packed(x[:, :32], packed, 2, 3, 64)),
+        (TypeError, "x: expected torch.float32, torch.float16",
+         lambda: ops.gemm_packed(x.double(), packed, 2, 3, 64)),
+        (TypeError, "bias: expected torch.float32 as x, got torch.float16",
+         lambda: ops.gemm_packed(x, packed, 2, 3, 64, torch.zeros(3).half())),
+        (ValueError, r"bias: expected shape \[3\]",
+         lambda: ops.gemm_packed(x, packed, 2, 3, 64, torch.zeros(4))),
+        (NotImplementedError, "the CPU has no tensor cores",
+         lambda: ops.gemm_packed(x, packed, 2, 3, 64, None, "gemv")),
+        (ValueError, "algo: expected one of auto, gemv, mma, got 'fast'",
+         lambda: ops.gemm_packed(x, packed, 2, 3, 64, None, "fast")),
+    ]  # fmt: skip
+    for error, message, call in cases:
+        with pytest.raises(error, match=message):
+            call()
+
+
+def test_every_other_type_says_so() -> None:
+    for fmt in BLOCK_FORMATS:
+        if fmt not in PACKED:
+            blocks = torch.zeros(1, fmt.block_bytes, dtype=torch.uint8)
+            with pytest.raises(NotImplementedError, match="no packed form"):
+                ops.pack(blocks, fmt.type_id)
+    assert format_by_id(2).name == "Q4_0"
