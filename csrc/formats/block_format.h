@@ -52,7 +52,12 @@ concept LevelFormat = BlockFormat<F> && requires(bytes_ptr block, int i, uint32_
   { F::levels(four) } -> std::same_as<uint32_t>;
 };
 
-// Where groups have integer scales, a format may give eight of them at once, a signed byte each:
+// A table of levels within ± 63 may say so, by kLargest: then seven bits hold a level.
+template <class F>
+concept SmallLevels = LevelFormat<F> && requires { requires F::kLargest <= 63; };
+
+// Where groups have integer scales, a format may give eight of them at once, a signed byte each (one of
+// 0…127 if there are offsets):
 //     affine(block, g) = {factors(block).scale · scale code g, factors(block).offset · offset code g}
 // scale_codes(block, i) are those of groups 8i … 8i + 7, offset_codes likewise if there is an offset.
 template <class F>

@@ -13,7 +13,7 @@ QG_HD uint32_t fp4_levels_doubled(uint32_t nibbles) {
 
 // | e u8: exponent | 16 bytes of nibbles as Q4_0 |   scale = 2^(e − 128): the doubling undone
 struct MXFP4 : Packs<4> {
-  static constexpr int kType = 39, kElems = 32, kBytes = 17, kGroup = 32;
+  static constexpr int kType = 39, kElems = 32, kBytes = 17, kGroup = 32, kLargest = 12;
   static constexpr const char* kName = "MXFP4";
   static constexpr bool kOffset = false;
   QG_HD static Affine affine(bytes_ptr b, int) {
@@ -29,7 +29,7 @@ struct MXFP4 : Packs<4> {
 // | 4 × e4m3 scale | 4 × 8 bytes: weight j low nibble of byte j, weight j+8 high nibble |
 // Unsigned scales: the sign bit is ignored, byte 0x7f means 0.                     groups of 16
 struct NVFP4 : Packs<4> {
-  static constexpr int kType = 40, kElems = 64, kBytes = 36, kGroup = 16;
+  static constexpr int kType = 40, kElems = 64, kBytes = 36, kGroup = 16, kLargest = 12;
   static constexpr const char* kName = "NVFP4";
   static constexpr bool kOffset = false;
   QG_HD static Affine affine(bytes_ptr b, int g) {

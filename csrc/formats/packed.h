@@ -71,12 +71,19 @@ struct PackedLayout {
     return heads_at(k) + spans(k) * kStripRows * kRecordBytes;
   }
 
-  // The piece of a record that begins at its byte `first`.
-  QG_HD static constexpr int piece_bytes(int first) {
-    int size = 16;
-    while (size > kRecordBytes - first) size /= 2;
-    return size;
+  // The piece of a record that its byte b is in: where it begins, and its size.
+  struct Piece {
+    int first, size;
+  };
+  QG_HD static constexpr Piece piece_of(int b) {
+    constexpr int kAll = kRecordBytes;
+    if (b < kAll / 16 * 16) return {b / 16 * 16, 16};
+    if (b < kAll / 8 * 8) return {kAll / 16 * 16, 8};
+    if (b < kAll / 4 * 4) return {kAll / 8 * 8, 4};
+    if (b < kAll / 2 * 2) return {kAll / 4 * 4, 2};
+    return {kAll / 2 * 2, 1};
   }
+  QG_HD static constexpr int piece_bytes(int first) { return piece_of(first).size; }
   // The piece's plane, from the strip's begin, and a row's place in it.
   QG_HD static constexpr int64_t piece_at(int64_t k, int first) {
     return heads_at(k) + spans(k) * kStripRows * first;
@@ -98,14 +105,12 @@ template <int Bits, int Shift>
 QG_HD void pack_words(const uint32_t (&pairs)[16], uint32_t (&words)[Bits]) {
   using Field = PackedField<Bits>;
   for (int w = 0; w < Bits; ++w) words[w] = 0;
-#pragma GCC unroll 16
   for (int i = 0; i < 16; ++i)
     words[Field::word(i / 4, i % 4)] |= ((pairs[i] >> Shift) & Field::kMask) << Field::bit(i / 4, i % 4);
 }
 template <int Bits, int Shift>
 QG_HD void unpack_words(const uint32_t (&words)[Bits], uint32_t (&pairs)[16]) {
   using Field = PackedField<Bits>;
-#pragma GCC unroll 16
   for (int i = 0; i < 16; ++i)
     pairs[i] |= ((words[Field::word(i / 4, i % 4)] >> Field::bit(i / 4, i % 4)) & Field::kMask) << Shift;
 }

@@ -1,0 +1,435 @@
+// SPDX-License-Identifier: MIT
+// y[m, n] = x · wᵀ + bias for a few tokens, w packed: every weight goes from memory straight into the
+// registers of the lane whose tensor core fragment it is in. A thread block owns some strips of 16 rows;
+// its warps share their batches of tiles evenly, in order, so that a warp meets few strips and leaves one
+// sum of each in shared memory, and there is no barrier but at panels: runs of columns whose
+// activations fit in shared memory, laid there as B fragments, with − kBias · Σ x of each group.
+// Products are of bare codes; float32 scales meet the sums of groups. Limit: reading the weights.
+#pragma once
+#include "launch.h"
+#include "packed_tile.cuh"
+
+namespace quantgemm::packed_gemm {
+
+constexpr int kWarps = 16, kThreads = 32 * kWarps;
+constexpr int kReserved = 1024;   // of shared memory, for the system
+constexpr int kFewestTiles = 16;  // of a panel, where shared memory is small
+
+template <PackableFormat F, class X, int TokenTiles>
+struct Plan {
+  using Format = F;
+  using L = PackedLayout<F>;
+  using Batch = PackedBatch<F>;
+  // Tensor cores take 16 bits: a float32 is the sum of three bfloat16, exactly, in three columns.
+  static constexpr bool kSplit = std::is_same_v<X, float>;
+  using T = std::conditional_t<kSplit, BFloat16, X>;
+  using Fragment = PackedFragment<F, T>;
+  static constexpr int kColumns = 8 * TokenTiles, kPerToken = kSplit ? 3 : 1, kTokens = kColumns / kPerToken;
+  static constexpr int kGroup = F::kGroup < kTileCols ? F::kGroup : kTileCols;  // columns of one sum
+  static constexpr int kGroups = kTileCols / kGroup;
+  static constexpr bool kOffset = F::kOffset;
+  static constexpr int kMostStrips = 64 / TokenTiles;  // of a thread block
+  // Shared memory: of a tile of activations with its sums, and of a strip's sums, per column.
+  static constexpr int kTileBytes = 128, kTileSumBytes = 8 * kGroups, kStripBytes = 4 * kStripRows;
+};
+
+struct Split {
+  int strips, tiles;        // in all, k's tiles
+  int panels, panel_tiles;  // the last one may be shorter
+  int columns;              // tokens · Plan::kPerToken
+};
+
+// Where shared memory is divided.
+template <class P>
+struct Shared {
+  uint8_t* x;     // [columns][panel_tiles][2][4] uint4, x_pitch apart: fragments c of two steps
+  float4* sums;   // [panel_tiles][kGroups][kColumns / 2]: of two columns, and again
+  float* slots;   // [strips + kWarps − 1][columns][16 rows], strip s of warp w in slot s + w
+  float* totals;  // [strips][columns][16 rows] of earlier panels
+  // Half of what all banks hold remains: two columns that are read together lie in different banks.
+  static __host__ __device__ int64_t x_pitch(const Split& split) {
+    return static_cast<int64_t>(split.panel_tiles) * P::kTileBytes + 64;
+  }
+  static __host__ __device__ int64_t bytes(const Split& split, int strips) {
+    return x_pitch(split) * split.columns + split.panel_tiles * P::kTileSumBytes * P::kColumns +
+           static_cast<int64_t>(strips + kWarps - 1 + (split.panels > 1 ? strips : 0)) * P::kStripBytes *
+               split.columns;
+  }
+  __device__ Shared(uint4* base, const Split& split, int strips) {
+    x = reinterpret_cast<uint8_t*>(base);
+    sums = reinterpret_cast<float4*>(x + x_pitch(split) * split.columns);
+    slots = reinterpret_cast<float*>(sums + split.panel_tiles * P::kGroups * P::kColumns / 2);
+    totals = slots + (strips + kWarps - 1) * split.columns * kStripRows;
+  }
+};
+
+__device__ __forceinline__ void wait_for_previous_kernel() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void let_next_kernel_start() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// Two neighbouring activations as 16-bit pairs of the columns of their token.
+template <class T>
+__device__ __forceinline__ void load_pair(const T* x, uint32_t (&pairs)[1]) {
+  pairs[0] = *reinterpret_cast<const uint32_t*>(x);
+}
+__device__ __forceinline__ void load_pair(const float* x, uint32_t (&pairs)[3]) {
+  const float2 v = *reinterpret_cast<const float2*>(x);
+  float low = v.x, high = v.y;
+#pragma unroll
+  for (int i = 0; i < 3; ++i) {  // cut, not rounded: 8 bits and 8 and 8
+    pairs[i] = __byte_perm(__float_as_uint(low), __float_as_uint(high), 0x7632);
+    low -= __uint_as_float(__float_as_uint(low) & 0xffff0000u);
+    high -= __uint_as_float(__float_as_uint(high) & 0xffff0000u);
+  }
+}
+template <class T>
+__device__ __forceinline__ float sum_of_pair(uint32_t pair, T) {
+  return to_float(T{static_cast<uint16_t>(pair)}) + to_float(T{static_cast<uint16_t>(pair >> 16)});
+}
+
+// Activations of tiles first … first + count − 1 into shared memory. Four lanes hold a run of 32.
+template <class P, class X>
+__device__ __forceinline__ void stage(const Shared<P>& shared, const X* x, int64_t k, const Split& split,
+                                      int first) {
+  using T = typename P::T;
+  const int lane = threadIdx.x % 32, tokens = split.columns / P::kPerToken;
+  const int count = min(split.tiles - first, split.panel_tiles), items = tokens * count * 8;
+  const int pitch = static_cast<int>(Shared<P>::x_pitch(split));
+#pragma unroll 2
+  for (int base = threadIdx.x - lane; base < items; base += kThreads) {
+    const int i = base + lane, c = i % 4, run = i / 4 % 2, tile = i / 8 % count, token = i / 8 / count;
+    uint32_t words[4][P::kPerToken] = {};
+    const int64_t col = static_cast<int64_t>(first + tile) * kTileCols + 32 * run;
+    if (i < items && col < k) {
+      const X* from = x + token * k + col + 2 * c;
+#pragma unroll
+      for (int w = 0; w < 4; ++w) load_pair(from + 8 * w, words[w]);
+    }
+#pragma unroll
+    for (int p = 0; p < P::kPerToken; ++p) {
+      const int column = token * P::kPerToken + p;
+      float early = sum_of_pair(words[0][p], T{}) + sum_of_pair(words[1][p], T{}),
+            late = sum_of_pair(words[2][p], T{}) + sum_of_pair(words[3][p], T{});
+      if constexpr (P::kGroup > 16) early += late;
+#pragma unroll
+      for (int bit = 1; bit < (P::kGroup > 32 ? 8 : 4); bit *= 2) {
+        early += __shfl_xor_sync(~0u, early, bit);
+        if constexpr (P::kGroup == 16) late += __shfl_xor_sync(~0u, late, bit);
+      }
+      if (i >= items) continue;
+      *reinterpret_cast<uint4*>(shared.x + column * pitch + (tile * 8 + run * 4 + c) * 16) =
+          make_uint4(words[0][p], words[1][p], words[2][p], words[3][p]);
+      constexpr float kStart = P::Fragment::kBias == 0 ? 1.0f : -1.0f * P::Fragment::kBias;
+      auto* sums = reinterpret_cast<float*>(
+          shared.sums + (tile * P::kGroups + run * P::kGroups / 2) * (P::kColumns / 2) + column / 2);
+      if (c == 0 && (P::kGroup <= 32 || run == 0)) sums[column % 2] = sums[column % 2 + 2] = kStart * early;
+      if (P::kGroup == 16 && c == 0) {
+        sums += 2 * P::kColumns;
+        sums[column % 2] = sums[column % 2 + 2] = kStart * late;
+      }
+    }
+  }
+}
+
+// sums += batch · x, tiles `tile` … of the panel.
+template <class P, int TokenTiles>
+__device__ __forceinline__ void multiply(float (&sums)[TokenTiles][4], const typename P::Batch& batch,
+                                         const Shared<P>& shared, const Split& split, int tile, int count) {
+  using Fragment = typename P::Fragment;
+  const int lane = threadIdx.x % 32, r = lane / 4, c = lane % 4;
+  BatchAffines<typename P::Format> affines[2];
+  affines[0].prepare(batch, 0);
+  affines[1].prepare(batch, 1);
+  if constexpr (P::kOffset && Fragment::kBias != 0 &&
+                TwoLevelFormat<typename P::Format>)  // offsets meet − kBias · Σ x
+    affines[0].factors.offset *= -1.0f / Fragment::kBias,
+        affines[1].factors.offset *= -1.0f / Fragment::kBias;
+  const int pitch = static_cast<int>(Shared<P>::x_pitch(split));
+  const uint4* x[TokenTiles];
+#pragma unroll
+  for (int t = 0; t < TokenTiles; ++t)  // a column that does not exist reads another: nobody takes its sum
+    x[t] =
+        reinterpret_cast<const uint4*>(shared.x + min(8 * t + r, split.columns - 1) * pitch) + tile * 8 + c;
+  const float4* starts = shared.sums + tile * P::kGroups * (P::kColumns / 2) + c;
+#pragma unroll
+  for (int i = 0; i < P::Batch::kTiles; ++i) {
+    if (i >= count) continue;
+    float parts[TokenTiles][4];
+    float4 start[TokenTiles];
+#pragma unroll
+    for (int run = 0; run < 2; ++run) {
+      uint4 b[TokenTiles];
+#pragma unroll
+      for (int t = 0; t < TokenTiles; ++t) b[t] = x[t][i * 8 + run * 4];
+#pragma unroll
+      for (int step = 0; step < 2; ++step) {
+        const int s = 2 * run + step, col = i * kTileCols + 16 * s;
+        if (col % P::kGroup == 0) {
+#pragma unroll
+          for (int t = 0; t < TokenTiles; ++t) {
+            if constexpr (Fragment::kBias != 0 || P::kOffset)
+              start[t] = starts[col / P::kGroup * (P::kColumns / 2) + 4 * t];
+            const float4 v = Fragment::kBias != 0 ? start[t] : make_float4(0, 0, 0, 0);
+            parts[t][0] = v.x, parts[t][1] = v.y, parts[t][2] = v.z, parts[t][3] = v.w;
+          }
+        }
+        uint32_t a[4];
+        Fragment::make(batch, i, s, a);
+#pragma unroll
+        for (int t = 0; t < TokenTiles; ++t)
+          mma_16x8x16(parts[t], a, step == 0 ? b[t].x : b[t].z, step == 0 ? b[t].y : b[t].w, typename P::T{});
+        if ((col + 16) % P::kGroup != 0) continue;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          Affine affine = affines[half].get(batch, col, half);
+          static_assert(!P::kOffset || (Fragment::kBias & (Fragment::kBias - 1)) == 0);  // exact
+          if constexpr (P::kOffset && Fragment::kBias != 0 && !TwoLevelFormat<typename P::Format>)
+            affine.offset *= -1.0f / Fragment::kBias;
+#pragma unroll
+          for (int t = 0; t < TokenTiles; ++t)
+#pragma unroll
+            for (int e = 0; e < 2; ++e) {
+              float& sum = sums[t][2 * half + e];
+              sum += affine.scale * parts[t][2 * half + e];
+              if constexpr (P::kOffset) sum += affine.offset * (e == 0 ? start[t].x : start[t].y);
+            }
+        }
+      }
+    }
+  }
+}
+
+// A warp's way through its batches: panel by panel, strip by strip. Two batches are in registers in turn,
+// so that each panel takes an even number of turns; the last of them may be empty.
+template <int BatchTiles>
+struct Cursor {
+  int panel = -1, turn, count, strip, batch, batches;
+
+  // Of `strips · batches` units of a panel, warp w takes those from first_of(w) to first_of(w + 1) − 1.
+  static __device__ __forceinline__ int first_of(int units, int w) { return units * w / kWarps; }
+  static __device__ __forceinline__ int batches_of(const Split& split, int panel) {
+    const int tiles = min(split.tiles - panel * split.panel_tiles, split.panel_tiles);
+    return (tiles + BatchTiles - 1) / BatchTiles;
+  }
+  __device__ __forceinline__ void next_panel(const Split& split, int strips) {
+    turn = count = 0;
+    while (count == 0 && ++panel < split.panels) {
+      const int warp = threadIdx.x / 32;
+      batches = batches_of(split, panel);
+      const int begin = first_of(strips * batches, warp);
+      count = first_of(strips * batches, warp + 1) - begin;
+      strip = begin / batches, batch = begin % batches;
+    }
+  }
+  __device__ __forceinline__ bool valid() const { return turn < count; }
+  __device__ __forceinline__ bool ends_sum() const { return turn + 1 == count || batch + 1 == batches; }
+  __device__ __forceinline__ void advance(const Split& split, int strips) {
+    if (++batch == batches) batch = 0, ++strip;
+    if (++turn == (count + 1) / 2 * 2) next_panel(split, strips);
+  }
+};
+
+// totals[strip] += or = the sums that the panel's warps left, in the order of warps.
+template <class P>
+__device__ __forceinline__ float sum_of_slots(const Shared<P>& shared, const Split& split, int batches,
+                                              int strips, int strip, int within) {
+  const int units = strips * batches;
+  const int first = (kWarps * (strip * batches + 1) - 1) / units,
+            last = (kWarps * (strip + 1) * batches - 1) / units;  // warps of its first and last batch
+  float sum = 0;
+  for (int w = first; w <= last; ++w)
+    if (units * w / kWarps < units * (w + 1) / kWarps)
+      sum += shared.slots[(strip + w) * split.columns * kStripRows + within];
+  return sum;
+}
+
+// One output from decoded weights. Infinity less infinity, where the bias is taken back, is not what the
+// weights say: a sum that came out as NaN is computed again this way.
+template <PackableFormat F, class X>
+__device__ __noinline__ float dot_decoded(bytes_ptr strip, int row, const X* x, int64_t k) {
+  float sum = 0;
+  for (int64_t e = 0; e < k; ++e) sum += to_float(x[e]) * packed_weight<F>(strip, k, row, e);
+  return sum;
+}
+
+template <PackableFormat F, class X, int TokenTiles>
+__global__ void __launch_bounds__(kThreads, 1) packed_kernel(const GemmPackedArgs args, const Split split) {
+  using P = Plan<F, X, TokenTiles>;
+  using L = PackedLayout<F>;
+  constexpr int kBatchTiles = P::Batch::kTiles;
+  extern __shared__ uint4 memory[];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const auto first_strip = static_cast<int>(int64_t{split.strips} * blockIdx.x / gridDim.x),
+             strips = static_cast<int>(int64_t{split.strips} * (blockIdx.x + 1) / gridDim.x) - first_strip;
+  const int64_t strip_bytes = L::strip_bytes(args.k);
+  bytes_ptr const w = args.packed + first_strip * strip_bytes;
+  const X* const x = static_cast<const X*>(args.x);
+  const Shared<P> shared(memory, split, strips);
+
+  Cursor<kBatchTiles> now, ahead;
+  now.next_panel(split, strips);
+  ahead = now;
+  typename P::Batch batches[2];
+  const auto fetch = [&](typename P::Batch& batch) {
+    if (ahead.panel == split.panels) return;
+    const int tile = ahead.panel * split.panel_tiles + ahead.batch * kBatchTiles;
+    if (ahead.valid()) batch.load(w + ahead.strip * strip_bytes, args.k, tile, split.tiles - tile);
+    ahead.advance(split, strips);
+  };
+  fetch(batches[0]);
+  fetch(batches[1]);
+  let_next_kernel_start();
+  wait_for_previous_kernel();
+
+  float sums[TokenTiles][4] = {};
+  const auto consume = [&](typename P::Batch& batch) {
+    if (now.valid()) {
+      const int tile = now.batch * kBatchTiles;
+      multiply<P, TokenTiles>(sums, batch, shared, split, tile,
+                              split.tiles - now.panel * split.panel_tiles - tile);
+      if (now.ends_sum()) {
+        float* slot = shared.slots + (now.strip + warp) * split.columns * kStripRows + lane / 4;
+#pragma unroll
+        for (int t = 0; t < TokenTiles; ++t)
+#pragma unroll
+          for (int e = 0; e < 4; ++e) {
+            const int column = 8 * t + lane % 4 * 2 + e % 2;
+            if (column < split.columns) slot[column * kStripRows + e / 2 * 8] = sums[t][e];
+            sums[t][e] = 0;
+          }
+      }
+    }
+    fetch(batch);
+    now.advance(split, strips);
+  };
+  int last_batches = 1;
+#pragma unroll 1
+  for (int panel = 0; panel < split.panels; ++panel) {
+    stage<P>(shared, x, args.k, split, panel * split.panel_tiles);
+    __syncthreads();
+#pragma unroll 1
+    while (now.panel == panel) {
+      consume(batches[0]);
+      consume(batches[1]);
+    }
+    __syncthreads();  // the panel's activations are used, its slots written
+    last_batches = Cursor<kBatchTiles>::batches_of(split, panel);
+    if (panel + 1 == split.panels) break;
+#pragma unroll 1
+    for (int i = threadIdx.x; i < strips * split.columns * kStripRows; i += kThreads) {
+      const int strip = i / (split.columns * kStripRows), within = i % (split.columns * kStripRows);
+      const float sum = sum_of_slots(shared, split, last_batches, strips, strip, within);
+      shared.totals[i] = panel == 0 ? sum : shared.totals[i] + sum;
+    }
+    // The next panel's activations may be written at once: its slots are, after the barrier behind them.
+  }
+
+  const int tokens = split.columns / P::kPerToken;
+#pragma unroll 1
+  for (int i = threadIdx.x; i < strips * tokens * kStripRows; i += kThreads) {
+    const int row = i % kStripRows, token = i / kStripRows % tokens, strip = i / kStripRows / tokens;
+    const int64_t output = static_cast<int64_t>(first_strip + strip) * kStripRows + row;
+    if (output >= args.n) continue;
+    float sum = 0;
+    for (int p = 0; p < P::kPerToken; ++p) {
+      const int within = (token * P::kPerToken + p) * kStripRows + row;
+      if (split.panels > 1) sum += shared.totals[strip * split.columns * kStripRows + within];
+      if (split.panels > 0) sum += sum_of_slots(shared, split, last_batches, strips, strip, within);
+    }
+    if (sum != sum) sum = dot_decoded<F>(w + strip * strip_bytes, row, x + token * args.k, args.k);
+    if (args.bias != nullptr) sum += to_float(static_cast<const X*>(args.bias)[output]);
+    store1(static_cast<X*>(args.y) + token * args.n + output, sum);
+  }
+}
+
+struct Device {
+  int sms, shared, major;
+};
+inline cudaError_t describe(Device& device) {
+  int id = 0;
+  cudaError_t status = cudaGetDevice(&id);
+  const auto ask = [&](int& value, cudaDeviceAttr attribute) {
+    if (status == cudaSuccess) status = cudaDeviceGetAttribute(&value, attribute, id);
+  };
+  ask(device.sms, cudaDevAttrMultiProcessorCount);
+  ask(device.shared, cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  ask(device.major, cudaDevAttrComputeCapabilityMajor);
+  device.shared -= kReserved;
+  return status;
+}
+
+// args.m up to Plan::kTokens. How k is divided does not depend on m: rows of y are the same in any batch.
+template <PackableFormat F, class X, int TokenTiles>
+cudaError_t launch(const GemmPackedArgs& args, const Device& device, cudaStream_t stream) {
+  using P = Plan<F, X, TokenTiles>;
+  Split split{};
+  split.strips = static_cast<int>((args.n + kStripRows - 1) / kStripRows);
+  split.tiles = static_cast<int>(P::L::tiles(args.k));
+  split.columns = static_cast<int>(args.m) * P::kPerToken;
+  const auto tiles_beside = [&](int strips) {  // whole batches that fit in shared memory with so many strips
+    const int left =
+        device.shared - 64 * P::kColumns - (2 * strips + kWarps - 1) * P::kStripBytes * P::kColumns;
+    return left / ((P::kTileBytes + P::kTileSumBytes) * P::kColumns) / P::Batch::kTiles * P::Batch::kTiles;
+  };
+  int most_strips = P::kMostStrips;
+  while (most_strips > 1 && tiles_beside(most_strips) < kFewestTiles) most_strips /= 2;
+  const int most_tiles = tiles_beside(most_strips);
+  if (most_tiles <= 0) return cudaErrorNotSupported;
+  split.panels = (split.tiles + most_tiles - 1) / most_tiles;
+  if (split.panels > 0) {
+    split.panel_tiles = (split.tiles + split.panels - 1) / split.panels;
+    split.panel_tiles = (split.panel_tiles + P::Batch::kTiles - 1) / P::Batch::kTiles * P::Batch::kTiles;
+  }
+  int blocks = split.strips < device.sms ? split.strips : device.sms;
+  while ((split.strips + blocks - 1) / blocks > most_strips) blocks += device.sms;
+  const auto bytes = static_cast<int>(Shared<P>::bytes(split, (split.strips + blocks - 1) / blocks));
+
+  const auto kernel = packed_kernel<F, X, TokenTiles>;
+  const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (status != cudaSuccess) return status;
+  cudaLaunchConfig_t config{};
+  config.gridDim = static_cast<unsigned>(blocks);
+  config.blockDim = kThreads;
+  config.dynamicSmemBytes = bytes;
+  config.stream = stream;
+  // The first weights are on their way while the launch before this one ends; the kernel waits for that
+  // launch before it reads x or writes y.
+  cudaLaunchAttribute overlap{};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = &overlap;
+  config.numAttrs = device.major >= 9 ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kernel, args, split);
+}
+
+// Any m, in passes of Plan::kTokens tokens.
+template <class X, int TokenTiles>
+cudaError_t launch_passes(const GemmPackedArgs& args, cudaStream_t stream) {
+  Device device{};
+  cudaError_t status = describe(device);
+  if (status != cudaSuccess) return status;
+  status = cudaErrorNotSupported;
+  BlockFormats::visit(args.qtype, [&]<class F>(F) {
+    if constexpr (PackableFormat<F>) {
+      constexpr int64_t kTokens = Plan<F, X, TokenTiles>::kTokens;
+      for (int64_t token = 0; token < args.m; token += kTokens) {
+        GemmPackedArgs pass = args;
+        pass.m = args.m - token < kTokens ? args.m - token : kTokens;
+        pass.x = static_cast<const X*>(args.x) + token * args.k;
+        pass.y = static_cast<X*>(args.y) + token * args.n;
+        status = launch<F, X, TokenTiles>(pass, device, stream);
+        if (status != cudaSuccess) return;
+      }
+    }
+  });
+  return status;
+}
+
+}  // namespace quantgemm::packed_gemm
