@@ -33,7 +33,7 @@ DOCUMENTS: dict[Path, set[str]] = {
     ROOT / "README.md": {"formats-table"},
 }
 NUMBERS = ["id", "weights", "bytes", "bits/weight", "group"]
-MARKS = ["offset", "quantize", "importance"]
+MARKS = ["offset", "quantize", "importance", "packed"]
 YES, NO = "✓", "–"
 
 
@@ -54,7 +54,12 @@ def formats_table() -> str:
         fmt, writable = FORMATS[entry["type_id"]], entry["can_quantize"]
         numbers = fmt.type_id, fmt.block_elems, fmt.block_bytes, f"{fmt.bits_per_weight:g}"
         group = NO if fmt.is_plain else fmt.group
-        marks = fmt.has_offset, writable, writable and uses_importance(fmt.type_id)
+        marks = (
+            fmt.has_offset,
+            writable,
+            writable and uses_importance(fmt.type_id),
+            entry["can_pack"],
+        )
         rows.append([fmt.name, *map(str, (*numbers, group)), *(YES if m else NO for m in marks)])
     return markdown(rows)
 

@@ -201,10 +201,10 @@ _register_autocast("cuda", "AutocastCUDA")
 
 
 def pack(w: torch.Tensor, qtype: int) -> torch.Tensor:
-    """GGUF rows in the layout of the fastest products: same bits, other order (csrc/formats/packed.h).
+    """GGUF rows in the layout of `gemm_packed`: same bits, other order (csrc/formats/packed.h).
 
-    w: uint8 ``[n, row_bytes]``; qtype: a type whose ``can_pack`` in the format table is true. Returns
-    uint8 ``[strips, strip_bytes]``, n padded to 64 rows and k to 64 columns.
+    w: uint8 ``[n, row_bytes]``; qtype: a type with ``can_pack`` in the format table. Returns uint8
+    ``[strips, strip_bytes]``, n padded to 64 rows and k to 64 columns.
     """
     return torch.ops.quantgemm.pack(w, int(qtype))  # type: ignore[no-any-return]
 
@@ -243,9 +243,11 @@ def gemm_packed(
 ) -> torch.Tensor:
     """Product with packed weights: ``y[..., n] = x[..., k] · wᵀ + bias`` for ``packed = pack(w)``.
 
-    x: float32/float16/bfloat16, never rounded; bias: ``[n]`` of x's dtype. algo: ``gemv`` (weights
-    are read once per 8 tokens, rows of y do not depend on the other tokens), ``mma`` or ``auto``; the
-    CPU has ``auto`` alone. Differentiable in x and bias; torch.autocast casts both.
+    x: float32/float16/bfloat16, never rounded; bias: ``[n]`` of x's dtype. algo: ``gemv``
+    (weights are read once per 8 tokens), ``mma`` (per 16 or 32) or ``auto``; the CPU has ``auto``
+    alone. A row of y does not depend on the batch for a fixed algorithm.
+
+    Differentiable in x and bias; under `torch.autocast` both are cast.
     """
     return torch.ops.quantgemm.gemm_packed(  # type: ignore[no-any-return]
         x, packed, int(qtype), n, k, bias, algo

@@ -46,9 +46,25 @@ def run_cases() -> None:
         ops.quantize_activations(x.cuda())
         ops.quantize_activations(x.half().cuda())
     run_gemm_cases(generator)
+    run_packed_cases(generator)
     run_sampling_cases(generator)
     torch.cuda.synchronize()
     print("cases done")
+
+
+def run_packed_cases(generator: torch.Generator) -> None:
+    """Every type with a packed form there and back, and products of ragged sizes."""
+    for row in _C.format_table():
+        if not row["can_pack"]:
+            continue
+        fmt, block = FORMATS[row["type_id"]], max(32, row["block_elems"])
+        for m, n, k in ((1, 37, block), (3, 130, 3 * block), (20, 5, 5 * block), (40, 67, block)):
+            w = torch.randint(0, 256, (n, fmt.row_bytes(k)), dtype=torch.uint8, generator=generator)
+            packed = ops.pack(w.cuda(), fmt.type_id)
+            assert torch.equal(ops.unpack(packed, fmt.type_id, n, k).cpu(), w)
+            for dtype in (torch.float32, torch.float16, torch.bfloat16):
+                x = torch.randn(m, k, generator=generator).to(dtype).cuda()
+                ops.gemm_packed(x, packed, fmt.type_id, n, k, x.new_zeros(n))
 
 
 def run_gemm_cases(generator: torch.Generator) -> None:

@@ -172,6 +172,7 @@ __global__ void __launch_bounds__(kPackThreads) unpack_kernel(const PackArgs arg
     const int row = i / row_blocks, block_idx = i % row_blocks;
     uint8_t* const block = stage + row * S::kPitch + skew_of(row) + block_idx * F::kBytes;
     bytes_ptr four = codes + row * kCodePitch + block_idx * F::kElems;
+#pragma unroll 4  // whole blocks of 256 would need more registers than there are
     for (int q = 0; q < F::kElems / 4; ++q) F::place(block, q, reinterpret_cast<const uint32_t*>(four)[q]);
     load_head<F>(strip, args.k, row, part.first / F::kElems + block_idx, block);
   }
@@ -190,6 +191,10 @@ __global__ void __launch_bounds__(kPackThreads) unpack_kernel(const PackArgs arg
   }
 }
 
+// A product reads its first weights before the launch ahead of it is over (gemm_packed.cuh). That launch may
+// not be the one that writes them, so it is this one.
+__global__ void settle_kernel() {}
+
 template <class Kernel>
 cudaError_t run(Kernel kernel, int shared_bytes, int64_t strips, const PackArgs& args, cudaStream_t stream) {
   const cudaError_t status =
@@ -197,6 +202,7 @@ cudaError_t run(Kernel kernel, int shared_bytes, int64_t strips, const PackArgs&
   if (status != cudaSuccess) return status;
   const int64_t chunks = (args.k + kChunk - 1) / kChunk;
   kernel<<<static_cast<unsigned>(strips * chunks), kPackThreads, shared_bytes, stream>>>(args, chunks);
+  settle_kernel<<<1, 1, 0, stream>>>();
   return cudaGetLastError();
 }
 

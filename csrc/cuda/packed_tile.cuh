@@ -178,20 +178,37 @@ __device__ __forceinline__ uint32_t masked_or(uint32_t x, uint32_t mask, uint32_
 }
 __device__ __forceinline__ uint32_t shift_right(uint32_t x, int by) { return by >= 0 ? x >> by : x << -by; }
 
-// The A fragment of step s of a tile; T is Half or BFloat16.
-template <PackableFormat F, class T>
+// Both halves less Bias: 1024 … 2047 in a half, 128 … 255 in bfloat16. PTX ISA 9.7.4.2 and 9.7.4.4 (sub,
+// fma).
+template <int Bias>
+__device__ __forceinline__ uint32_t less_bias(uint32_t pair, Half) {
+  asm("sub.rn.f16x2 %0, %0, %1;" : "+r"(pair) : "r"((0x6000u + Bias) * 0x00010001u));
+  return pair;
+}
+template <int Bias>
+__device__ __forceinline__ uint32_t less_bias(uint32_t pair, BFloat16) {
+  asm("fma.rn.bf16x2 %0, %0, %1, %2;" : "+r"(pair) : "r"(0x3f803f80u), "r"((0xc280u + Bias) * 0x00010001u));
+  return pair;
+}
+
+// The A fragment of step s of a tile; T is Half or BFloat16. Exact: bare codes, for float32 activations,
+// in whose sums the last bits of something larger than the codes would show.
+template <PackableFormat F, class T, bool Exact>
 struct PackedFragment {
   using L = PackedLayout<F>;
   static constexpr bool kHalf = std::is_same_v<T, Half>;
   static constexpr bool kBytes = L::kBits == 8 || LevelFormat<F>;  // q as a signed byte, else unsigned bits
   static constexpr bool kSmall = SmallLevels<F>;                   // one within ± 63
-  // Bits at the low end of bfloat16's seven read 128 + code under an exponent of 2^7; in a half they are
-  // put four higher, for 64 + code: the less is added, the less is lost when it is taken back.
-  static constexpr int kAt = kHalf ? 4 : 0;
-  static constexpr uint32_t kExponent = kHalf ? 0x54005400u : 0x43004300u;
-  static constexpr int kBias = kSmall   ? (kHalf ? 1024 + 64 : 128 + 64)
-                               : kBytes ? (kHalf ? 1024 + 128 : 0)
-                                        : (kHalf ? 64 : 128) + kZeroOf<F>;
+  // Codes are the highest bits behind the point of a half, which then reads 2^bits + code, and the lowest
+  // of bfloat16's seven, 128 + code: one shift less, and y has fewer bits to lose. Bytes are the lowest
+  // of a half, 1024 + byte, too much to keep; those of eight bits lose what bfloat16 cannot hold at once.
+  static constexpr int kAt = kHalf ? 10 - L::kBits : 0;
+  static constexpr uint32_t kExponent = kHalf ? (0x3c00u + (L::kBits << 10)) * 0x00010001u : 0x43004300u;
+  static constexpr int kAdded = kSmall   ? (kHalf ? 1024 : 128) + 64
+                                : kBytes ? (kHalf ? 1024 + 128 : 0)
+                                         : (kHalf ? 1 << L::kBits : 128) + kZeroOf<F>;
+  static constexpr bool kTakenBack = kAdded != 0 && (Exact || (kHalf && kBytes));
+  static constexpr int kBias = kTakenBack ? 0 : kAdded;
 
   static __device__ __forceinline__ void make(const PackedBatch<F>& batch, int tile, int s,
                                               uint32_t (&a)[4]) {
@@ -218,10 +235,14 @@ struct PackedFragment {
         if constexpr (L::kHighBits > 0) {
           using High = PackedField<L::kHighBits>;
           constexpr int kTo = kAt + L::kLowBits;
-          a[j] |=
-              shift_right(batch.high[tile][High::word(s, j)], High::bit(s, j) - kTo) & (High::kMask << kTo);
+          a[j] = masked_or(shift_right(batch.high[tile][High::word(s, j)], High::bit(s, j) - kTo),
+                           High::kMask << kTo, a[j]);
         }
       }
+    }
+    if constexpr (kTakenBack) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) a[j] = less_bias<kAdded>(a[j], T{});
     }
   }
 };

@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: MIT
+"""The packed layout on the GPU: packing and unpacking, products beside the time that reading takes.
+
+    python benchmarks/bench_packed.py [--part pack,types,tokens] [--out benchmarks/results]
+
+Weights are cold (copies rotate past the L2) and calls are replays of a CUDA graph. `read_us` is a
+kernel that reads as many bytes and does nothing with them, in a graph of the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import RESULTS, copy_bandwidth, print_table, save, time_gpu
+
+from quantgemm import _C, ops
+from quantgemm.formats import FORMATS, Format, format_by_name
+
+SHAPES = [(4096, 4096), (14336, 4096), (28672, 8192), (4096, 14336), (1024, 4096)]
+TOKENS = [1, 2, 4, 8, 16, 32, 64]
+ROTATED_BYTES = 250e6
+MODEL_BYTES = 4.5e9
+Rows = list[dict[str, Any]]
+
+READ_KERNEL = """
+extern "C" __global__ void read_bytes(const uint4* from, int count, unsigned* out) {
+  unsigned all = 0;
+  const int step = gridDim.x * blockDim.x;
+#pragma unroll 8
+  for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < count; i += step) {
+    const uint4 v = __ldcs(from + i);
+    all ^= v.x ^ v.y ^ v.z ^ v.w;
+  }
+  if (all == 0x12345678u) *out = all;
+}
+"""
+
+
+def reader() -> Callable[[torch.Tensor], None]:
+    """A function that reads a tensor's bytes on the GPU."""
+    kernel = torch.cuda._compile_kernel(READ_KERNEL, "read_bytes")
+    out = torch.zeros(1, dtype=torch.int32, device="cuda")
+    sms = torch.cuda.get_device_properties(0).multi_processor_count
+
+    def read(t: torch.Tensor) -> None:
+        kernel(grid=(2 * sms, 1, 1), block=(512, 1, 1), args=[t, t.numel() // 16, out])
+
+    return read
+
+
+def timed(call: Callable[[torch.Tensor], Any], copies: Sequence[torch.Tensor]) -> float:
+    return time_gpu([partial(call, copy) for copy in copies], replays=10).median
+
+
+def blocks(fmt: Format, n: int, k: int) -> torch.Tensor:
+    """Quantised normal weights: rows drawn from a few."""
+    some = ops.quantize(0.02 * torch.randn(64, k, device="cuda"), fmt.type_id)
+    return some[torch.randint(0, 64, (n,), device="cuda")]
+
+
+def packed_copies(fmt: Format, n: int, k: int) -> list[torch.Tensor]:
+    count = max(2, min(64, int(ROTATED_BYTES / (n * fmt.row_bytes(k)))))
+    return [ops.pack(blocks(fmt, n, k), fmt.type_id) for _ in range(count)]
+
+
+def packing(types: Sequence[str], bandwidth: float) -> Rows:
+    """Both ways for the largest shape; what a model of 4.5 GB would take, beside a copy of it."""
+    n, k = 28672, 8192
+    rows: Rows = []
+    for name in types:
+        fmt = format_by_name(name)
+        w = [blocks(fmt, n, k) for _ in range(2)]
+        packed = [ops.pack(v, fmt.type_id) for v in w]
+        row: dict[str, Any] = {"type": name, "MB": w[0].numel() / 1e6}
+        row["copy_us"] = 2 * w[0].numel() / bandwidth * 1e6
+        row["pack_us"] = timed(lambda v, t=fmt.type_id: ops.pack(v, t), w)
+        row["unpack_us"] = timed(lambda p, t=fmt.type_id: ops.unpack(p, t, n, k), packed)
+        row["ms_per_4.5GB"] = row["pack_us"] * 1e-3 * MODEL_BYTES / w[0].numel()
+        rows.append(row)
+    return rows
+
+
+def every_type(n: int, k: int, read: Callable[[torch.Tensor], None] | None) -> Rows:
+    """One token, every type with a packed form."""
+    x = torch.randn(1, k, device="cuda")
+    rows: Rows = []
+    for entry in _C.format_table():
+        if not entry["can_pack"]:
+            continue
+        fmt = FORMATS[entry["type_id"]]
+        copies = packed_copies(fmt, n, k)
+        row: dict[str, Any] = {"type": fmt.name, "MB": copies[0].numel() / 1e6}
+        row["read_us"] = timed(read, copies) if read else float("nan")
+        for dtype in (torch.bfloat16, torch.float16):
+            row[str(dtype)[6:]] = timed(product(x.to(dtype), fmt, n, k), copies)
+        row["x_read"] = row["bfloat16"] / row["read_us"]
+        rows.append(row)
+    return rows
+
+
+def product(
+    x: torch.Tensor, fmt: Format, n: int, k: int, algo: str = "auto"
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda packed: ops.gemm_packed(x, packed, fmt.type_id, n, k, None, algo)
+
+
+def tokens(types: Sequence[str], read: Callable[[torch.Tensor], None] | None) -> Rows:
+    """From one token to 64, microseconds of `auto`, each shape and type on a line."""
+    rows: Rows = []
+    for n, k in SHAPES:
+        for name in types:
+            fmt = format_by_name(name)
+            copies = packed_copies(fmt, n, k)
+            row: dict[str, Any] = {"n": n, "k": k, "type": name, "MB": copies[0].numel() / 1e6}
+            row["read_us"] = timed(read, copies) if read else float("nan")
+            for m in TOKENS:
+                x = torch.randn(m, k, device="cuda").to(torch.bfloat16)
+                row[f"m={m}"] = timed(product(x, fmt, n, k), copies)
+            row["x_read"] = row["m=1"] / row["read_us"]
+            rows.append(row)
+    return rows
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--part", default="pack,types,tokens", help="which tables")
+    parser.add_argument("--types", default="Q4_0,Q8_0,Q4_K,Q6_K", help="for packing and tokens")
+    parser.add_argument("--out", default="", help=f"also save here, e.g. {RESULTS}")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("bench_packed: no CUDA device, nothing measured")
+        return 0
+    parts, types, folder = options.part.split(","), options.types.split(","), Path(options.out)
+    read = None
+    try:
+        read = reader()
+        read(torch.zeros(1024, dtype=torch.uint8, device="cuda"))
+    except (AttributeError, RuntimeError, OSError) as error:  # torch without its NVRTC helper
+        print(f"no time for reading alone: {type(error).__name__}: {error}")
+    bandwidth = copy_bandwidth(1 << 30)
+    print(f"copy {bandwidth / 1e12:.2f} TB/s")
+    tables = {
+        "pack": lambda: packing(types, bandwidth),
+        "types": lambda: every_type(14336, 4096, read),
+        "tokens": lambda: tokens(types, read),
+    }
+    for part in parts:
+        rows = tables[part]()
+        print_table(rows)
+        if options.out:
+            save(f"packed_{part}", rows, folder)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
