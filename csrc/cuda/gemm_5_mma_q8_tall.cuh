@@ -11,8 +11,8 @@ namespace quantgemm::mma_q8 {
 
 // y += s_a · (s_w · Σ) + o_w · sum_a for a lane's sums d.
 template <BlockFormat F>
-__device__ __forceinline__ void scale_sums(float (&y)[64], const uint32_t (&d)[64], float2 scale, float2 offset,
-                                           const uint8_t* scales) {
+__device__ __forceinline__ void scale_sums(float (&y)[64], const uint32_t (&d)[64], float2 scale,
+                                           float2 offset, const uint8_t* scales) {
   const float s[2] = {scale.x, scale.y}, o[2] = {offset.x, offset.y};
   const float minus[2] = {kMinus<F> * s[0], kMinus<F> * s[1]};
 #pragma unroll
@@ -37,6 +37,18 @@ __device__ __forceinline__ void scale_sums(float (&y)[64], const uint32_t (&d)[6
   }
 }
 
+// A group's weights in a lane; 16 are followed by zeros.
+template <class L>
+__device__ __forceinline__ void load_fragment(uint32_t (&a)[4], const uint8_t* fragments, int group) {
+  if constexpr (L::kGroup == 32) {
+    const uint4 fragment = *reinterpret_cast<const uint4*>(fragments + group * 512);
+    a[0] = fragment.x, a[1] = fragment.y, a[2] = fragment.z, a[3] = fragment.w;
+  } else {
+    const uint2 fragment = *reinterpret_cast<const uint2*>(fragments + group / 2 * 512 + group % 2 * 8);
+    a[0] = fragment.x, a[1] = fragment.y, a[2] = a[3] = 0;
+  }
+}
+
 // Stages of a tile out of the ring.
 template <BlockFormat F>
 __device__ __forceinline__ void multiply_stages(float (&y)[64], const TallLayout<F>& shared,
@@ -52,16 +64,10 @@ __device__ __forceinline__ void multiply_stages(float (&y)[64], const TallLayout
     const uint8_t* fragments = shared.fragments(place.buffer) + (warp * kStageGroups * 32 + lane) * 16;
     const float* table = shared.table(place.buffer, warp) + 2 * r;
     const uint8_t* scales = shared.scales(place.buffer) + 16 * c;
+    uint32_t a[4];
+    load_fragment<L>(a, fragments, 0);
 #pragma unroll 1  // unrolled, the compiler moves sums from register to register, and out of them
     for (int g = 0; g < L::kGroups; ++g) {
-      uint32_t a[4] = {0, 0, 0, 0};  // 16 weights are followed by zeros
-      if constexpr (L::kGroup == 32) {
-        const uint4 fragment = *reinterpret_cast<const uint4*>(fragments + g * 512);
-        a[0] = fragment.x, a[1] = fragment.y, a[2] = fragment.z, a[3] = fragment.w;
-      } else {
-        const uint2 fragment = *reinterpret_cast<const uint2*>(fragments + g / 2 * 512 + g % 2 * 8);
-        a[0] = fragment.x, a[1] = fragment.y;
-      }
       const uint64_t b = codes + g * (L::kGroup / 16);
       if constexpr (kWideScale<F>) {
 #pragma unroll
@@ -75,6 +81,7 @@ __device__ __forceinline__ void multiply_stages(float (&y)[64], const TallLayout
       if constexpr (F::kOffset)
         offset = *reinterpret_cast<const float2*>(table + g * L::kEntry + L::kWarpRows);
       wait_for_product(d);
+      load_fragment<L>(a, fragments, g + 1 < L::kGroups ? g + 1 : g);
       scale_sums<F>(y, d, scale, offset, scales + g * L::kGroup / 32 * L::kScaleStride);
     }
     __syncwarp();
@@ -149,8 +156,7 @@ __global__ void __launch_bounds__(TallLayout<F>::kThreads + kCopyThreads, 1)
   if (threadIdx.x >= L::kThreads) {
     fewer_registers<56>();
     for_each_part<L>(work, [&](int64_t, int64_t first_row, int64_t first_token, int first, int last) {
-      fill_ring<F>({args, work, tall_memory, first_row, first_token}, place,
-                   static_cast<uint32_t>(first_row * work.row_bytes), first, last);
+      fill_ring<F>(args, {args, work, tall_memory, first_row, first_token}, place, first_row, first, last);
     });
   } else {
     more_registers<152>();

@@ -88,7 +88,7 @@ struct Copier {
   static constexpr int kTokensPerPass = kThreads / 8, kScalesPerPass = kThreads / kStageGroups;
   const Work& work;
   L shared;
-  int thread;  // of kCopyThreads
+  int thread;        // of kCopyThreads
   int rows, tokens;  // from the thread's first row, the tile's first token to the tile's last
   bytes_ptr weights, codes, scales;
 
@@ -138,8 +138,14 @@ struct Copier {
     }
   }
 
+  // Scales lie in the order in which a lane wants them, without sums token 8 h + 2 c + e of 16 at
+  // place 4 c + 2 h + e: both halves' scales are neighbours.
+  __device__ static int place_of(int token) {
+    return L::kSums ? token : (token & ~15) + 4 * ((token >> 1) & 3) + 2 * ((token >> 3) & 1) + (token & 1);
+  }
+
   // Codes: 16-byte piece p of token t lies at place p ^ (t % 8) of its 128 bytes, so that the 8 rows
-  // of a matrix lie in different banks. Scales: in the order in which a lane wants them.
+  // of a matrix lie in different banks.
   __device__ __forceinline__ void copy_activations(int stage, int end, int buffer) const {
     const int piece = thread % 8, group = thread % kStageGroups;
     int token = thread / 8;
@@ -153,9 +159,7 @@ struct Copier {
       source += kTokensPerPass * work.act_bytes;
     }
     token = thread / kStageGroups;
-    // token 8 h + 2 c + e of 16 to place 4 c + 2 h + e: both halves' scales are neighbours
-    const int place =
-        L::kSums ? token : (token & ~15) + 4 * ((token >> 1) & 3) + 2 * ((token >> 3) & 1) + (token & 1);
+    const int place = place_of(token);
     target = shared_address(shared.scales(buffer)) + group * L::kScaleStride + place * L::kScaleBytes;
     const bool inside =
         stage * kStageElems + group * ActivationRow::kGroup < work.k;  // past it scales are zero
