@@ -2,7 +2,6 @@
 // Launcher of the int8 tensor-core product: the tile by the number of tokens, the grid by the number of
 // tiles. Few tiles are cut along k, in equal shares for all the blocks the device runs at once.
 #include "gemm_5_mma_q8.cuh"
-#include "mma_q8_tall_stage.cuh"
 
 namespace quantgemm {
 namespace mma_q8 {
@@ -11,9 +10,6 @@ extern template cudaError_t launch_tiles<1>(const GemmArgs&, const Work&, int64_
 extern template cudaError_t launch_tiles<2>(const GemmArgs&, const Work&, int64_t, cudaStream_t);
 extern template cudaError_t launch_tiles<4>(const GemmArgs&, const Work&, int64_t, cudaStream_t);
 extern template cudaError_t launch_tiles<8>(const GemmArgs&, const Work&, int64_t, cudaStream_t);
-
-bool device_has_wgmma();
-cudaError_t launch_tall_tiles(const GemmArgs&, const Work&, int64_t, cudaStream_t);
 
 namespace {
 
@@ -33,7 +29,6 @@ Device current_device() {
 
 struct Plan {
   int pairs = 0;  // of 8 tokens; 0: no such format
-  bool tall = false;
   Work work{};
   int64_t grid = 0, tiles = 0, partial_bytes = 0;
   int64_t scratch_bytes() const { return grid == tiles ? 0 : partial_bytes + tiles * 4; }
@@ -41,21 +36,20 @@ struct Plan {
 
 constexpr int kReservedBytes = 1024;  // of shared memory, by the system for each block
 
-template <class L>
+template <BlockFormat F, int kPairs>
 Plan plan_for(const GemmArgs& args, const Device& device) {
-  using F = typename L::Format;
+  using L = Layout<F, kPairs>;
   const int fit = device.shared_per_sm / (L::kBytes + kReservedBytes);
   const int per_sm = fit < 1 ? 1 : fit < L::kBlocksPerSm ? fit : L::kBlocksPerSm;
   const int64_t slots = static_cast<int64_t>(device.multiprocessors) * per_sm;
   Plan p;
-  p.pairs = L::kTokens / 16;
-  p.tall = L::kTall;
+  p.pairs = kPairs;
   p.work.row_bytes = args.k / F::kElems * F::kBytes;
   p.work.act_bytes = ActivationRow::bytes(args.k);
   p.work.k = static_cast<int>(args.k);
   p.work.token_tiles = (args.m + L::kTokens - 1) / L::kTokens;
   p.work.tile_units = (args.k + L::kStep - 1) / L::kStep;
-  p.tiles = p.work.token_tiles * ((args.n + L::kRows - 1) / L::kRows);
+  p.tiles = p.work.token_tiles * ((args.n + kRows - 1) / kRows);
   p.work.num_units = p.tiles * p.work.tile_units;
   p.grid = p.tiles;
   // Unless whole tiles keep 9 of 10 slots busy. A share is at least 512 of k, to pay for its sums.
@@ -64,7 +58,7 @@ Plan plan_for(const GemmArgs& args, const Device& device) {
     const int64_t most = p.work.num_units / (512 / L::kStep), shares = most < slots ? most : slots;
     if (shares > p.tiles || waves > 1) p.grid = shares;
   }
-  p.partial_bytes = p.grid * 2 * L::kTokens * L::kRows * static_cast<int64_t>(sizeof(float));
+  p.partial_bytes = p.grid * 2 * L::kTokens * kRows * static_cast<int64_t>(sizeof(float));
   return p;
 }
 
@@ -78,12 +72,10 @@ Plan plan_for(const GemmArgs& args) {
           kLargest <= device.shared_per_block && 2 * (kLargest + kReservedBytes) <= device.shared_per_sm;
       const int64_t rest = args.m % 128;  // 64 tokens waste less of the last tile
       const bool prefer_64 = args.m <= 64 || (args.m < 512 && rest > 0 && rest <= 64);
-      plan = args.m <= 16               ? plan_for<Layout<F, 1>>(args, device)
-             : args.m <= 32             ? plan_for<Layout<F, 2>>(args, device)
-             : prefer_64 || !large_fits ? plan_for<Layout<F, 4>>(args, device)
-                                        : plan_for<Layout<F, 8>>(args, device);
-      if constexpr (Tall<F>)
-        if (args.m > 64 && device_has_wgmma()) plan = plan_for<TallLayout<F>>(args, device);
+      plan = args.m <= 16               ? plan_for<F, 1>(args, device)
+             : args.m <= 32             ? plan_for<F, 2>(args, device)
+             : prefer_64 || !large_fits ? plan_for<F, 4>(args, device)
+                                        : plan_for<F, 8>(args, device);
     }
   });
   return plan;
@@ -104,7 +96,6 @@ cudaError_t launch_gemm_mma_q8(const GemmArgs& args, cudaStream_t stream) {
     const cudaError_t status = cudaMemsetAsync(plan.work.arrivals, 0, plan.tiles * 4, stream);
     if (status != cudaSuccess) return status;
   }
-  if (plan.tall) return mma_q8::launch_tall_tiles(args, plan.work, plan.grid, stream);
   switch (plan.pairs) {
     case 1: return mma_q8::launch_tiles<1>(args, plan.work, plan.grid, stream);
     case 2: return mma_q8::launch_tiles<2>(args, plan.work, plan.grid, stream);

@@ -5,7 +5,8 @@
 // are the A operand, made of the native bytes by F::quad where they lie in shared memory; tokens are B.
 // Limit: issue slots. Beside one mma, which holds up dispatch for about 7, stand 8 FFMA and 5 others.
 #pragma once
-#include "mma_q8_result.cuh"
+#include "memory.cuh"
+#include "mma_q8_stage.cuh"
 
 namespace quantgemm::mma_q8 {
 
@@ -35,9 +36,9 @@ struct Weights {
     }
 #pragma unroll
     for (int part = 0; part < kParts; ++part) {
-      const float* entry = table + (group * kParts + part) * L::kWarpRows * (F::kOffset ? 2 : 1) + 4 * r;
+      const float* entry = table + (group * kParts + part) * kWarpRows * (F::kOffset ? 2 : 1) + 4 * r;
       load4(scale[part], entry);
-      if constexpr (F::kOffset) load4(offset[part], entry + L::kWarpRows);
+      if constexpr (F::kOffset) load4(offset[part], entry + kWarpRows);
     }
   }
 };
@@ -61,9 +62,8 @@ __device__ __forceinline__ void fill_table(float* table, bytes_ptr row, int vali
   for (int g = 0; g < L::kStepGroups; ++g) {
     const bool valid = g < valid_groups;  // groups past the row's end count nothing
     const uint32_t scale = __float_as_uint(affine[g].scale) & ~3u;
-    entry[g * L::kWarpRows * (F::kOffset ? 2 : 1)] = valid ? __uint_as_float(scale) * kDown : 0.0f;
-    if constexpr (F::kOffset)
-      entry[g * L::kWarpRows * 2 + L::kWarpRows] = valid ? affine[g].offset * kDown : 0.0f;
+    entry[g * kWarpRows * (F::kOffset ? 2 : 1)] = valid ? __uint_as_float(scale) * kDown : 0.0f;
+    if constexpr (F::kOffset) entry[g * kWarpRows * 2 + kWarpRows] = valid ? affine[g].offset * kDown : 0.0f;
   }
 }
 
@@ -130,10 +130,10 @@ __device__ __forceinline__ void multiply_group(Sums<kPairs>& sums, const Weights
 
 // Steps [first, last) of a tile, added up in the lanes' fragments, times 2^-24.
 template <BlockFormat F, int kPairs>
-__device__ __forceinline__ void multiply_tile(Sums<kPairs>& sums, const Copier<Layout<F, kPairs>>& copier,
+__device__ __forceinline__ void multiply_tile(Sums<kPairs>& sums, const Copier<F, kPairs>& copier,
                                               uint32_t first_row_bytes, int first, int last) {
   using L = Layout<F, kPairs>;
-  using C = Copier<L>;
+  using C = Copier<F, kPairs>;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, r = lane / 4;
   const int all_stages = (copier.work.k + kStageElems - 1) / kStageElems;
   const int end = last * L::kStages < all_stages ? last * L::kStages : all_stages;
@@ -141,7 +141,7 @@ __device__ __forceinline__ void multiply_tile(Sums<kPairs>& sums, const Copier<L
   const auto misalignment = [&](int row, int step) {
     return (first_row_bytes + row * static_cast<uint32_t>(copier.work.row_bytes) + step * L::kStepBytes) & 15;
   };
-  copier.copy_activations(first * L::kStages, end, first * L::kStages);
+  copier.copy_activations(first * L::kStages, end);
   copier.template copy_weights<C::kPasses>(first, last);
   cp_async_commit();
 
@@ -152,11 +152,10 @@ __device__ __forceinline__ void multiply_tile(Sums<kPairs>& sums, const Copier<L
     cp_async_wait<0>();
     __syncthreads();  // the stage is there for all, and the one before it has been read by all
     if (stage % L::kStages == 0) {
-      bytes_ptr staged = copier.shared.weights(step) + warp * L::kWarpRows * L::kRowBytes;
+      bytes_ptr staged = copier.shared.weights(step) + warp * kWarpRows * L::kRowBytes;
       for (int i = 0; i < 2; ++i)
-        rows[i] = staged + (8 * i + r) * L::kRowBytes + misalignment(warp * L::kWarpRows + 8 * i + r, step);
-      fill_table<F, kPairs>(table,
-                            staged + lane * L::kRowBytes + misalignment(warp * L::kWarpRows + lane, step),
+        rows[i] = staged + (8 * i + r) * L::kRowBytes + misalignment(warp * kWarpRows + 8 * i + r, step);
+      fill_table<F, kPairs>(table, staged + lane * L::kRowBytes + misalignment(warp * kWarpRows + lane, step),
                             (copier.work.k - step * L::kStep) / L::kGroup);
       __syncwarp();
     }
@@ -169,7 +168,7 @@ __device__ __forceinline__ void multiply_tile(Sums<kPairs>& sums, const Copier<L
     for (int g = 0; g < kStageGroups; ++g) {
       now.load(rows, table, first_group + g);
       // The next stage's activations, and its share of the next step's weights.
-      if (g == 0) copier.copy_activations(stage + 1, end, stage + 1);
+      if (g == 0) copier.copy_activations(stage + 1, end);
       if (g == 1) {
         constexpr int kShare = (C::kPasses + L::kStages - 1) / L::kStages;
         copier.template copy_weights<kShare>(step + 1, last, stage % L::kStages * kShare);
@@ -182,8 +181,66 @@ __device__ __forceinline__ void multiply_tile(Sums<kPairs>& sums, const Copier<L
   __syncthreads();  // shared memory is free again
 }
 
+// y's tile, by way of shared memory [token][row], so that a warp writes whole lines.
+template <class Out, int kTokens, int kStride>
+__device__ __forceinline__ void store_tile(const GemmArgs& args, const float* staged, int64_t first_row,
+                                           int64_t first_token) {
+  constexpr int kVector = kPerVector<Out>, kPerToken = kRows / kVector;
+  Out* y = static_cast<Out*>(args.y);
+  const bool aligned = args.n % kVector == 0;
+  for (int i = threadIdx.x; i < kTokens * kPerToken; i += kThreads) {
+    const int64_t token = first_token + i / kPerToken, row = first_row + i % kPerToken * kVector;
+    if (token >= args.m || row >= args.n) continue;
+    const float* from = staged + i / kPerToken * kStride + i % kPerToken * kVector;
+    float v[kVector];
+    for (int j = 0; j < kVector; ++j) v[j] = from[j] * kUp;
+    Out* to = y + token * args.n + row;
+    if (aligned) {
+      store_vector(to, v);
+    } else {
+      for (int j = 0; j < kVector; ++j)
+        if (row + j < args.n) store1(to + j, v[j]);
+    }
+  }
+}
+
+// Adds up a tile that several blocks hold parts of. Returns whether this block is the last, which
+// then has the sum, taken in the order of k whoever is last.
+template <int kPairs>
+__device__ __forceinline__ bool combine(Sums<kPairs>& sums, const Work& work, int64_t tile, bool from_zero) {
+  constexpr int kVectors = kPairs * 4;
+  const auto slot = [&](int64_t block, bool head) {
+    return work.partials + (2 * block + head) * (kVectors * kThreads) + threadIdx.x;
+  };
+  float* own = &sums[0][0][0][0];
+  float4* mine = slot(blockIdx.x, from_zero);
+#pragma unroll
+  for (int i = 0; i < kVectors; ++i)
+    __stcg(mine + i * kThreads, make_float4(own[4 * i], own[4 * i + 1], own[4 * i + 2], own[4 * i + 3]));
+  __threadfence();  // the part is visible before it is counted
+  __syncthreads();
+  __shared__ bool is_last;
+  const int64_t unit = tile * work.tile_units;
+  const int64_t first = work.owner(unit), last = work.owner(unit + work.tile_units - 1);
+  if (threadIdx.x == 0) is_last = atomicAdd(work.arrivals + tile, 1) == last - first;
+  __syncthreads();
+  if (!is_last) return false;
+  __threadfence();
+#pragma unroll
+  for (int i = 0; i < 4 * kVectors; ++i) own[i] = 0;
+  for (int64_t block = first; block <= last; ++block) {
+    const float4* part = slot(block, block == first);
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+      const float4 v = __ldcg(part + i * kThreads);
+      own[4 * i] += v.x, own[4 * i + 1] += v.y, own[4 * i + 2] += v.z, own[4 * i + 3] += v.w;
+    }
+  }
+  return true;
+}
+
 template <BlockFormat F, int kPairs>
-__global__ void __launch_bounds__(Layout<F, kPairs>::kThreads, Layout<F, kPairs>::kBlocksPerSm)
+__global__ void __launch_bounds__(kThreads, Layout<F, kPairs>::kBlocksPerSm)
     gemm_mma_q8_kernel(const __grid_constant__ GemmArgs args, const __grid_constant__ Work work) {
   using L = Layout<F, kPairs>;
   extern __shared__ __align__(16) uint8_t memory[];
@@ -193,22 +250,34 @@ __global__ void __launch_bounds__(Layout<F, kPairs>::kThreads, Layout<F, kPairs>
     const int first = static_cast<int>(unit % work.tile_units), units = static_cast<int>(work.tile_units);
     const int last = end - unit < units - first ? first + static_cast<int>(end - unit) : units;
     unit += last - first;
-    const int64_t first_row = index / work.token_tiles * L::kRows;
+    const int64_t first_row = index / work.token_tiles * kRows;
     const int64_t first_token = index % work.token_tiles * L::kTokens;
     Sums<kPairs> sums = {};
     multiply_tile<F, kPairs>(sums, {args, work, memory, first_row, first_token},
                              static_cast<uint32_t>(first_row * work.row_bytes), first, last);
-    if (last - first < units && !combine<L>(&sums[0][0][0][0], work, index, first == 0)) continue;
+    if (last - first < units && !combine<kPairs>(sums, work, index, first == 0)) continue;
 
     float* staged = reinterpret_cast<float*>(memory);
     const int warp = threadIdx.x / 32, r = threadIdx.x % 32 / 4, c = threadIdx.x % 4;
 #pragma unroll
     for (int i = 0; i < kPairs * 16; ++i) {
       const int e = i % 4, rows = i / 4 % 2, h = i / 8 % 2, p = i / 16;
-      staged[(16 * p + 8 * h + 2 * c + e % 2) * L::kOutStride + warp * L::kWarpRows + 16 * rows + e / 2 * 8 +
+      staged[(16 * p + 8 * h + 2 * c + e % 2) * L::kOutStride + warp * kWarpRows + 16 * rows + e / 2 * 8 +
              r] = sums[p][h][rows][e];
     }
-    store_staged<L>(args, staged, first_row, first_token, kUp);
+    __syncthreads();
+    switch (args.type) {
+      case Real::kFloat32:
+        store_tile<float, L::kTokens, L::kOutStride>(args, staged, first_row, first_token);
+        break;
+      case Real::kFloat16:
+        store_tile<Half, L::kTokens, L::kOutStride>(args, staged, first_row, first_token);
+        break;
+      case Real::kBFloat16:
+        store_tile<BFloat16, L::kTokens, L::kOutStride>(args, staged, first_row, first_token);
+        break;
+    }
+    __syncthreads();  // before the next tile's copies arrive where this one's results lay
   }
 }
 
@@ -223,7 +292,7 @@ cudaError_t launch_tiles(const GemmArgs& args, const Work& work, int64_t grid, c
       const auto kernel = gemm_mma_q8_kernel<F, kPairs>;
       status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
       if (status != cudaSuccess) return;
-      kernel<<<static_cast<unsigned>(grid), Layout<F, kPairs>::kThreads, kBytes, stream>>>(args, work);
+      kernel<<<static_cast<unsigned>(grid), kThreads, kBytes, stream>>>(args, work);
       status = cudaGetLastError();
     }
   });

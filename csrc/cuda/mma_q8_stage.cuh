@@ -9,7 +9,7 @@
 
 namespace quantgemm::mma_q8 {
 
-constexpr int kCopyThreads = 128;
+constexpr int kWarps = 4, kThreads = 32 * kWarps, kWarpRows = 32, kRows = kWarps * kWarpRows;
 constexpr int kStageElems = 128, kStageGroups = kStageElems / ActivationRow::kGroup;
 
 // Work is cut into units of one step along k of one tile; block b owns units
@@ -17,7 +17,7 @@ constexpr int kStageElems = 128, kStageGroups = kStageElems / ActivationRow::kGr
 // else equal shares, and tiles in several hands are summed by the last to finish.
 struct Work {
   int64_t num_units, tile_units, token_tiles;
-  float4* partials;              // [grid][2][a tile of y, as its block's threads hold it]
+  float4* partials;              // [grid][2][kPairs · 4][kThreads]
   int* arrivals;                 // [tiles], zero at the start
   int64_t row_bytes, act_bytes;  // of a row of w, of a row of activations
   int k;
@@ -26,11 +26,9 @@ struct Work {
   __device__ int64_t owner(int64_t unit) const { return ((unit + 1) * gridDim.x - 1) / num_units; }
 };
 
-// How operands lie in shared memory. Weights are staged a step (256 or 128 of k) at a time,
-// activations 128 of k.
+// Shared memory. Weights are staged a step (256 or 128 of k) at a time, activations 128 of k.
 template <BlockFormat F, int kPairs>
-struct Staging {
-  using Format = F;
+struct Layout {
   static constexpr int kTokens = 16 * kPairs;
   // A step's bytes of a row are copied as the 16-byte pieces that contain them.
   static constexpr bool kWide = F::kElems == 256 || 256 / F::kElems * F::kBytes <= 240;
@@ -45,24 +43,15 @@ struct Staging {
   static constexpr int kScaleBytes = kSums ? 8 : 4;
   static constexpr int kScaleStride = (kTokens + 16) * kScaleBytes;  // scales of a group
   static constexpr int kCodeBytes = kTokens * kStageElems;
+
+  static constexpr int kWeightBytes = kRows * kRowBytes;
   static constexpr int kActBytes = kCodeBytes + kStageGroups * kScaleStride;
-};
-
-// The shared memory of a block of the mma.sync kernel.
-template <BlockFormat F, int kPairs>
-struct Layout : Staging<F, kPairs> {
-  using S = Staging<F, kPairs>;
-  static constexpr bool kTall = false;
-  static constexpr int kWarps = 4, kThreads = 32 * kWarps, kWarpRows = 32, kRows = kWarps * kWarpRows;
-  static constexpr int kSumVectors = kRows * S::kTokens / kThreads / 4;  // of four sums, in a thread
-
-  static constexpr int kWeightBytes = kRows * S::kRowBytes;
-  static constexpr int kTableBytes = S::kStepGroups * kRows * (F::kOffset ? 8 : 4);
+  static constexpr int kTableBytes = kStepGroups * kRows * (F::kOffset ? 8 : 4);
 
   // Two buffers each: one in use, one being filled.
-  static constexpr int kStageBytes = kTableBytes + 2 * (S::kActBytes + kWeightBytes);
+  static constexpr int kStageBytes = kTableBytes + 2 * (kActBytes + kWeightBytes);
   static constexpr int kOutStride = kRows + 4;  // floats
-  static constexpr int kOutBytes = S::kTokens * kOutStride * 4;
+  static constexpr int kOutBytes = kTokens * kOutStride * 4;
   static constexpr int kBytes = kStageBytes > kOutBytes ? kStageBytes : kOutBytes;
 
   static constexpr int kBlocksPerSm = kPairs == 8 ? 2 : kPairs == 4 ? 3 : 4;
@@ -73,42 +62,41 @@ struct Layout : Staging<F, kPairs> {
   }
   __device__ uint8_t* weights(int step) const { return memory + kTableBytes + step % 2 * kWeightBytes; }
   __device__ uint8_t* codes(int stage) const {
-    return memory + kTableBytes + 2 * kWeightBytes + stage % 2 * S::kActBytes;
+    return memory + kTableBytes + 2 * kWeightBytes + stage % 2 * kActBytes;
   }
-  __device__ uint8_t* scales(int stage) const { return codes(stage) + S::kCodeBytes; }
+  __device__ uint8_t* scales(int stage) const { return codes(stage) + kCodeBytes; }
 };
 
 // A thread's part in copying a tile's operands. Rows and tokens past the edge are not copied: what is
 // computed for them is never stored.
-template <class L>
+template <BlockFormat F, int kPairs>
 struct Copier {
-  static constexpr int kThreads = kCopyThreads, kRows = L::kRows;
+  using L = Layout<F, kPairs>;
   static constexpr int kRowsPerPass = kThreads / L::kPieces,
                        kPasses = (kRows + kRowsPerPass - 1) / kRowsPerPass;
   static constexpr int kTokensPerPass = kThreads / 8, kScalesPerPass = kThreads / kStageGroups;
   const Work& work;
   L shared;
-  int thread;        // of kCopyThreads
   int rows, tokens;  // from the thread's first row, the tile's first token to the tile's last
   bytes_ptr weights, codes, scales;
 
   __device__ Copier(const GemmArgs& args, const Work& work, uint8_t* memory, int64_t first_row,
                     int64_t first_token)
-      : work(work), shared{{}, memory}, thread(threadIdx.x % kCopyThreads) {
-    const int row = thread / L::kPieces;
+      : work(work), shared{memory} {
+    const int row = threadIdx.x / L::kPieces;
     const int64_t rows_left = args.n - first_row, tokens_left = args.m - first_token;
     rows = row < kRowsPerPass ? static_cast<int>(rows_left < kRows ? rows_left : kRows) - row : 0;
     tokens = static_cast<int>(tokens_left < L::kTokens ? tokens_left : L::kTokens);
-    weights = args.w + (first_row + row) * work.row_bytes + 16 * (thread % L::kPieces);
-    codes = args.activations + (first_token + thread / 8) * work.act_bytes + thread % 8 * 16;
-    scales = args.activations + (first_token + thread / kStageGroups) * work.act_bytes +
-             ActivationRow::scales_offset(args.k) + thread % kStageGroups * 8;
+    weights = args.w + (first_row + row) * work.row_bytes + 16 * (threadIdx.x % L::kPieces);
+    codes = args.activations + (first_token + threadIdx.x / 8) * work.act_bytes + threadIdx.x % 8 * 16;
+    scales = args.activations + (first_token + threadIdx.x / kStageGroups) * work.act_bytes +
+             ActivationRow::scales_offset(args.k) + threadIdx.x % kStageGroups * 8;
   }
 
   // kCount of the passes over the rows of a step. A row may begin anywhere; only its own bytes are read.
   template <int kCount>
   __device__ __forceinline__ void copy_weights(int step, int end, int first = 0) const {
-    const int row = thread / L::kPieces, piece = thread % L::kPieces;
+    const int row = threadIdx.x / L::kPieces, piece = threadIdx.x % L::kPieces;
     const int skipped = first * kRowsPerPass;
     const uint32_t target =
         shared_address(shared.weights(step)) + (row + skipped) * L::kRowBytes + 16 * piece;
@@ -138,18 +126,12 @@ struct Copier {
     }
   }
 
-  // Scales lie in the order in which a lane wants them, without sums token 8 h + 2 c + e of 16 at
-  // place 4 c + 2 h + e: both halves' scales are neighbours.
-  __device__ static int place_of(int token) {
-    return L::kSums ? token : (token & ~15) + 4 * ((token >> 1) & 3) + 2 * ((token >> 3) & 1) + (token & 1);
-  }
-
   // Codes: 16-byte piece p of token t lies at place p ^ (t % 8) of its 128 bytes, so that the 8 rows
-  // of a matrix lie in different banks.
-  __device__ __forceinline__ void copy_activations(int stage, int end, int buffer) const {
-    const int piece = thread % 8, group = thread % kStageGroups;
-    int token = thread / 8;
-    uint32_t target = shared_address(shared.codes(buffer)) + token * kStageElems + 16 * (piece ^ (token % 8));
+  // of a matrix lie in different banks. Scales: in the order in which a lane wants them.
+  __device__ __forceinline__ void copy_activations(int stage, int end) const {
+    const int piece = threadIdx.x % 8, group = threadIdx.x % kStageGroups;
+    int token = threadIdx.x / 8;
+    uint32_t target = shared_address(shared.codes(stage)) + token * kStageElems + 16 * (piece ^ (token % 8));
     bytes_ptr source = codes + static_cast<int64_t>(stage) * kStageElems;
     const int here = stage < end ? tokens : 0;
     int count = stage * kStageElems + 16 * piece < work.k ? here - token : 0;
@@ -158,9 +140,11 @@ struct Copier {
       copy_async<16>(target + i * kStageElems, source, i < count);
       source += kTokensPerPass * work.act_bytes;
     }
-    token = thread / kStageGroups;
-    const int place = place_of(token);
-    target = shared_address(shared.scales(buffer)) + group * L::kScaleStride + place * L::kScaleBytes;
+    token = threadIdx.x / kStageGroups;
+    // token 8 h + 2 c + e of 16 to place 4 c + 2 h + e: both halves' scales are neighbours
+    const int place =
+        L::kSums ? token : (token & ~15) + 4 * ((token >> 1) & 3) + 2 * ((token >> 3) & 1) + (token & 1);
+    target = shared_address(shared.scales(stage)) + group * L::kScaleStride + place * L::kScaleBytes;
     const bool inside =
         stage * kStageElems + group * ActivationRow::kGroup < work.k;  // past it scales are zero
     source = inside ? scales + static_cast<int64_t>(stage) * (8 * kStageGroups) : scales;

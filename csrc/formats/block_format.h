@@ -26,7 +26,6 @@ struct Affine {
 // quad(block, i)    q of weights 4i … 4i+3, one signed byte each, weight 4i in the lowest byte
 // Optional, for types that store q + kZero: codes(block, i), those bytes (0…127) without the
 // subtraction, which integer products do once per group of activations (codes_of, kZeroOf).
-// kWideScale, if scales may reach 2^23; those of the others are a half times a small integer.
 template <class F>
 concept BlockFormat = requires(bytes_ptr block, int i) {
   { F::kType } -> std::convertible_to<int>;

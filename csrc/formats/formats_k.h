@@ -125,7 +125,6 @@ struct Q6_K {
 struct Q8_K {
   static constexpr int kType = 15, kElems = 256, kBytes = 292, kGroup = 256;
   static constexpr const char* kName = "Q8_K";
-  static constexpr bool kWideScale = true;
   static constexpr bool kOffset = false;
   QG_HD static Affine affine(bytes_ptr b, int) { return {bit_cast<float>(load<uint32_t, 4>(b)), 0}; }
   QG_HD static uint32_t quad(bytes_ptr b, int i) { return load<uint32_t, 4>(b + 4 + 4 * i); }

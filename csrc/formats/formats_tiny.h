@@ -15,7 +15,6 @@ QG_HD uint32_t fp4_levels_doubled(uint32_t nibbles) {
 struct MXFP4 {
   static constexpr int kType = 39, kElems = 32, kBytes = 17, kGroup = 32;
   static constexpr const char* kName = "MXFP4";
-  static constexpr bool kWideScale = true;
   static constexpr bool kOffset = false;
   QG_HD static Affine affine(bytes_ptr b, int) {
     const uint32_t e = b[0];  // e < 2 would be exponent fields −1 and 0: float32 subnormals
