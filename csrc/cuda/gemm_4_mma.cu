@@ -67,8 +67,9 @@ bool suits(const GemmArgs& args) {
 // Calls f with the kernel for these sizes.
 template <class Fn>
 auto with_kernel(const GemmArgs& args, Fn&& f) {
-  const bool even = (args.m + 127) / 128 % 2 == 0;  // no half of a tile of 256 is empty
-  if (args.m > 128 && even && suits<ManyKernel>(args)) return f(ManyKernel{});
+  // No half of a tile of 256 is empty, or few are: then the many-token kernel gains more than it loses.
+  const bool filled = (args.m + 127) / 128 % 2 == 0 || args.m > 1024;
+  if (args.m > 128 && filled && suits<ManyKernel>(args)) return f(ManyKernel{});
   if (args.m > 64 && suits<TileKernel<Tokens128>>(args)) return f(TileKernel<Tokens128>{});
   if (args.m > 32 && suits<TileKernel<Tokens64>>(args)) return f(TileKernel<Tokens64>{});
   return f(TileKernel<Tokens32>{});

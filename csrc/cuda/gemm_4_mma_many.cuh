@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 // The tensor-core rung for more than 128 tokens. Idea: warps specialise. Four decode blocks of weights
 // to A fragments and copy activations, a few slabs of k ahead; eight only multiply, 64 rows × 64 tokens
-// each, and need no more than 1.3 instructions per product. Slabs pass through a ring in shared memory
+// each, and need 1.5 instructions per product. Slabs pass through a ring in shared memory
 // with a barrier for "full" and one for "empty" each. Blocks last for several tiles, so that decoders
 // begin the next one while sums are stored. Limit: the rate of mma.sync.
 #pragma once
@@ -18,7 +18,7 @@ struct ManyLayout {
   static constexpr int kDecoderWarps = 4, kDecoders = 32 * kDecoderWarps, kThreads = kMultipliers + kDecoders;
   static constexpr int kRowTiles = 4, kTokenTiles = 8, kWarpRows = kRows / kDecoderWarps;
   // 65536 registers are 168 for each of 384 threads; multipliers take over what decoders do not need.
-  static constexpr int kMultiplierRegisters = 208, kDecoderRegisters = 88;
+  static constexpr int kMultiplierRegisters = 200, kDecoderRegisters = 104;
   static constexpr bool kPaired = F::kElems > 32;  // gemm_fragments.cuh
   // Weights come in chunks, as in gemm_4_mma.cuh, but each decoder warp copies its own rows.
   static constexpr int kSlab = 64, kChunk = F::kElems > 128 ? F::kElems : 128;
@@ -35,16 +35,17 @@ struct ManyLayout {
   static constexpr int kBytes = kBarriersAt + 2 * kPlaces * 8;
 };
 
-// Where the ring is: both sides walk it alike.
+// Where a side is in the ring; both walk it alike.
 template <class L>
 struct RingPlace {
-  uint32_t smem, place = 0, turn = 0;
+  uint32_t smem, at = 0, barriers = L::kBarriersAt, turn = 0;
 
-  __device__ uint32_t address() const { return smem + place * L::kPlaceBytes; }
-  __device__ uint32_t full() const { return smem + L::kBarriersAt + 16 * place; }
+  __device__ uint32_t address() const { return smem + at; }
+  __device__ uint32_t full() const { return smem + barriers; }
   __device__ uint32_t empty() const { return full() + 8; }
   __device__ __forceinline__ void step() {
-    if (++place == L::kPlaces) place = 0, turn ^= 1;
+    at += L::kPlaceBytes, barriers += 16;
+    if (at == L::kWeightsAt) at = 0, barriers = L::kBarriersAt, turn ^= 1;
   }
 };
 
@@ -111,7 +112,7 @@ __device__ __forceinline__ void decode_tiles(const MmaProblem& p, uint8_t* smem)
               from + (16 * i + 8 * half) * L::kPitch + ((skew[i][half] + chunk * L::kChunkBytes) & 15);
       }
       decoder.load_affines();
-      uint8_t* const fragments = smem + ring.place * L::kPlaceBytes + L::kTokenBytes + warp * kTiles * 1024;
+      uint8_t* const fragments = smem + ring.at + L::kTokenBytes + warp * kTiles * 1024;
 #pragma unroll
       for (int part = 0; part < 2; ++part) {
         Fragments<2 * kTiles> decoded;
@@ -127,14 +128,29 @@ __device__ __forceinline__ void decode_tiles(const MmaProblem& p, uint8_t* smem)
       if (lane == 0) mbarrier_arrive(ring.full());
     }
   }
+  cp_async_commit();
   cp_async_wait<0>();
 }
+
+// Bytes from the start of a place to what a multiplier lane reads first. Kept in registers, as the compiler
+// would compute them anew for every slab.
+struct LaneOffsets {
+  uint32_t fragments, tokens;  // of the first step, of the first part
+
+  template <class L>
+  __device__ __forceinline__ static LaneOffsets of(int warp, int lane) {
+    const int r = lane / 4, c = lane % 4;
+    LaneOffsets at{L::kTokenBytes + warp / 4 * L::kRowTiles * 1024 + 16u * fragment_place(lane, 0),
+                   (warp % 4 * 64 + r) * 128 + 16u * (c ^ swizzle(r))};
+    keep_in_register(at.fragments), keep_in_register(at.tokens);
+    return at;
+  }
+};
 
 // sums += fragments · x for the 64 of k at a place of the ring.
 template <class L, class T>
 __device__ __forceinline__ void multiply_slab(float (&sums)[L::kRowTiles][L::kTokenTiles][4],
-                                              const uint8_t* fragments, const uint8_t* tokens, T type) {
-  const int lane = threadIdx.x % 32, r = lane / 4, c = lane % 4;
+                                              const uint8_t* place, const LaneOffsets& at, T type) {
 #pragma unroll
   for (int part = 0; part < 2; ++part) {
     uint4 a[L::kRowTiles][2];
@@ -142,12 +158,11 @@ __device__ __forceinline__ void multiply_slab(float (&sums)[L::kRowTiles][L::kTo
     for (int i = 0; i < L::kRowTiles; ++i)
 #pragma unroll
       for (int step = 0; step < 2; ++step)
-        a[i][step] = *reinterpret_cast<const uint4*>(fragments + part * L::kPartBytes + i * 1024 +
-                                                     16 * fragment_place(lane, step));
+        a[i][step] = *reinterpret_cast<const uint4*>(place + (at.fragments ^ 32 * step) + 512 * step +
+                                                     part * L::kPartBytes + i * 1024);
 #pragma unroll
     for (int j = 0; j < L::kTokenTiles; ++j) {
-      const uint4 b =
-          *reinterpret_cast<const uint4*>(tokens + (8 * j + r) * 128 + 16 * ((4 * part + c) ^ swizzle(r)));
+      const uint4 b = *reinterpret_cast<const uint4*>(place + (at.tokens ^ 64 * part) + j * 8 * 128);
 #pragma unroll
       for (int step = 0; step < 2; ++step)
 #pragma unroll
@@ -196,6 +211,7 @@ template <BlockFormat F, class T>
 __device__ __forceinline__ void multiply_tiles(const MmaProblem& p, uint8_t* smem) {
   using L = ManyLayout<F>;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warp_n = warp / 4, warp_m = warp % 4;
+  const auto offsets = LaneOffsets::of<L>(warp, lane);
   RingPlace<L> ring{shared_address(smem)};
   for (TileWalk<L> at(p); at.next(p);) {
     const int slabs = (at.num_k + L::kSlab - 1) / L::kSlab;
@@ -203,9 +219,7 @@ __device__ __forceinline__ void multiply_tiles(const MmaProblem& p, uint8_t* sme
 #pragma unroll 1
     for (int slab = 0; slab < slabs; ++slab, ring.step()) {
       mbarrier_wait(ring.full(), ring.turn);
-      const uint8_t* const place = smem + ring.place * L::kPlaceBytes;
-      multiply_slab<L>(sums, place + L::kTokenBytes + warp_n * L::kRowTiles * 1024, place + warp_m * 64 * 128,
-                       T{});
+      multiply_slab<L>(sums, smem + ring.at, offsets, T{});
       __syncwarp();
       if (lane == 0) mbarrier_arrive(ring.empty());
     }

@@ -238,28 +238,27 @@ __device__ __forceinline__ uint2 load_tokens(bytes_ptr row, int part, int step) 
 // put products between the copies.
 template <int Tokens, int Threads>
 struct TokenStager {
-  static constexpr int kStep = Threads / 8;  // tokens at once
+  static constexpr int kStep = Threads / 8, kCopies = Tokens / kStep;  // tokens at once; how often
   static_assert(Tokens % kStep == 0 && kStep % 4 == 0);
 
-  bytes_ptr x;     // the thread's first piece
-  int64_t stride;  // bytes between the thread's tokens
-  int last;        // the last of them
+  bytes_ptr x;                // the thread's first piece
+  uint32_t offsets[kCopies];  // bytes to that of each of its tokens, at most the last; gemm_obstacle limits k
+  uint32_t place;             // in shared memory
 
   __device__ __forceinline__ TokenStager(bytes_ptr tile, int64_t k, int num_tokens, int thread)
-      : stride(2 * kStep * k) {
-    const int token = min(thread / 8, num_tokens - 1);
-    x = tile + 2 * (token * k) + 16 * (thread % 8);
-    last = (num_tokens - 1 - token) / kStep;
+      : x(tile + 16 * (thread % 8)), place(128 * (thread / 8) + 16 * (thread % 8 ^ swizzle(thread / 8))) {
+#pragma unroll
+    for (int i = 0; i < kCopies; ++i)
+      offsets[i] = 2 * static_cast<uint32_t>(k) * min(thread / 8 + i * kStep, num_tokens - 1);
   }
   // From k0 on, num_values values; none if that is not positive.
   __device__ __forceinline__ void operator()(uint32_t target, int k0, int num_values, int thread) const {
-    const int token = thread / 8, piece = thread % 8;
-    target += 128 * token + 16 * (piece ^ swizzle(token));
-    const bool behind = 8 * piece >= num_values;
-    const bytes_ptr source = x + (behind ? 0 : 2 * int64_t{k0});
+    const bool behind = 8 * (thread % 8) >= num_values;
+    bytes_ptr source = x + (behind ? 0 : 2 * int64_t{k0});
+    keep_in_register(source);
 #pragma unroll
-    for (int i = 0; i < Tokens / kStep; ++i)
-      cp_async16_if(num_values > 0, target + i * kStep * 128, source + min(i, last) * stride, behind);
+    for (int i = 0; i < kCopies; ++i)
+      cp_async16_if(num_values > 0, target + place + i * kStep * 128, source + offsets[i], behind);
   }
 };
 

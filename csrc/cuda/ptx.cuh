@@ -2,6 +2,7 @@
 // The instructions that CUDA C++ has no name for. PTX ISA sections are those of version 8.7.
 #pragma once
 #include "../args.h"
+#include "../formats/portable.h"
 
 namespace quantgemm {
 
@@ -24,6 +25,10 @@ __device__ __forceinline__ void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
+
+// The compiler takes x for changed here, so it will not compute it again from what it was made of.
+__device__ __forceinline__ void keep_in_register(uint32_t& x) { asm volatile("" : "+r"(x)); }
+__device__ __forceinline__ void keep_in_register(bytes_ptr& x) { asm volatile("" : "+l"(x)); }
 
 // A shared memory address as these instructions want it.
 __device__ __forceinline__ uint32_t shared_address(const void* p) {
