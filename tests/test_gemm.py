@@ -172,6 +172,24 @@ def test_tiles_of_many_tokens(qtype: QType, m: int) -> None:
                     assert_as_torch(y, x, weights, algo)
 
 
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("qtype", [QType.Q4_0, QType.Q4_K, QType.Q8_0])
+def test_several_tiles_for_each_multiprocessor(qtype: QType, dtype: torch.dtype) -> None:
+    """Tiles of 256 tokens × 128 rows: whole ones one after the other, and ones cut along k."""
+    count = torch.cuda.get_device_properties("cuda").multi_processor_count
+    if "mma" not in able(1024, 128, 512, qtype, dtype, "cuda"):
+        pytest.skip("no tensor cores")
+    for m, n, k in (
+        (1024, 128 * count, 512),
+        (1024, 128 * count - 5, 768),
+        (1000, 48 * count, 1280),
+    ):
+        w, weights = random_weights(FORMATS[qtype], n, k, "cuda")
+        x = random_x(m, k, dtype=dtype, device="cuda")
+        assert_as_torch(ops.gemm(x, w, qtype, "mma"), x, weights)
+
+
 @on_devices
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_unquantised_rows_of_any_length(dtype: torch.dtype, device: str) -> None:
