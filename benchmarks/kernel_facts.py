@@ -64,7 +64,11 @@ def launches(call: Callable[[], Any]) -> list[dict[str, Any]]:
 
 def spills(kernel: str, type_name: str) -> str:
     """Largest local memory among the instances of a kernel for a type, e.g. '0'; '?' if unknown."""
-    stem = re.sub(r"<.*|\(.*", "", kernel).split("::")[-1].split()[-1]
+    stem = (
+        re.sub(r"<.*|\(.*", "", kernel.replace("(anonymous namespace)::", ""))
+        .split("::")[-1]
+        .split()[-1]
+    )
     # A mangled name carries the length before an identifier: Q4_0 is 4Q4_0.
     mine = [
         size

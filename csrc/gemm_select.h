@@ -52,6 +52,7 @@ inline const char* gemm_obstacle(GemmAlgo algo, const GemmProblem& p) {
     if (p.type == Real::kFloat32) return "tensor cores would round float32 activations";
     if (p.plain) return "weights are not quantised";
     if (p.block_elems % 32 != 0) return "blocks are shorter than a step of 32 along k";
+    if (p.k >= int64_t{1} << 23) return "tiles of tokens this long have no 32-bit offsets";
   }
   return nullptr;
 }

@@ -21,7 +21,7 @@ from quantgemm.formats import FORMATS
 TOOLS = {
     "memcheck": ["--leak-check", "no"],
     "racecheck": [],
-    "synccheck": [],
+    "synccheck": ["--num-cuda-barriers", "4096"],
 }
 
 
@@ -78,7 +78,16 @@ def run_gemm_cases(generator: torch.Generator) -> None:
             for dtype in (torch.float32, torch.bfloat16):
                 x = torch.randn(m, k, generator=generator).to(dtype).cuda()
                 for algo in explain_gemm(m, n, k, type_id, "cuda", dtype).available:
-                    ops.gemm(x, w.cuda(), type_id, algo)
+                    ops.gemm(x, in_whole_pieces(w) if "mma" in algo else w.cuda(), type_id, algo)
+
+
+def in_whole_pieces(w: torch.Tensor) -> torch.Tensor:
+    """w in a CUDA allocation that ends at a 16-byte boundary.
+
+    memcheck takes every cp.async for one of 16 bytes, also those told to read fewer.
+    """
+    room = torch.zeros(-(-w.numel() // 16) * 16, dtype=torch.uint8, device="cuda")
+    return room[: w.numel()].view_as(w).copy_(w)
 
 
 def run_sampling_cases(generator: torch.Generator) -> None:
@@ -113,14 +122,16 @@ def run_sampling_cases(generator: torch.Generator) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cases", action="store_true", help="run the kernels, without a tool")
-    if parser.parse_args().cases:
+    parser.add_argument("--tools", default=",".join(TOOLS), help="default: %(default)s")
+    options = parser.parse_args()
+    if options.cases:
         # Without torch's pool every tensor is an allocation of its own.
         run_cases()
         return 0
     sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     failed = []
-    for tool, options in TOOLS.items():
-        command = [sanitizer, "--tool", tool, "--error-exitcode", "9", *options]
+    for tool in options.tools.split(","):
+        command = [sanitizer, "--tool", tool, "--error-exitcode", "9", *TOOLS[tool]]
         command += [sys.executable, __file__, "--cases"]
         env_command = ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", *command]
         done = subprocess.run(env_command, capture_output=True, text=True)
@@ -129,7 +140,8 @@ def main() -> int:
         print(f"{tool}: {'clean' if clean else 'FAILED'}: {lines[-1] if lines else ''}")
         if not clean:
             failed.append(tool)
-            print(done.stdout[-4000:], done.stderr[-2000:], sep="\n")
+            told = [line for line in lines if "Host Frame" not in line]
+            print(*told[:80], *done.stderr.strip().splitlines()[:40], sep="\n")
     return 1 if failed else 0
 
 

@@ -920,9 +920,11 @@ def test_accelerate_offloads_from_a_gpu() -> None:
     model, x = quant_mlp(), random(2, 64)
     want = model(x)
     model = accelerate.cpu_offload(model, "cuda")
-    got = model(x)
-    assert got.is_cuda
-    assert_close(got.cpu(), want)
+    assert model[0].weight.is_meta  # on the CPU until its own forward
+    for device in ("cpu", "cuda"):
+        got = model(x.to(device))
+        assert got.device.type == device  # accelerate answers where it was asked
+        assert_close(got.cpu(), want)
     assert model[0].weight.is_meta
 
 

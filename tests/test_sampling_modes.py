@@ -319,6 +319,10 @@ def test_batch_and_grid_do_not_matter(probs: bool, mode: str) -> None:
     parents = torch.tensor([-1, -1, 0] if mode == "tree" else [-1, 0, 1], device="cuda")
     noise = torch.randn(batch, most, vocab, generator=g, device="cuda")
     draft = target[:, parents + 1] + 0.5 * noise
+    if not probs:  # drafts from what the target keeps: outside of it all would be rejected
+        kept = target[:, parents + 1].topk(300, dim=-1)
+        draft = torch.full_like(draft, -torch.inf).scatter_(-1, kept.indices, kept.values)
+        draft += 0.5 * noise
     drafts = torch.multinomial(draft.softmax(-1).flatten(0, 1), 1, generator=g).view(batch, most)
     if probs:
         target, draft = target.softmax(-1), draft.softmax(-1)

@@ -1,5 +1,4 @@
 // SPDX-License-Identifier: MIT
-#include "gemm_4_mma.cuh"
+#include "gemm_4_mma_many.cuh"
 
-template cudaError_t quantgemm::launch_gemm_mma_tile<quantgemm::Half, quantgemm::Tokens256>(const GemmArgs&,
-                                                                                            cudaStream_t);
+template cudaError_t quantgemm::launch_gemm_mma_many<quantgemm::Half>(const GemmArgs&, cudaStream_t);

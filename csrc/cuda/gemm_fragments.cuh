@@ -123,6 +123,52 @@ __device__ __forceinline__ void load_codes(bytes_ptr block, int i, uint32_t& low
     codes_to_real(F::quad(block, i), low, high, type);
 }
 
+// Where lanes take their weights of 32 values of k, two steps of 16, of a row tile: lane c quads c and
+// c + 4, which share bytes in blocks of 32 and leave each step in one group; or quads 2c and 2c + 1
+// (Paired), so that a lane has one group in larger blocks, and one 16-byte load of x.
+//
+// Decodes slabs of TileCount row tiles, quad after quad.
+template <BlockFormat F, class T, int TileCount, bool Paired>
+struct SlabDecoder {
+  static constexpr int kCount = 2 * TileCount, kQuads = 2 * kCount;
+  using Shared = SlabAffines<F>;
+  Slab slabs[TileCount];
+  Shared shared[TileCount];
+  Affine affines[2];
+
+  __device__ __forceinline__ void load_affines() {
+#pragma unroll
+    for (int i = 0; i < TileCount; ++i) shared[i].load(slabs[i], threadIdx.x % 4);
+  }
+  // Quads go through both rows of a fragment, then the fragments.
+  __device__ __forceinline__ void quad(Fragments<kCount>& out, int part, int index) {
+    const int half = index % 2, fragment = index / 2, i = fragment / 2, c = threadIdx.x % 4;
+    const int step = fragment % 2;
+    const Slab& slab = slabs[i];
+    const bytes_ptr block = slab.blocks[half] + (F::kElems > 32 || part == 0 ? 0 : slab.second);
+    if (fragment % 2 == 0 || (Shared::kGroups == 4 && !Paired)) {
+      Affine affine;
+      if constexpr (F::kElems == 32)
+        affine = F::affine(block, 0);
+      else if constexpr (Shared::kGroups == 4)
+        affine = shared[i].get(part, Paired ? c / 2 : step, half);
+      else
+        affine = shared[i].get(0, part, half);
+      affines[half] = for_codes<F>(affine);
+    }
+    const int first = F::kElems > 32 ? slab.within / 4 + 8 * part : 0;
+    float v[4];
+    decode_four<F>(block, first + (Paired ? 2 * c + step : c + 4 * step), affines[half], v);
+    out.words[fragment][half] = pack_pair(v[0], v[1], T{});
+    out.words[fragment][2 + half] = pack_pair(v[2], v[3], T{});
+  }
+  // All of a part, 32 of k.
+  __device__ __forceinline__ void part(Fragments<kCount>& out, int index) {
+#pragma unroll
+    for (int i = 0; i < kQuads; ++i) quad(out, index, i);
+  }
+};
+
 template <class T>
 inline constexpr uint32_t kOnes = std::is_same_v<T, Half> ? 0x3c003c00u : 0x3f803f80u;  // 1, 1
 

@@ -18,9 +18,10 @@ namespace quantgemm {
 struct TileSchedule {
   uint32_t token_tiles, tiles, chunks;  // chunks of k in each tile
   uint32_t blocks, share, longer;       // units of a block; the first `longer` blocks have one more
+  bool cut;                             // else blocks take whole tiles, in turn
 
-  TileSchedule(int64_t row_tiles, int64_t token_tiles, int64_t chunks, int64_t blocks)
-      : token_tiles(token_tiles), tiles(row_tiles * token_tiles), chunks(chunks), blocks(blocks) {
+  TileSchedule(int64_t row_tiles, int64_t token_tiles, int64_t chunks, int64_t blocks, bool cut)
+      : token_tiles(token_tiles), tiles(row_tiles * token_tiles), chunks(chunks), blocks(blocks), cut(cut) {
     share = tiles * this->chunks / this->blocks;
     longer = tiles * this->chunks % this->blocks;
   }
@@ -29,14 +30,17 @@ struct TileSchedule {
     const uint32_t in_longer = longer * (share + 1);
     return unit < in_longer ? unit / (share + 1) : longer + (unit - in_longer) / share;
   }
-  bool cuts_tiles() const { return tiles % blocks != 0; }
 };
 
-// One block per tile if that keeps the multiprocessors busy, else as many as they hold at once.
-inline TileSchedule schedule_tiles(int64_t row_tiles, int64_t token_tiles, int64_t chunks, int64_t resident) {
+// Whole tiles if that keeps the multiprocessors busy: one per block, or as many blocks as there is room for
+// at once if blocks overlap one tile's end with the next one's beginning (`lasting`).
+inline TileSchedule schedule_tiles(int64_t row_tiles, int64_t token_tiles, int64_t chunks, int64_t resident,
+                                   bool lasting = false) {
   const int64_t tiles = row_tiles * token_tiles, waves = (tiles + resident - 1) / resident;
   const bool busy = 10 * tiles >= 9 * waves * resident;
-  return {row_tiles, token_tiles, chunks, busy ? tiles : std::min(tiles * chunks, resident)};
+  const int64_t cut_blocks = std::min(tiles * chunks, resident);
+  const int64_t blocks = !busy ? cut_blocks : lasting ? std::min(tiles, resident) : tiles;
+  return {row_tiles, token_tiles, chunks, blocks, !busy && tiles % blocks != 0};
 }
 
 // Scratch memory of a schedule that cuts tiles: a counter per tile, then two partial tiles per block
@@ -47,13 +51,112 @@ struct PartialTiles {
 
   static int64_t counter_bytes(const TileSchedule& s) { return (int64_t{s.tiles} * 4 + 127) / 128 * 128; }
   static int64_t bytes(const TileSchedule& s, int64_t tile_elems) {
-    return s.cuts_tiles() ? counter_bytes(s) + s.blocks * 2 * tile_elems * 4 : 0;
+    return s.cut ? counter_bytes(s) + s.blocks * 2 * tile_elems * 4 : 0;
   }
   static PartialTiles at(void* scratch, const TileSchedule& s) {
     auto* bytes = static_cast<uint8_t*>(scratch);
     return {reinterpret_cast<uint32_t*>(bytes), reinterpret_cast<float*>(bytes + counter_bytes(s))};
   }
 };
+
+struct MmaProblem {
+  bytes_ptr x, w;
+  void* y;
+  PartialTiles partial;
+  TileSchedule schedule;
+  int64_t m, n, k, row_bytes;
+};
+
+template <class Kernel>
+cudaError_t launch_tiles(Kernel kernel, int threads, int shared_bytes, const GemmArgs& args,
+                         int64_t row_bytes, const TileSchedule& schedule, cudaStream_t stream) {
+  MmaProblem problem{
+      static_cast<bytes_ptr>(args.x), args.w, args.y, {}, schedule, args.m, args.n, args.k, row_bytes};
+  cudaError_t status =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+  if (status != cudaSuccess) return status;
+  if (schedule.cut) {
+    problem.partial = PartialTiles::at(args.scratch, schedule);
+    status = cudaMemsetAsync(problem.partial.arrivals, 0, schedule.tiles * 4, stream);
+    if (status != cudaSuccess) return status;
+  }
+  kernel<<<static_cast<unsigned>(schedule.blocks), threads, shared_bytes, stream>>>(problem);
+  return cudaGetLastError();
+}
+
+// What a block does next: chunks [chunk0, chunk0 + chunks) of a tile. All its threads walk the same line:
+//     for (TileWalk<L> at(p); at.next(p);)
+// L names the tile's shape: kRows, kTokens, kChunk and kChunkBytes of a row.
+template <class L>
+struct TileWalk {
+  uint32_t unit, end;  // still to do
+  uint32_t tile, chunk0, chunks;
+  int64_t row0, token0, k0;
+  int last_row, num_tokens, num_k;
+
+  __device__ __forceinline__ explicit TileWalk(const MmaProblem& p)
+      : unit(p.schedule.cut ? p.schedule.first_unit(blockIdx.x) : blockIdx.x * p.schedule.chunks),
+        end(p.schedule.cut ? p.schedule.first_unit(blockIdx.x + 1) : p.schedule.tiles * p.schedule.chunks) {}
+  __device__ __forceinline__ bool next(const MmaProblem& p) {
+    if (unit >= end) return false;
+    tile = unit / p.schedule.chunks, chunk0 = unit % p.schedule.chunks;
+    chunks = min(p.schedule.chunks - chunk0, end - unit);
+    unit += p.schedule.cut ? chunks : p.schedule.blocks * p.schedule.chunks;
+    row0 = int64_t{tile / p.schedule.token_tiles} * L::kRows;
+    token0 = int64_t{tile % p.schedule.token_tiles} * L::kTokens;
+    k0 = int64_t{chunk0} * L::kChunk;
+    last_row = static_cast<int>(min(p.n - 1 - row0, int64_t{L::kRows - 1}));
+    num_tokens = static_cast<int>(min(p.m - token0, int64_t{L::kTokens}));
+    num_k = static_cast<int>(min(p.k - k0, int64_t{chunks} * L::kChunk));
+    return true;
+  }
+  __device__ bool is_part(const MmaProblem& p) const { return chunks < p.schedule.chunks; }
+  __device__ __forceinline__ bytes_ptr weights(const MmaProblem& p) const {
+    return p.w + row0 * p.row_bytes + chunk0 * int64_t{L::kChunkBytes};
+  }
+};
+
+// The sums of a part of a tile go to scratch memory; the block that comes last adds all parts up and gets
+// true. `thread` counts the Threads threads that hold sums and meet in sync().
+template <int Threads, class L, int A, int B, class Sync>
+__device__ __forceinline__ bool combine_parts(float (&sums)[A][B][4], const MmaProblem& p,
+                                              const TileWalk<L>& at, int thread, Sync sync) {
+  const auto slot_of = [&](uint32_t block, bool begins) {
+    return reinterpret_cast<float4*>(p.partial.sums + (2 * int64_t{block} + begins) * (A * B * 4 * Threads)) +
+           thread;
+  };
+  const uint32_t first = p.schedule.block_of(at.tile * p.schedule.chunks);
+  const uint32_t last = p.schedule.block_of((at.tile + 1) * p.schedule.chunks - 1);
+  float4* out = slot_of(blockIdx.x, at.chunk0 == 0);
+#pragma unroll
+  for (int i = 0; i < A; ++i)
+#pragma unroll
+    for (int j = 0; j < B; ++j)
+      out[(i * B + j) * Threads] = make_float4(sums[i][j][0], sums[i][j][1], sums[i][j][2], sums[i][j][3]);
+  __shared__ bool is_last;
+  __threadfence();  // the part is visible before the arrival is
+  sync();
+  if (thread == 0) is_last = atomicAdd(p.partial.arrivals + at.tile, 1u) == last - first;
+  sync();
+  const bool mine = is_last;
+  if (!mine) return false;
+  __threadfence();
+#pragma unroll
+  for (int i = 0; i < A; ++i)
+#pragma unroll
+    for (int j = 0; j < B; ++j) sums[i][j][0] = sums[i][j][1] = sums[i][j][2] = sums[i][j][3] = 0;
+  for (uint32_t block = first; block <= last; ++block) {
+    const float4* in = slot_of(block, block == first);
+#pragma unroll
+    for (int i = 0; i < A; ++i)
+#pragma unroll
+      for (int j = 0; j < B; ++j) {
+        const float4 v = __ldcg(in + (i * B + j) * Threads);
+        sums[i][j][0] += v.x, sums[i][j][1] += v.y, sums[i][j][2] += v.z, sums[i][j][3] += v.w;
+      }
+  }
+  return true;
+}
 
 inline int multiprocessors() {
   static int counts[64] = {};  // per device; racing threads write the same number
@@ -135,27 +238,27 @@ __device__ __forceinline__ uint2 load_tokens(bytes_ptr row, int part, int step) 
 // put products between the copies.
 template <int Tokens, int Threads>
 struct TokenStager {
-  static constexpr int kStep = Threads / 8;  // tokens at once
+  static constexpr int kStep = Threads / 8, kCopies = Tokens / kStep;  // tokens at once; how often
   static_assert(Tokens % kStep == 0 && kStep % 4 == 0);
 
-  bytes_ptr x;     // the thread's first piece
-  int64_t stride;  // bytes between the thread's tokens
-  int last;        // the last of them
+  bytes_ptr x;                // the thread's first piece
+  uint32_t offsets[kCopies];  // bytes to that of each of its tokens, at most the last; gemm_obstacle limits k
+  uint32_t place;             // in shared memory
 
-  __device__ __forceinline__ TokenStager(bytes_ptr tile, int64_t k, int num_tokens) : stride(2 * kStep * k) {
-    const int token = min(static_cast<int>(threadIdx.x / 8), num_tokens - 1);
-    x = tile + 2 * (token * k) + 16 * (threadIdx.x % 8);
-    last = (num_tokens - 1 - token) / kStep;
+  __device__ __forceinline__ TokenStager(bytes_ptr tile, int64_t k, int num_tokens, int thread)
+      : x(tile + 16 * (thread % 8)), place(128 * (thread / 8) + 16 * (thread % 8 ^ swizzle(thread / 8))) {
+#pragma unroll
+    for (int i = 0; i < kCopies; ++i)
+      offsets[i] = 2 * static_cast<uint32_t>(k) * min(thread / 8 + i * kStep, num_tokens - 1);
   }
   // From k0 on, num_values values; none if that is not positive.
-  __device__ __forceinline__ void operator()(uint32_t target, int k0, int num_values) const {
-    const int token = threadIdx.x / 8, piece = threadIdx.x % 8;
-    target += 128 * token + 16 * (piece ^ swizzle(token));
-    const bool behind = 8 * piece >= num_values;
-    const bytes_ptr source = x + (behind ? 0 : 2 * int64_t{k0});
+  __device__ __forceinline__ void operator()(uint32_t target, int k0, int num_values, int thread) const {
+    const bool behind = 8 * (thread % 8) >= num_values;
+    bytes_ptr source = x + (behind ? 0 : 2 * int64_t{k0});
+    keep_in_register(source);
 #pragma unroll
-    for (int i = 0; i < Tokens / kStep; ++i)
-      cp_async16_if(num_values > 0, target + i * kStep * 128, source + min(i, last) * stride, behind);
+    for (int i = 0; i < kCopies; ++i)
+      cp_async16_if(num_values > 0, target + place + i * kStep * 128, source + offsets[i], behind);
   }
 };
 

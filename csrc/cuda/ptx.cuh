@@ -2,6 +2,7 @@
 // The instructions that CUDA C++ has no name for. PTX ISA sections are those of version 8.7.
 #pragma once
 #include "../args.h"
+#include "../formats/portable.h"
 
 namespace quantgemm {
 
@@ -24,6 +25,10 @@ __device__ __forceinline__ void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
+
+// The compiler takes x for changed here, so it will not compute it again from what it was made of.
+__device__ __forceinline__ void keep_in_register(uint32_t& x) { asm volatile("" : "+r"(x)); }
+__device__ __forceinline__ void keep_in_register(bytes_ptr& x) { asm volatile("" : "+l"(x)); }
 
 // A shared memory address as these instructions want it.
 __device__ __forceinline__ uint32_t shared_address(const void* p) {
@@ -50,6 +55,65 @@ __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commi
 template <int Pending>
 __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(Pending) : "memory");
+}
+
+// ---- barriers in shared memory: a phase ends when as many arrivals as were announced have come ----
+// PTX ISA 9.7.13.15 (mbarrier), sm_80. Arrivals release and waits acquire, within the block.
+__device__ __forceinline__ void mbarrier_init(uint32_t barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+__device__ __forceinline__ void mbarrier_arrive(uint32_t barrier) {
+  asm volatile("{ .reg .b64 state; mbarrier.arrive.shared.b64 state, [%0]; }" ::"r"(barrier) : "memory");
+}
+// Arrives when this thread's copies so far have. PTX ISA 9.7.13.15.17, sm_80.
+__device__ __forceinline__ void mbarrier_arrive_after_copies(uint32_t barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(barrier) : "memory");
+}
+// Waits for the end of a phase with this parity. From sm_90 on the waiting warp sleeps.
+__device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t parity) {
+#if __CUDA_ARCH__ >= 900
+#define QG_WAIT "mbarrier.try_wait.parity"
+#else
+#define QG_WAIT "mbarrier.test_wait.parity"
+#endif
+  uint32_t done;
+  do {
+    asm volatile("{ .reg .pred done; " QG_WAIT ".shared.b64 done, [%1], %2; selp.u32 %0, 1, 0, done; }"
+                 : "=r"(done)
+                 : "r"(barrier), "r"(parity)
+                 : "memory");
+  } while (!done);
+#undef QG_WAIT
+}
+
+// A barrier of some of the block's warps: Threads threads that name the same Id, 1 … 15.
+// PTX ISA 9.7.13.1.
+template <int Id, int Threads>
+__device__ __forceinline__ void sync_some() {
+  asm volatile("bar.sync %0, %1;" ::"n"(Id), "n"(Threads) : "memory");
+}
+
+// Registers of each thread of this group of four warps from here on; only sm_90a can move them.
+// PTX ISA 9.7.19.5 (setmaxnreg).
+template <int Count>
+__device__ __forceinline__ void shrink_registers() {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Count));
+#endif
+}
+template <int Count>
+__device__ __forceinline__ void grow_registers() {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Count));
+#endif
+}
+
+// The 8×8 matrix of 16-bit values of which lane 4r + c holds columns 2c 2c+1 of row r, transposed.
+// PTX ISA 9.7.14.5.17 (movmatrix), sm_75.
+__device__ __forceinline__ uint32_t transpose_8x8(uint32_t pair) {
+  uint32_t transposed;
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(transposed) : "r"(pair));
+  return transposed;
 }
 
 }  // namespace quantgemm
