@@ -95,15 +95,16 @@ __device__ __forceinline__ void multiply(float (&sums)[TokenTiles][4], const typ
 
 // A warp's way through its batches: panel by panel, strip by strip. Two batches are in registers in turn,
 // so that each panel takes an even number of turns; the last of them may be empty.
-template <int BatchTiles>
+template <class P>
 struct Cursor {
+  static constexpr int kBatchTiles = P::Batch::kTiles;
   int panel = -1, turn, count, strip, batch, batches;
 
   // Of `strips · batches` units of a panel, warp w takes those from first_of(w) to first_of(w + 1) − 1.
-  static __device__ __forceinline__ int first_of(int units, int w) { return units * w / kWarps; }
+  static __device__ __forceinline__ int first_of(int units, int w) { return units * w / P::kWarps; }
   static __device__ __forceinline__ int batches_of(const Split& split, int panel) {
     const int tiles = min(split.tiles - panel * split.panel_tiles, split.panel_tiles);
-    return (tiles + BatchTiles - 1) / BatchTiles;
+    return (tiles + kBatchTiles - 1) / kBatchTiles;
   }
   __device__ __forceinline__ void next_panel(const Split& split, int strips) {
     turn = count = 0;
@@ -128,11 +129,11 @@ template <class P>
 __device__ __forceinline__ float sum_of_slots(const Shared<P>& shared, const Split& split, int batches,
                                               int strips, int strip, int within) {
   const int units = strips * batches;
-  const int first = (kWarps * (strip * batches + 1) - 1) / units,
-            last = (kWarps * (strip + 1) * batches - 1) / units;  // warps of its first and last batch
+  const int first = (P::kWarps * (strip * batches + 1) - 1) / units,
+            last = (P::kWarps * (strip + 1) * batches - 1) / units;  // warps of its first and last batch
   float sum = 0;
   for (int w = first; w <= last; ++w)
-    if (units * w / kWarps < units * (w + 1) / kWarps)
+    if (units * w / P::kWarps < units * (w + 1) / P::kWarps)
       sum += shared.slots[(strip + w) * split.columns * kStripRows + within];
   return sum;
 }
@@ -147,7 +148,8 @@ __device__ __noinline__ float dot_decoded(bytes_ptr strip, int row, const X* x, 
 }
 
 template <PackableFormat F, class X, int TokenTiles>
-__global__ void __launch_bounds__(kThreads, 1) packed_kernel(const GemmPackedArgs args, const Split split) {
+__global__ void __launch_bounds__(Plan<F, X, TokenTiles>::kThreads, 1)
+    packed_kernel(const GemmPackedArgs args, const Split split) {
   using P = Plan<F, X, TokenTiles>;
   using L = PackedLayout<F>;
   constexpr int kBatchTiles = P::Batch::kTiles;
@@ -160,7 +162,7 @@ __global__ void __launch_bounds__(kThreads, 1) packed_kernel(const GemmPackedArg
   const X* const x = static_cast<const X*>(args.x);
   const Shared<P> shared(memory, split, strips);
 
-  Cursor<kBatchTiles> now, ahead;
+  Cursor<P> now, ahead;
   now.next_panel(split, strips);
   ahead = now;
   typename P::Batch batches[2];
@@ -207,10 +209,10 @@ __global__ void __launch_bounds__(kThreads, 1) packed_kernel(const GemmPackedArg
       consume(batches[1]);
     }
     __syncthreads();  // the panel's activations are used, its slots written
-    last_batches = Cursor<kBatchTiles>::batches_of(split, panel);
+    last_batches = Cursor<P>::batches_of(split, panel);
     if (panel + 1 == split.panels) break;
 #pragma unroll 1
-    for (int i = threadIdx.x; i < strips * split.columns * kStripRows; i += kThreads) {
+    for (int i = threadIdx.x; i < strips * split.columns * kStripRows; i += P::kThreads) {
       const int strip = i / (split.columns * kStripRows), within = i % (split.columns * kStripRows);
       const float sum = sum_of_slots(shared, split, last_batches, strips, strip, within);
       shared.totals[i] = panel == 0 ? sum : shared.totals[i] + sum;
@@ -220,7 +222,7 @@ __global__ void __launch_bounds__(kThreads, 1) packed_kernel(const GemmPackedArg
 
   const int tokens = split.columns / P::kPerToken;
 #pragma unroll 1
-  for (int i = threadIdx.x; i < strips * tokens * kStripRows; i += kThreads) {
+  for (int i = threadIdx.x; i < strips * tokens * kStripRows; i += P::kThreads) {
     const int row = i % kStripRows, token = i / kStripRows % tokens, strip = i / kStripRows / tokens;
     const int64_t output = static_cast<int64_t>(first_strip + strip) * kStripRows + row;
     if (output >= args.n) continue;
@@ -262,7 +264,7 @@ cudaError_t launch(const GemmPackedArgs& args, const Device& device, cudaStream_
   split.columns = static_cast<int>(args.m) * P::kPerToken;
   const auto tiles_beside = [&](int strips) {  // whole batches that fit in shared memory with so many strips
     const int left = device.shared - 64 * P::kPlannedColumns -
-                     (2 * strips + kWarps - 1) * P::kStripBytes * P::kPlannedColumns;
+                     (2 * strips + P::kWarps - 1) * P::kStripBytes * P::kPlannedColumns;
     return left / ((P::kTileBytes + P::kTileSumBytes) * P::kPlannedColumns) / P::Batch::kTiles *
            P::Batch::kTiles;
   };
@@ -284,7 +286,7 @@ cudaError_t launch(const GemmPackedArgs& args, const Device& device, cudaStream_
   if (status != cudaSuccess) return status;
   cudaLaunchConfig_t config{};
   config.gridDim = static_cast<unsigned>(blocks);
-  config.blockDim = kThreads;
+  config.blockDim = P::kThreads;
   config.dynamicSmemBytes = bytes;
   config.stream = stream;
   // The first weights are on their way while the launch before this one ends; the kernel waits for that

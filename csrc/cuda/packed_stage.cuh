@@ -7,8 +7,6 @@
 
 namespace quantgemm::packed_gemm {
 
-constexpr int kWarps = 16, kThreads = 32 * kWarps;
-
 template <PackableFormat F, class X, int TokenTiles>
 struct Plan {
   using Format = F;
@@ -22,6 +20,8 @@ struct Plan {
   static constexpr int kGroup = F::kGroup < kTileCols ? F::kGroup : kTileCols;  // columns of one sum
   static constexpr int kGroups = kTileCols / kGroup;
   static constexpr bool kOffset = F::kOffset;
+  // A thread block fills a multiprocessor; sums of more columns want more registers for each thread.
+  static constexpr int kWarps = TokenTiles == 1 ? 16 : 12, kThreads = 32 * kWarps;
   // How k and n are divided depends on the algorithm, gemv or mma, but not on the tokens of a pass: so
   // rows of y are the same in any batch.
   static constexpr int kPlannedColumns = TokenTiles == 1 ? 8 : 32, kMostStrips = 512 / kPlannedColumns;
@@ -40,7 +40,7 @@ template <class P>
 struct Shared {
   uint8_t* x;     // [columns][panel_tiles][2][4] uint4, x_pitch apart: fragments c of two steps
   float4* sums;   // [panel_tiles][kGroups][kColumns / 2]: of two columns, and again
-  float* slots;   // [strips + kWarps − 1][columns][16 rows], strip s of warp w in slot s + w
+  float* slots;   // [strips + P::kWarps − 1][columns][16 rows], strip s of warp w in slot s + w
   float* totals;  // [strips][columns][16 rows] of earlier panels
   // Half of what all banks hold remains: two columns that are read together lie in different banks.
   static __host__ __device__ int64_t x_pitch(const Split& split) {
@@ -48,14 +48,14 @@ struct Shared {
   }
   static __host__ __device__ int64_t bytes(const Split& split, int strips) {
     return x_pitch(split) * split.columns + split.panel_tiles * P::kTileSumBytes * P::kColumns +
-           static_cast<int64_t>(strips + kWarps - 1 + (split.panels > 1 ? strips : 0)) * P::kStripBytes *
+           static_cast<int64_t>(strips + P::kWarps - 1 + (split.panels > 1 ? strips : 0)) * P::kStripBytes *
                split.columns;
   }
   __device__ Shared(uint4* base, const Split& split, int strips) {
     x = reinterpret_cast<uint8_t*>(base);
     sums = reinterpret_cast<float4*>(x + x_pitch(split) * split.columns);
     slots = reinterpret_cast<float*>(sums + split.panel_tiles * P::kGroups * P::kColumns / 2);
-    totals = slots + (strips + kWarps - 1) * split.columns * kStripRows;
+    totals = slots + (strips + P::kWarps - 1) * split.columns * kStripRows;
   }
 };
 
@@ -88,7 +88,7 @@ __device__ __forceinline__ void stage(const Shared<P>& shared, const X* x, int64
   const int count = min(split.tiles - first, split.panel_tiles), items = tokens * count * 8;
   const int pitch = static_cast<int>(Shared<P>::x_pitch(split));
 #pragma unroll 2
-  for (int base = threadIdx.x - lane; base < items; base += kThreads) {
+  for (int base = threadIdx.x - lane; base < items; base += P::kThreads) {
     const int i = base + lane, c = i % 4, run = i / 4 % 2, tile = i / 8 % count, token = i / 8 / count;
     uint32_t words[4][P::kPerToken] = {};
     const int64_t col = static_cast<int64_t>(first + tile) * kTileCols + 32 * run;
