@@ -120,7 +120,7 @@ struct VerifyArgs {
   float* lse;                // [num_sequences] or null: of the row the token was drawn from
   float* cutoff;             // [num_sequences] or null
   float* probs;              // [num_sequences, vocab] or null: the row the token was drawn from
-  void* strips;              // CUDA: room for the row statistics (cuda/row_laws.cuh)
+  void* row_laws;            // CUDA: room for the laws of the rows (cuda/row_laws.cuh)
   int64_t num_sequences, max_drafts, num_rows, vocab, draft_vocab;
   int64_t target_stride, draft_strides[2];
   uint32_t token_domain, turn;  // of the noise that draws the token
