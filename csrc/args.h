@@ -53,9 +53,12 @@ struct ActivationArgs {
 // ---- products: y[m, n] = x[m, k] · dequantize(w)[n, k]ᵀ, m tokens, n outputs, k inputs ----
 enum class GemmAlgo { kNaive, kTiled, kDp4a, kMma, kMmaQ8 };
 
+// Up to so many tokens a GPU's dp4a rung rounds x itself, in every thread block: cheaper than a launch.
+inline constexpr int64_t kRoundedInside = 1;
+
 struct GemmArgs {
   const void* x;               // [m, k] of type
-  const uint8_t* activations;  // [m, ActivationRow::bytes(k)], x as int8; for dp4a and mma_q8 alone
+  const uint8_t* activations;  // [m, ActivationRow::bytes(k)], x as int8, where wants_rounded_rows()
   const uint8_t* w;            // [n, k / block elems · block bytes of qtype]
   void* y;                     // [m, n] of type
   void* scratch;               // as many bytes as the algorithm asks for, uninitialised
