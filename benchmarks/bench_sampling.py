@@ -41,6 +41,8 @@ def inputs(
     if not mode.get("one_hot"):
         draft = torch.empty(batch, spec_len, vocab, dtype=dtype, device="cuda")
         draft.normal_(generator=g)
+        if mode.get("same"):  # q is p: all drafts are accepted, and no row can be skipped
+            draft.copy_(target.view(batch, spec_len + 1, vocab)[:, :spec_len])
         for b in range(batch):  # by sequence: multinomial over everything would need copies
             tokens[b] = torch.multinomial(draft[b].float().softmax(-1), 1, generator=g)[:, 0]
             if mode.get("probs"):
@@ -78,6 +80,7 @@ def copies(make: Callable[[int], Any], num_bytes: int) -> list[Any]:
 MODES: dict[str, dict[str, Any]] = {
     "probabilities f32": {"probs": True},
     "logits f32": {},
+    "logits f32, all accepted": {"same": True},
     "logits f32 top-k 50 top-p 0.9": {"truncated": True},
     "logits bf16": {"dtype": torch.bfloat16},
     "logits bf16, one-hot draft": {"dtype": torch.bfloat16, "one_hot": True},

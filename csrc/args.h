@@ -53,9 +53,12 @@ struct ActivationArgs {
 // ---- products: y[m, n] = x[m, k] · dequantize(w)[n, k]ᵀ, m tokens, n outputs, k inputs ----
 enum class GemmAlgo { kNaive, kTiled, kDp4a, kMma, kMmaQ8 };
 
+// Up to so many tokens a GPU's dp4a rung rounds x itself, in every thread block: cheaper than a launch.
+inline constexpr int64_t kRoundedInside = 1;
+
 struct GemmArgs {
   const void* x;               // [m, k] of type
-  const uint8_t* activations;  // [m, ActivationRow::bytes(k)], x as int8; for dp4a and mma_q8 alone
+  const uint8_t* activations;  // [m, ActivationRow::bytes(k)], x as int8, where wants_rounded_rows()
   const uint8_t* w;            // [n, k / block elems · block bytes of qtype]
   void* y;                     // [m, n] of type
   void* scratch;               // as many bytes as the algorithm asks for, uninitialised
@@ -139,7 +142,7 @@ struct VerifyArgs {
   float* lse;                // [num_sequences] or null: of the row the token was drawn from
   float* cutoff;             // [num_sequences] or null
   float* probs;              // [num_sequences, vocab] or null: the row the token was drawn from
-  void* strips;              // CUDA: room for the row statistics (cuda/row_laws.cuh)
+  void* row_laws;            // CUDA: room for the laws of the rows (cuda/row_laws.cuh)
   int64_t num_sequences, max_drafts, num_rows, vocab, draft_vocab;
   int64_t target_stride, draft_strides[2];
   uint32_t token_domain, turn;  // of the noise that draws the token

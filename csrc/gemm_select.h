@@ -39,6 +39,11 @@ inline const char* name_of(GemmAlgo algo) {
 
 inline bool rounds_activations(GemmAlgo algo) { return algo == GemmAlgo::kDp4a || algo == GemmAlgo::kMmaQ8; }
 
+// Whether the activations are to be rounded by a launch of their own (GemmArgs::activations).
+inline bool wants_rounded_rows(GemmAlgo algo, int64_t m, bool on_gpu) {
+  return rounds_activations(algo) && !(on_gpu && algo == GemmAlgo::kDp4a && m <= kRoundedInside);
+}
+
 // Why an algorithm cannot serve a problem; null if it can.
 inline const char* gemm_obstacle(GemmAlgo algo, const GemmProblem& p) {
   if (rounds_activations(algo) && p.plain) return "integer products need quantised weights";

@@ -62,7 +62,7 @@ QG_HD float clean_logit(float x) {
 }
 QG_HD float clean_probability(float x) {
 #ifdef __CUDA_ARCH__
-  return fminf(fmaxf(x, 0.0f), 1.0f);
+  return __saturatef(x);  // NaN becomes 0
 #else
   return x > 0.0f ? (x < 1.0f ? x : 1.0f) : 0.0f;
 #endif
@@ -112,7 +112,13 @@ QG_HD uint64_t to_fixed(float x) {  // x in [0, 1]
 #endif
 }
 
-QG_HD float residual(float p, float q) { return p > q ? p - q : 0.0f; }
+QG_HD float residual(float p, float q) {  // of two numbers in [0, 1]
+#ifdef __CUDA_ARCH__
+  return __saturatef(p - q);
+#else
+  return p > q ? p - q : 0.0f;
+#endif
+}
 
 // Σ of weights as a number. A refused sibling takes mass·q from weights of this mass.
 QG_HD float mass_of(uint64_t total) { return static_cast<float>(static_cast<double>(total) * 0x1p-44); }
@@ -167,31 +173,22 @@ struct Parameters {
 QG_HD Parameters parameters_of(const SamplingParameters& s, int64_t sequence, int64_t vocab,
                                uint32_t& status) {
   Parameters out{false, 1.0f, 1.0f, 0, 1.0f, 0.0f};
-  if (s.temperature) {
-    const float t = s.temperature[sequence];
-    const bool good = t >= 0.0f && t <= 3.4028235e38f;
-    if (!good) status |= kBadParameter;
-    out.greedy = !good || t == 0.0f;
-    out.temperature = out.greedy ? 1.0f : t;
-  }
+  // All loads before the first use: on a GPU one round trip to memory instead of four.
+  const float t = s.temperature ? s.temperature[sequence] : 1.0f;
+  const int64_t k = s.top_k ? s.top_k[sequence] : 0;
+  const float top_p = s.top_p ? s.top_p[sequence] : 1.0f;
+  const float min_p = s.min_p ? s.min_p[sequence] : 0.0f;
+  const bool good = t >= 0.0f && t <= 3.4028235e38f;
+  out.greedy = !good || t == 0.0f;
+  out.temperature = out.greedy ? 1.0f : t;
   const float slope = 1.4426950408889634f / out.temperature;
   out.slope = slope < 3.4028235e38f ? slope : 3.4028235e38f;
   if (!(out.slope >= 1.1754944e-38f)) out.slope = 1.1754944e-38f;
-  if (s.top_k) {
-    const int64_t k = s.top_k[sequence];
-    if (k < 0) status |= kBadParameter;
-    out.top_k = k > 0 && k < vocab ? k : 0;
-  }
-  if (s.top_p) {
-    const float p = s.top_p[sequence];
-    if (!(p >= 0.0f && p <= 1.0f)) status |= kBadParameter;
-    out.top_p = p >= 0.0f && p < 1.0f ? p : 1.0f;
-  }
-  if (s.min_p) {
-    const float p = s.min_p[sequence];
-    if (!(p >= 0.0f && p <= 1.0f)) status |= kBadParameter;
-    out.min_p = p > 0.0f && p <= 1.0f ? p : 0.0f;
-  }
+  if (!good || k < 0 || !(top_p >= 0.0f && top_p <= 1.0f) || !(min_p >= 0.0f && min_p <= 1.0f))
+    status |= kBadParameter;
+  out.top_k = k > 0 && k < vocab ? k : 0;
+  out.top_p = top_p >= 0.0f && top_p < 1.0f ? top_p : 1.0f;
+  out.min_p = min_p > 0.0f && min_p <= 1.0f ? min_p : 0.0f;
   return out;
 }
 

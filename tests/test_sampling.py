@@ -426,6 +426,42 @@ def test_batch_and_grid_do_not_matter(probs: bool) -> None:
 
 
 @pytest.mark.cuda
+@pytest.mark.parametrize("truncated", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_behind_a_refused_draft_may_be_skipped(dtype: torch.dtype, truncated: bool) -> None:
+    """Much is read in waves, the later ones for those who got there: as each gets it alone."""
+    batch, most, vocab = 48, 7, 128256
+    g = torch.Generator(device="cuda").manual_seed(2)
+    target = torch.randn(batch * (most + 1), vocab, generator=g, device="cuda").mul(2).to(dtype)
+    draft = target.view(batch, most + 1, vocab)[:, :most].clone()
+    for b in range(0, batch, 2):  # every other sequence accepts all, the others stop somewhere
+        draft[b, b % most :] = draft[b, b % most :].flip(-1)
+    drafts = draft.argmax(-1)
+    lengths = torch.arange(batch, device="cuda") % (most + 2)
+    lengths[lengths == 0] = most + 1
+    starts = torch.arange(batch, device="cuda") * (most + 1)
+    more = {"temperature": (torch.arange(batch, device="cuda") % 5 != 4).float()}
+    more |= on("cuda", seeds(batch))
+    if truncated:
+        more |= filled({"top_k": 30, "top_p": 0.8}, batch, "cuda")
+
+    def run(chosen: Tensor) -> tuple[Tensor, ...]:
+        cu_rows = torch.zeros(len(chosen) + 1, dtype=torch.int64, device="cuda")
+        cu_rows[1:] = lengths[chosen].cumsum(0)
+        spans = zip(starts[chosen].tolist(), lengths[chosen].tolist(), strict=True)
+        rows = torch.cat([torch.arange(first, first + n) for first, n in spans]).cuda()
+        picked = {k: v[chosen] for k, v in more.items()}
+        return ops.spec_verify(target[rows], drafts[chosen], cu_rows, draft[chosen], **picked)
+
+    everyone = torch.arange(batch, device="cuda")
+    want = run(everyone)
+    assert want[1].min() == 1 and want[1].max() == most + 1
+    for b in range(0, batch, 5):
+        for a, all_of_them in zip(run(everyone[b : b + 1]), want, strict=True):
+            assert torch.equal(a, all_of_them[b : b + 1])
+
+
+@pytest.mark.cuda
 def test_more_than_2_to_the_32_values() -> None:
     vocab, rows = 128256, 34000
     target = torch.empty(rows, vocab, dtype=torch.bfloat16, device="cuda").fill_(-20.0)

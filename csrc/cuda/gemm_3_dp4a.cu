@@ -31,7 +31,8 @@ cudaError_t launch_gemm_dp4a(const GemmArgs& args, cudaStream_t stream) {
   for (int64_t token = 0; token < args.m && status == cudaSuccess; token += kFew) {
     GemmArgs pass = args;
     pass.m = args.m - token < kFew ? args.m - token : kFew;
-    pass.activations += token * ActivationRow::bytes(args.k);
+    if (pass.activations != nullptr) pass.activations += token * ActivationRow::bytes(args.k);
+    pass.x = static_cast<const uint8_t*>(args.x) + token * args.k * value_bytes(args.type);
     pass.y = static_cast<uint8_t*>(args.y) + token * args.n * value_bytes(args.type);
     status = launch_up_to_eight(pass, stream);
   }

@@ -3,9 +3,8 @@
 // Four lanes own a group: each loads 8 neighbouring values, two shuffles give the group's maximum
 // and its integer sum, and each lane writes 8 codes. Maxima and integer sums do not depend on the
 // order, so the bytes equal the CPU's. Limit: DRAM.
-#include "../formats/activation.h"
+#include "activation_group.cuh"
 #include "launch.h"
-#include "memory.cuh"
 
 namespace quantgemm {
 namespace {
@@ -30,25 +29,15 @@ __global__ void __launch_bounds__(kThreads) quantize_activations_kernel(Activati
     } else {
       for (float& value : v) value = 0;
     }
-    float largest = 0;
-    for (const float value : v) largest = max_magnitude(largest, value);
-    for (int lane = 1; lane < kLanesPerGroup; lane *= 2)
-      largest = max_magnitude(largest, __shfl_xor_sync(~0u, largest, lane));
-    const float scale = activation_scale(largest), inverse = inverse_activation_scale(scale);
-    uint32_t codes[2] = {0, 0};
-    int sum = 0;
-    for (int j = 0; j < kPerThread; ++j) {
-      const int q = activation_code(v[j], inverse);
-      codes[j / 4] |= (static_cast<uint32_t>(q) & 0xffu) << (8 * (j % 4));
-      sum += q;
-    }
+    const EightActivations eight = quantize_eight(v);
+    int sum = eight.sum;
     for (int lane = 1; lane < kLanesPerGroup; lane *= 2) sum += __shfl_xor_sync(~0u, sum, lane);
     if (!inside) continue;
-    *reinterpret_cast<uint2*>(row + col) = make_uint2(codes[0], codes[1]);
+    *reinterpret_cast<uint2*>(row + col) = make_uint2(eight.codes[0], eight.codes[1]);
     const int64_t group = col / ActivationRow::kGroup;
     if (threadIdx.x % kLanesPerGroup == 0) {
       uint8_t* scales = row + ActivationRow::scales_offset(args.num_cols);
-      reinterpret_cast<float2*>(scales)[group] = make_float2(scale, activation_sum(scale, sum));
+      reinterpret_cast<float2*>(scales)[group] = make_float2(eight.scale, activation_sum(eight.scale, sum));
     }
     const int64_t used = args.num_cols / 4 * 5, row_bytes = ActivationRow::bytes(args.num_cols);
     if (col == 0)

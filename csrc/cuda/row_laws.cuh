@@ -1,38 +1,34 @@
 // SPDX-License-Identifier: MIT
-// Rows of logits cut into strips of 1024 and groups of 256 values, and what is kept of them between
-// kernels. The cut depends on the vocabulary only, and partial results are combined in a fixed
-// order: the law of a row has the same bits for every grid and batch.
+// Rows of logits cut into strips and groups of 256 values, and what is kept of them between kernels.
+// The cut depends on the vocabulary only, and partial results are combined in a fixed order: the
+// law of a row has the same bits for every grid and batch.
 //
 //   slot = (is it a draft row) * slots + sequence * (max_drafts + 1) + position
-//   strips [2 slots, num_strips] (max, Σ exp2)   group_keys [2 slots, num_groups]   laws [2 slots]
+//   laws [2 slots]   group_keys [2 slots, num_groups] where truncation is asked for
 #pragma once
 #include "../sampling.h"
 #include "memory.cuh"
 
 namespace quantgemm {
 
-constexpr int kStrip = 1024, kGroup = 256;  // values; a group is one warp's 8 values per lane
+constexpr int kGroup = 256;  // values; a warp's 8 values per lane
 
 struct RowScratch {
   int64_t slots;
-  int num_strips, num_groups;
-  bool has_laws;
-  float2* strips;
-  uint32_t* group_keys;
+  int num_groups;
+  bool has_keys;
   RowLaw* laws;
+  uint32_t* group_keys;  // the largest key of each group
 };
 
 __host__ __device__ inline RowScratch scratch_of(const VerifyArgs& a) {
   RowScratch s;
   const int64_t cols = a.vocab > a.draft_vocab ? a.vocab : a.draft_vocab;
   s.slots = a.num_sequences * (a.max_drafts + 1);
-  s.num_strips = static_cast<int>((cols + kStrip - 1) / kStrip);
-  s.num_groups = s.num_strips * (kStrip / kGroup);
-  s.has_laws = a.parameters.top_k || a.parameters.top_p || a.parameters.min_p;
-  char* at = static_cast<char*>(a.strips);
-  s.laws = reinterpret_cast<RowLaw*>(at);
-  s.strips = reinterpret_cast<float2*>(at + 2 * s.slots * static_cast<int64_t>(sizeof(RowLaw)));
-  s.group_keys = reinterpret_cast<uint32_t*>(s.strips + 2 * s.slots * s.num_strips);
+  s.num_groups = static_cast<int>((cols + kGroup - 1) / kGroup);
+  s.has_keys = a.parameters.top_k || a.parameters.top_p || a.parameters.min_p;
+  s.laws = static_cast<RowLaw*>(a.row_laws);
+  s.group_keys = reinterpret_cast<uint32_t*>(s.laws + 2 * s.slots);
   return s;
 }
 
@@ -110,112 +106,32 @@ __device__ __forceinline__ uint64_t warp_max(uint64_t x) {
   return x;
 }
 
-// (max, sum) of two parts: the sum counts relative to the max.
-__device__ __forceinline__ float2 join(float2 a, float2 b, float slope) {
-  const float max = fmaxf(a.x, b.x);
-  if (max == minus_infinity()) return {max, 0.0f};
-  const float left = a.x == minus_infinity() ? 0.0f : a.y * relative_weight(a.x, max, slope);
-  const float right = b.x == minus_infinity() ? 0.0f : b.y * relative_weight(b.x, max, slope);
-  return {max, left + right};
-}
-
-__device__ __forceinline__ float2 warp_join(float2 x, float slope) {
-  for (int step = 16; step; step /= 2) {
-    const float2 other = {__shfl_xor_sync(~0u, x.x, step), __shfl_xor_sync(~0u, x.y, step)};
-    x = join(x, other, slope);
-  }
-  return x;
-}
-
-// The row's max and Σ exp2((x - max)·slope), by one warp. A strip that saw NaN or +inf has a negative
-// sum, and so has then the result; the law's scale passes the sign on.
-__device__ __forceinline__ float2 combine_strips(const float2* strips, int count, float slope) {
-  constexpr int kAhead = 4;
-  float2 sum = {minus_infinity(), 0.0f};
-  bool bad = false;
-  for (int first = threadIdx.x % 32; first < count; first += 32 * kAhead) {
-    float2 next[kAhead];
-#pragma unroll
-    for (int j = 0; j < kAhead; ++j) {
-      const int i = first + 32 * j;
-      next[j] = i < count ? strips[i] : float2{minus_infinity(), 0.0f};
-    }
-#pragma unroll
-    for (const float2& part : next) {
-      bad |= signbit(part.y);
-      sum = join(sum, {part.x, fabsf(part.y)}, slope);
-    }
-  }
-  sum = warp_join(sum, slope);
-  return {sum.x, __any_sync(~0u, bad) ? -sum.y : sum.y};
-}
-
-__device__ __forceinline__ RowLaw law_of(float2 sum, float slope) {
-  const float scale = sum.y != 0.0f ? 1.0f / sum.y : sum.y;
-  return {sum.y != 0.0f ? sum.x : 0.0f, slope, scale, minus_infinity()};
-}
-
 // What a slot stands for, if a row of logits lies there whose law somebody will ask for.
 struct SlotRow {
   bool exists, is_draft;
-  int64_t sequence, position, target_row, slot;
+  int64_t sequence, position, slot;
+  Rows rows;
   Parameters parameters;
 };
 
-__device__ __forceinline__ SlotRow row_of_slot(const VerifyArgs& a, int64_t sequence, int layer) {
+__device__ __forceinline__ SlotRow row_of_slot(const VerifyArgs& a, int64_t sequence, int position,
+                                               bool is_draft) {
   SlotRow r;
   uint32_t status = 0;
-  const int positions = static_cast<int>(a.max_drafts) + 1;
-  r.is_draft = layer >= positions;
-  r.sequence = sequence, r.position = r.is_draft ? layer - positions : layer;
-  r.slot = (r.is_draft ? a.num_sequences * positions : 0) + sequence * positions + r.position;
-  const Rows rows = rows_of(a, sequence, status);
-  r.target_row = rows.first + r.position;
-  r.parameters = parameters_of(a.parameters, sequence, r.is_draft ? a.draft_vocab : a.vocab, status);
-  const bool is_logits = r.is_draft ? a.draft_is_logits && !a.draft_lse : a.target_is_logits;
-  r.exists = is_logits && !r.parameters.greedy && r.position <= rows.drafts - (r.is_draft ? 1 : 0);
+  const int64_t positions = a.max_drafts + 1;
+  r.is_draft = is_draft;
+  r.sequence = sequence, r.position = position;
+  r.slot = (is_draft ? a.num_sequences * positions : 0) + sequence * positions + position;
+  r.rows = rows_of(a, sequence, status);
+  r.parameters = parameters_of(a.parameters, sequence, is_draft ? a.draft_vocab : a.vocab, status);
+  const bool is_logits = is_draft ? a.draft_is_logits && !a.draft_lse : a.target_is_logits;
+  r.exists = is_logits && !r.parameters.greedy && position <= r.rows.drafts - (is_draft ? 1 : 0);
   return r;
 }
 
 template <class T>
 __device__ __forceinline__ RowView<T> view_of(const VerifyArgs& a, const SlotRow& r) {
-  return r.is_draft ? draft_row<T>(a, r.sequence, r.position) : target_row<T>(a, r.target_row);
-}
-
-// Programmatic dependent launch (PTX griddepcontrol, sm_90): a kernel's blocks are set up while the
-// previous kernel ends, and wait here for its results.
-__device__ __forceinline__ void wait_for_previous_kernel() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
-struct Launch {
-  cudaLaunchConfig_t config = {};
-  cudaLaunchAttribute attributes[2];
-
-  Launch(dim3 grid, int threads, cudaStream_t stream) {
-    config.gridDim = grid, config.blockDim = threads, config.stream = stream;
-    config.attrs = attributes;
-  }
-  void follow_previous_kernel(int compute_major) {
-    if (compute_major < 9) return;
-    cudaLaunchAttribute& a = attributes[config.numAttrs++];
-    a.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    a.val.programmaticStreamSerializationAllowed = 1;
-  }
-  void in_clusters_of(int blocks) {
-    if (blocks == 1) return;
-    cudaLaunchAttribute& a = attributes[config.numAttrs++];
-    a.id = cudaLaunchAttributeClusterDimension;
-    a.val.clusterDim = {static_cast<unsigned>(blocks), 1, 1};
-  }
-};
-
-// Layers of positions: 0…max_drafts are the target's, then the draft's if their laws are needed.
-inline int layers_of(const VerifyArgs& a) {
-  const bool drafts = a.draft && a.draft_is_logits && !a.draft_lse;
-  return static_cast<int>(a.max_drafts + 1) * (drafts ? 2 : 1);
+  return r.is_draft ? draft_row<T>(a, r.sequence, r.position) : target_row<T>(a, r.rows.first + r.position);
 }
 
 }  // namespace quantgemm

@@ -1,32 +1,31 @@
 // SPDX-License-Identifier: MIT
-// What a verifying kernel knows of a drafted token before it reads a whole row: the laws of its rows
-// and their values at the token; and how such kernels are launched.
+// The verdict on a chain's drafts from the laws of their rows and the values at their tokens, before
+// a whole row is read. A lane judges a position, so that a warp looks at 32 in one go; what does not
+// depend on each other is loaded together, because this is a chain of round trips to memory.
 #pragma once
 #include "row_laws.cuh"
+#include "team.cuh"
 
 namespace quantgemm {
 
-constexpr int kThreads = 512, kWarps = kThreads / 32, kMaxRanks = 8;
+// Does somebody have to find the laws of rows of logits?
+__host__ __device__ inline bool needs_laws(const VerifyArgs& args) {
+  return args.target_is_logits || (args.draft && args.draft_is_logits && !args.draft_lse);
+}
 
-// The law of a row of logits, by a warp; `bad` if there is NaN or +inf in the row.
-__device__ __forceinline__ RowLaw law_at(const RowScratch& scratch, int64_t slot, float slope, bool& bad) {
-  RowLaw law;
-  if (scratch.has_laws) {
-    law = scratch.laws[slot];
-  } else {
-    law =
-        law_of(combine_strips(scratch.strips + slot * scratch.num_strips, scratch.num_strips, slope), slope);
-  }
+// The law of a row of logits; `bad` if there is NaN or +inf in the row.
+__device__ __forceinline__ RowLaw law_at(const RowScratch& scratch, int64_t slot, bool& bad) {
+  RowLaw law = scratch.laws[slot];
   bad = signbit(law.scale);
   law.scale = fabsf(law.scale);
   return law;
 }
 
 __device__ __forceinline__ RowLaw target_law(const VerifyArgs& args, int64_t sequence, int64_t position,
-                                             const Parameters& s, bool& bad) {
+                                             bool& bad) {
   bad = false;
   if (!args.target_is_logits) return stored_law();
-  return law_at(scratch_of(args), sequence * (args.max_drafts + 1) + position, s.slope, bad);
+  return law_at(scratch_of(args), sequence * (args.max_drafts + 1) + position, bad);
 }
 
 __device__ __forceinline__ RowLaw draft_law(const VerifyArgs& args, int64_t sequence, int64_t k,
@@ -39,7 +38,7 @@ __device__ __forceinline__ RowLaw draft_law(const VerifyArgs& args, int64_t sequ
                         s);
   const RowScratch scratch = scratch_of(args);
   bool q_bad = false;
-  const RowLaw law = law_at(scratch, scratch.slots + sequence * (args.max_drafts + 1) + k, s.slope, q_bad);
+  const RowLaw law = law_at(scratch, scratch.slots + sequence * (args.max_drafts + 1) + k, q_bad);
   bad = q_bad && !args.target_to_draft;
   return law;
 }
@@ -53,28 +52,68 @@ __device__ __forceinline__ float draft_value(const VerifyArgs& args, int64_t seq
   return there ? draft_row<T>(args, sequence, k).at(j) : 0.0f;
 }
 
-inline bool needs_laws(const VerifyArgs& args) {
-  return args.target_is_logits || (args.draft && args.draft_is_logits && !args.draft_lse);
+// What the inputs say about position k of a chain.
+struct Draft {
+  int64_t token;
+  float x, y;  // the target's and the draft's value of it
+  bool valid, has_q;
+  uint32_t status;
+  uint64_t fraction;
+};
+
+template <class T>
+__device__ __forceinline__ Draft gather_draft(const VerifyArgs& args, int64_t sequence, const Rows& rows,
+                                              int64_t k) {
+  Draft d{-1, 0.0f, 1.0f, false, false, 0, 0};
+  if (k < args.max_drafts) d.token = args.drafts[sequence * args.max_drafts + k];
+  if (k >= rows.drafts) d.token = -1;
+  d.valid = d.token >= 0 && d.token < args.vocab;
+  if (!d.valid) {
+    if (d.token != -1) d.status = kBadToken;
+    return d;
+  }
+  d.x = target_row<T>(args, rows.first + k).at(d.token);
+  if (args.draft != nullptr) d.y = draft_value<T>(args, sequence, k, d.token, d.has_q);
+  d.fraction = node_noise(args, sequence, k, k, 0, d.status);
+  return d;
 }
 
-// A cluster of blocks per sequence: at most one block per multiprocessor, each with 4096 values at least.
-inline cudaError_t launch_teams(void (*kernel)(VerifyArgs, int), const VerifyArgs& args,
-                                cudaStream_t stream) {
-  int device = 0, processors = 0, major = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess)
-    error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  if (error != cudaSuccess) return error;
-  int ranks = 1;
-  if (major >= 9)
-    while (ranks < kMaxRanks && args.num_sequences * ranks * 2 <= processors &&
-           args.vocab >= ranks * 2 * 4096)
-      ranks *= 2;
-  Launch launch(static_cast<unsigned>(args.num_sequences * ranks), kThreads, stream);
-  launch.in_clusters_of(ranks);
-  if (needs_laws(args)) launch.follow_previous_kernel(major);
-  return cudaLaunchKernelEx(&launch.config, kernel, args, ranks);
+// Position `drafts` has no draft: it stops with the bonus.
+struct Verdict {
+  RowLaw p_law, q_law;
+  float p_token;
+  uint32_t status;
+  bool stops, has_draft;
+};
+
+__device__ __forceinline__ Verdict judge(const VerifyArgs& args, int64_t sequence, int64_t k, const Draft& d,
+                                         const Parameters& s) {
+  Verdict v{stored_law(), stored_law(), 0.0f, d.status, true, d.valid};
+  bool bad = false, q_bad = false;  // somewhere in the rows, which matters if one of them is drawn from
+  v.p_law = target_law(args, sequence, k, bad);
+  if (d.valid) {
+    v.q_law = draft_law(args, sequence, k, s, q_bad);
+    if (is_bad_value(d.x, args.target_is_logits) || (d.has_q && is_bad_value(d.y, args.draft_is_logits)))
+      v.status |= kBadValue;
+    v.p_token = probability(d.x, v.p_law);
+    v.stops = !accepts(d.fraction, v.p_token, d.has_q ? probability(d.y, v.q_law) : d.y);
+  }
+  if (v.stops && (bad || q_bad)) v.status |= kBadValue;
+  return v;
+}
+
+// Are the first `count` drafts accepted? By every warp; waits for the kernel that found their laws.
+template <class T>
+__device__ __forceinline__ bool all_accepted(const VerifyArgs& args, const Team& team, const Rows& rows,
+                                             const Parameters& s, int count) {
+  for (int first = 0; first < count; first += 32) {
+    const int k = first + team.lane;
+    const Draft d = gather_draft<T>(args, team.task, rows, k);
+    if (first == 0) wait_for_previous_kernel();
+    const bool accepted = k >= count || !judge(args, team.task, k, d, s).stops;
+    if (!__all_sync(~0u, accepted)) return false;
+  }
+  return true;
 }
 
 }  // namespace quantgemm

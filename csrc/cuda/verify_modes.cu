@@ -4,6 +4,7 @@
 // block is judged from its last draft back, so that only the positions behind those kept are read.
 #include "launch.h"
 #include "row_team.cuh"
+#include "verdict.cuh"
 
 namespace quantgemm {
 namespace {
@@ -112,28 +113,27 @@ struct Verifier {
   const VerifyArgs& args;
   Shared& shared;
   Joint& joint;
-  const Team& team;
+  Team& team;
   const Rows& rows;
   const Parameters& s;
   LayeredWeights<T> weights;
-  uint64_t total = 0;  // Σ weights
-  int64_t count = 0;   // tokens so far
+  Pieces pieces;      // of the weights
+  int64_t count = 0;  // tokens so far
 
-  __device__ Verifier(const VerifyArgs& a, Shared& sh, Joint& j, const Team& t, const Rows& r,
-                      const Parameters& p)
+  __device__ Verifier(const VerifyArgs& a, Shared& sh, Joint& j, Team& t, const Rows& r, const Parameters& p)
       : args(a),
         shared(sh),
         joint(j),
         team(t),
         rows(r),
         s(p),
-        weights{a, t.sequence, RowView<T>(nullptr, 0), stored_law(), 1.0f, j.taken, 0, nullptr} {}
+        weights{a, t.task, RowView<T>(nullptr, 0), stored_law(), 1.0f, j.taken, 0, nullptr} {}
 
   __device__ void note(uint32_t bits) const {
     if (threadIdx.x == 0 && bits) atomicOr(&shared.status, bits);
   }
 
-  __device__ int64_t draft_token(int64_t k) const { return args.drafts[team.sequence * args.max_drafts + k]; }
+  __device__ int64_t draft_token(int64_t k) const { return args.drafts[team.task * args.max_drafts + k]; }
   __device__ bool is_valid(int64_t token) const {
     const bool inside = token >= 0 && token < args.vocab;
     if (!inside && token != -1) note(kBadToken);
@@ -141,11 +141,14 @@ struct Verifier {
   }
 
   __device__ void emit(int64_t token, float logprob, int node) {
-    if (team.rank == 0 && threadIdx.x == 0) {
-      const int64_t at = team.sequence * (args.max_drafts + 1) + count;
+    emit(token, logprob, node, team.rank == 0 && threadIdx.x == 0);
+  }
+  __device__ void emit(int64_t token, float logprob, int node, bool writes) {
+    if (writes) {
+      const int64_t at = team.task * (args.max_drafts + 1) + count;
       args.tokens[at] = token;
       if (args.logprobs) args.logprobs[at] = logprob;
-      if (args.nodes && node >= 0) args.nodes[team.sequence * args.max_drafts + count] = node;
+      if (args.nodes && node >= 0) args.nodes[team.task * args.max_drafts + count] = node;
     }
     ++count;
   }
@@ -163,14 +166,14 @@ struct Verifier {
   // The row behind a position as weights, nothing taken yet; `bad` as law_at says.
   __device__ void open_row(int64_t position, float share, bool& bad) {
     weights.p = target_row<T>(args, rows.first + position);
-    weights.law = target_law(args, team.sequence, position, s, bad);
+    weights.law = target_law(args, team.task, position, bad);
     weights.share = share;
     weights.num_taken = 0;
     weights.group_keys = nullptr;
     if (args.target_is_logits && weights.law.cutoff != minus_infinity()) {
       const RowScratch scratch = scratch_of(args);
       weights.group_keys =
-          scratch.group_keys + (team.sequence * (args.max_drafts + 1) + position) * scratch.num_groups;
+          scratch.group_keys + (team.task * (args.max_drafts + 1) + position) * scratch.num_groups;
     }
   }
 
@@ -179,35 +182,39 @@ struct Verifier {
     out = {static_cast<int>(k), static_cast<int>(token), mass, stored_law(), false};
     if (args.draft == nullptr) return 1.0f;
     bool there = false;
-    const float y = draft_value<T>(args, team.sequence, k, token, there);
-    out.law = draft_law(args, team.sequence, k, s, out.bad);
+    const float y = draft_value<T>(args, team.task, k, token, there);
+    out.law = draft_law(args, team.task, k, s, out.bad);
     if (there && is_bad_value(y, args.draft_is_logits)) bits |= kBadValue;
     return there ? probability(y, out.law) : 0.0f;
   }
 
-  __device__ void weigh_row() { total = weigh(shared, team, weights); }
+  __device__ void weigh_row() {
+    uint32_t bits = 0;
+    pieces = weigh(shared, team, weights, bits);
+    note(bits);
+  }
 
   // The last token, from the weights just weighed.
   __device__ void finish() {
     uint32_t bits = 0;
-    int token;
-    float logprob = 0.0f;
-    if (total == 0) {
-      note(kNoMass);
-      __syncthreads();
-      token = argmax(shared, team, weights.p, args.target_is_logits);
-    } else {
-      token = find_draw<T>(shared, team, weights, draw(token_noise(args, team.sequence, count, bits), total));
-      if (team.rank == 0) logprob = logf(probability(weights.p.at(token), weights.law));
+    if (pieces.total == 0) {
+      const int token = argmax(shared, team, weights.p, args.target_is_logits, bits);
+      note(bits | kNoMass);
+      return emit(token, 0.0f, -1);
     }
+    const uint64_t rest = draw(token_noise(args, team.task, count, bits), pieces.total);
     note(bits);
-    emit(token, logprob, -1);
+    const int token = find_draw<T>(shared, team, weights, pieces, rest);
+    const float logprob = token >= 0 ? logf(probability(weights.p.at(token), weights.law)) : 0.0f;
+    emit(token, logprob, -1, token >= 0 && team.lane == 0);
   }
 
   __device__ void walk_greedily() {
     for (int node = -1;;) {
       const RowView<T> row = target_row<T>(args, rows.first + node + 1);
-      const int best = argmax(shared, team, row, args.target_is_logits);
+      uint32_t bits = 0;
+      const int best = argmax(shared, team, row, args.target_is_logits, bits);
+      note(bits);
       int child = next_child(node, -1);
       for (; child >= 0; child = next_child(node, child))
         if (is_valid(draft_token(child)) && draft_token(child) == best) break;
@@ -234,7 +241,7 @@ struct Verifier {
       const float x = weights.p.at(token);
       uint32_t bits = is_bad_value(x, args.target_is_logits) ? kBadValue : 0;
       const float q_token = open_draft(child, token, mass, taken, bits);
-      const uint64_t fraction = node_noise(args, team.sequence, child, count, turn, bits);
+      const uint64_t fraction = node_noise(args, team.task, child, count, turn, bits);
       note(bits);
       if (accepts(fraction, weights.at(static_cast<int>(token)), multiply(q_token, mass))) {
         logprob = logf(probability(x, weights.law));
@@ -246,9 +253,9 @@ struct Verifier {
       __syncthreads();
       ++weights.num_taken;
       weigh_row();
-      weighed = total > 0;
+      weighed = pieces.total > 0;
       if (weighed) {
-        mass = mass_of(total);
+        mass = mass_of(pieces.total);
       } else {
         note(kEmptyResidual);
         --weights.num_taken;
@@ -278,7 +285,7 @@ struct Verifier {
       const float x = target_row<T>(args, rows.first + k).at(token);
       uint32_t bits = is_bad_value(x, args.target_is_logits) ? kBadValue : 0;
       const float q_token = open_draft(k, token, 1.0f, taken, bits);
-      const RowLaw law = target_law(args, team.sequence, k, s, bad);
+      const RowLaw law = target_law(args, team.task, k, bad);
       if (team.lane != 0) continue;
       joint.taken[k] = taken;
       joint.p_token[k] = probability(x, law), joint.q_token[k] = q_token;
@@ -306,7 +313,7 @@ struct Verifier {
     for (;; --k) {
       const float share = joint.shares[k];
       uint32_t bits = 0;
-      const uint64_t fraction = k > 0 ? block_noise(args, team.sequence, k - 1, bits) : 0;
+      const uint64_t fraction = k > 0 ? block_noise(args, team.task, k - 1, bits) : 0;
       note(bits);
       if (k == length && k > 0 && !accepts(fraction, share, 1.0f)) continue;
       bool bad = false;
@@ -315,9 +322,9 @@ struct Verifier {
       weights.num_taken = k < length;
       if (bad || (k < length && joint.taken[k].bad)) note(kBadValue);
       weigh_row();
-      if (k == length || k == 0 || accepts_block(fraction, share, total)) break;
+      if (k == length || k == 0 || accepts_block(fraction, share, pieces.total)) break;
     }
-    if (k < length && total == 0) {  // k = 0
+    if (k < length && pieces.total == 0) {  // k = 0
       note(kEmptyResidual);
       weights.num_taken = 0;
       weigh_row();
@@ -333,16 +340,17 @@ __global__ void __launch_bounds__(kThreads, 1)
     verify_modes_kernel(const __grid_constant__ VerifyArgs args, int ranks) {
   __shared__ Shared shared;
   __shared__ Joint joint;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const Team team{blockIdx.x / ranks, static_cast<int>(blockIdx.x) % ranks, ranks, lane, warp};
-  const int64_t b = team.sequence;
+  Team team(ranks);
+  team.arrive();
+  if (!needs_laws(args)) wait_for_previous_kernel();
+  const int64_t b = team.task;
   uint32_t status = 0;
   const Parameters s = parameters_of(args.parameters, b, args.vocab, status);
   const Rows rows = rows_of(args, b, status);
   const bool is_tree = args.mode == VerifyMode::kTree;
   if (threadIdx.x == 0) shared.status = status, joint.length = static_cast<int>(rows.drafts);
   wait_for_previous_kernel();
-  __syncthreads();
+  team.wait();
   for (int64_t i = threadIdx.x; i < rows.drafts; i += kThreads) {
     const int64_t parent = is_tree ? args.parents[b * args.max_drafts + i] : i - 1;
     const bool good = parent >= -1 && parent < rows.drafts;
@@ -379,9 +387,12 @@ __global__ void __launch_bounds__(kThreads, 1)
 }  // namespace
 
 cudaError_t launch_verify_modes(const VerifyArgs& args, cudaStream_t stream) {
-  cudaError_t error = cudaSuccess;
+  Device device;
+  cudaError_t error = device.read();
+  if (error != cudaSuccess) return error;
+  const int ranks = ranks_for(args, device);
   visit_real(args.value_type,
-             [&]<class T>(T) { error = launch_teams(verify_modes_kernel<T>, args, stream); });
+             [&]<class T>(T) { error = launch_teams(verify_modes_kernel<T>, args, ranks, device, stream); });
   return error == cudaSuccess ? cudaGetLastError() : error;
 }
 

@@ -30,7 +30,7 @@ QG_HD float activation_sum(float scale, int sum) { return canonical(scale * stat
 
 // q = x / scale rounded to nearest even; 0 where scale is 0 or not finite.
 QG_HD int activation_code(float x, float inverse_scale) {
-  const float q = x * inverse_scale;
+  const float q = rounded_product(x, inverse_scale);
   if (!(q >= -127.0f && q <= 127.0f)) return q > 0 ? 127 : q < 0 ? -127 : 0;
   return bit_cast<int>(q + 12582912.0f) - 0x4b400000;  // 1.5 · 2^23: the adder rounds to integers
 }

@@ -68,11 +68,17 @@ QG_HD void put_planes_of_128(uint8_t* codes, int i, uint32_t four) {
   or_into<Align>(codes + 32 * (i >> 5) + 4 * (i & 7), (four & 0x03030303u) << (2 * ((i >> 3) & 3)));
 }
 
-// One base-3 digit (0, 1, 2) of each of four bytes: byte · 3^digit (mod 256) · 3 / 256.
+// One base-3 digit (0, 1, 2) of each of four bytes. The first n digits are byte · 3^n / 256, at most
+// 242: digit n is that of n + 1, less three times that of n. Products lie in 16-bit lanes.
 QG_HD uint32_t base3_digits(uint32_t bytes, int digit) {
   const uint32_t power = (digit & 1 ? 3u : 1u) * (digit & 2 ? 9u : 1u) * (digit & 4 ? 81u : 1u);
-  const uint32_t even = ((bytes & 0x00ff00ffu) * power) & 0x00ff00ffu;  // 16-bit lanes: no carries
-  const uint32_t odd = (((bytes >> 8) & 0x00ff00ffu) * power) & 0x00ff00ffu;
+  uint32_t even = bytes & 0x00ff00ffu, odd = (bytes >> 8) & 0x00ff00ffu;
+  if constexpr (kPicksBytes) {
+    const uint32_t before = digit == 0 ? 0 : pick_bytes(even * power, odd * power, 0x7351);
+    return pick_bytes(even * (3 * power), odd * (3 * power), 0x7351) - 3 * before;
+  }
+  even = (even * power) & 0x00ff00ffu;
+  odd = (odd * power) & 0x00ff00ffu;
   return (((even * 3) >> 8) & 0x00030003u) | ((odd * 3) & 0x03000300u);
 }
 

@@ -56,6 +56,23 @@ concept LevelFormat = BlockFormat<F> && requires(bytes_ptr block, int i, uint32_
 template <class F>
 concept SmallLevels = LevelFormat<F> && requires { requires F::kLargest <= 63; };
 
+// Where codes are points of a codebook, a format may have them looked up in a table that a kernel keeps
+// in fast memory: word i of kTableWords is table_word(i), and quad(block, i, table) = quad(block, i) reads
+// word j | k, of disjoint bits, as table(j, k), or as table(j).
+template <class F>
+concept TableFormat =
+    BlockFormat<F> && requires(bytes_ptr block, int i, uint32_t (&table)(uint32_t, uint32_t)) {
+      { F::kTableWords } -> std::convertible_to<int>;
+      { F::table_word(i) } -> std::same_as<uint32_t>;
+    };
+
+// Where neighbouring codes lie in neighbouring bits, every eighth is easier to get at:
+// strided_codes(block, 8g + j) are the codes of weights 32g + j, + 8, + 16 and + 24.
+template <class F>
+concept StridedFormat = BlockFormat<F> && requires(bytes_ptr block, int i) {
+  { F::strided_codes(block, i) } -> std::same_as<uint32_t>;
+};
+
 // Where groups have integer scales, a format may give eight of them at once, a signed byte each (one of
 // 0…127 if there are offsets):
 //     affine(block, g) = {factors(block).scale · scale code g, factors(block).offset · offset code g}

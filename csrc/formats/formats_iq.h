@@ -21,6 +21,19 @@ QG_HD uint32_t even_signs(uint32_t seven, int half) {
   return (seven | static_cast<uint32_t>(popcount(seven) & 1) << 7) >> (4 * half);
 }
 
+// A sign is bit 2 of a nibble, the level bits 0 and 1: one selection gives the signed level.
+QG_HD uint32_t iq2_point(uint32_t nibbles, int half) {
+  return pick_bytes(0x002b1908u, 0x00d5e7f8u, nibbles >> (16 * half));
+}
+
+// Sign bits 0 … 7 -> bit 2 of nibbles 0 … 7
+QG_HD uint32_t signs_to_nibbles(uint32_t signs) {
+  signs = (signs | (signs << 12)) & 0x000f000fu;
+  signs = (signs | (signs << 6)) & 0x03030303u;
+  return ((signs << 2) | (signs << 5)) & 0x44444444u;
+}
+QG_HD uint32_t all_signs(uint32_t seven) { return seven | static_cast<uint32_t>(popcount(seven) & 1) << 7; }
+
 // | d f16 | 8 × (4 grid indexes u8 | u32: 4 × 7 sign bits, scale s in bits 28-31) |   groups of 32
 // scale = d · (s + ½) / 4
 struct IQ2_XXS {
@@ -37,6 +50,16 @@ struct IQ2_XXS {
     const uint32_t magnitudes = iq2_magnitudes(kGridIQ2XXS[b[2 + 8 * g + point]], half);
     return negate_bytes(magnitudes, even_signs(signs_and_scale(b, g) >> (7 * point), half));
   }
+  static constexpr int kTableWords = 256 + 128;
+  QG_HD static uint32_t table_word(int i) {
+    return i < 256 ? pairs_to_nibbles(kGridIQ2XXS[i]) : signs_to_nibbles(all_signs(i - 256));
+  }
+  template <class Table>
+  QG_HD static uint32_t quad(bytes_ptr b, int i, const Table& table) {
+    const int g = i >> 3, point = (i >> 1) & 3;
+    const uint32_t signs = (signs_and_scale(b, g) >> (7 * point)) & 127;
+    return iq2_point(table(b[2 + 8 * g + point]) | table(256, signs), i & 1);
+  }
 };
 
 // | d f16 | 32 × u16: 9-bit grid index, 7 sign bits | 16 × 4-bit scale |   groups of 16
@@ -51,6 +74,15 @@ struct IQ2_XS {
   QG_HD static uint32_t quad(bytes_ptr b, int i) {
     const uint32_t point = load<uint16_t, 2>(b + 2 + 2 * (i >> 1));
     return negate_bytes(iq2_magnitudes(kGridIQ2XS[point & 511], i & 1), even_signs(point >> 9, i & 1));
+  }
+  static constexpr int kTableWords = 512 + 128;
+  QG_HD static uint32_t table_word(int i) {
+    return i < 512 ? pairs_to_nibbles(kGridIQ2XS[i]) : signs_to_nibbles(all_signs(i - 512));
+  }
+  template <class Table>
+  QG_HD static uint32_t quad(bytes_ptr b, int i, const Table& table) {
+    const uint32_t point = load<uint16_t, 2>(b + 2 + 2 * (i >> 1));
+    return iq2_point(table(point & 511) | table(512, point >> 9), i & 1);
   }
 };
 
@@ -68,7 +100,24 @@ struct IQ2_S {
     const int index = b[2 + point] | ((b[66 + (point >> 2)] >> (2 * (point & 3))) & 3) << 8;
     return negate_bytes(iq2_magnitudes(kGridIQ2S[index], i & 1), b[34 + point] >> (4 * (i & 1)));
   }
+  static constexpr int kTableWords = 1024 + 256;
+  QG_HD static uint32_t table_word(int i) {
+    return i < 1024 ? pairs_to_nibbles(kGridIQ2S[i]) : signs_to_nibbles(i - 1024);
+  }
+  template <class Table>
+  QG_HD static uint32_t quad(bytes_ptr b, int i, const Table& table) {
+    const int point = i >> 1;
+    const uint32_t high = ((b[66 + (point >> 2)] >> (2 * (point & 3))) & 3) << 8;
+    return iq2_point(table(b[2 + point], high) | table(1024, b[34 + point]), i & 1);
+  }
 };
+
+// Sign bit j (j + 4) -> bit 0 (4) of byte j, and four bytes negated by one half of them.
+QG_HD uint32_t signs_to_bytes(uint32_t signs) { return spread_bits(signs) | spread_bits(signs >> 4) << 4; }
+QG_HD uint32_t negate_half(uint32_t x, uint32_t signs, int half) {
+  const uint32_t ones = (signs >> (4 * half)) & 0x01010101u;
+  return (x ^ (ones * 0xffu)) + ones;
+}
 
 // | d f16 | 64 grid indexes u8 | 8 × u32: 4 × 7 sign bits, scale s in bits 28-31 |   groups of 32
 // scale = d · (s + ½) / 2; magnitudes 4, 12, 20, 28, 36, 44, 52, 62
@@ -90,6 +139,15 @@ struct IQ3_XXS {
     const uint32_t top = ((level + 0x01010101u) >> 3) & 0x01010101u;  // level 7 is 62, not 60
     return level * 8 + 0x04040404u + top * 2;
   }
+  static constexpr int kTableWords = 256 + 128;
+  QG_HD static uint32_t table_word(int i) {
+    return i < 256 ? kGridIQ3XXS[i] : signs_to_bytes(all_signs(i - 256));
+  }
+  template <class Table>
+  QG_HD static uint32_t quad(bytes_ptr b, int i, const Table& table) {
+    const uint32_t signs = (load<uint32_t, 2>(b + 66 + 4 * (i >> 3)) >> (7 * ((i >> 1) & 3))) & 127;
+    return negate_half(magnitudes(table(b[2 + i])), table(256, signs), i & 1);
+  }
 };
 
 // | d f16 | 64 index low bytes | 8 bytes: index bit 8 | 32 sign bytes | 8 × 4-bit scale |   32
@@ -110,6 +168,13 @@ struct IQ3_S {
     if constexpr (kPicksBytes) return pick_bytes(0x07050301u, 0x0f0d0b09u, entry);
     return spread_nibbles(entry) * 2 + 0x01010101u;
   }
+  static constexpr int kTableWords = 512 + 256;
+  QG_HD static uint32_t table_word(int i) { return i < 512 ? kGridIQ3S[i] : signs_to_bytes(i - 512); }
+  template <class Table>
+  QG_HD static uint32_t quad(bytes_ptr b, int i, const Table& table) {
+    const uint32_t high = ((b[66 + (i >> 3)] >> (i & 7)) & 1) << 8;
+    return negate_half(magnitudes(table(b[2 + i], high)), table(512, b[74 + (i >> 1)]), i & 1);
+  }
 };
 
 // IQ1: weight = d (2s + 1) (grid ± ⅛) with grid in {−1, 0, 1}, so q = 8 grid ± 1, scale = d (2s + 1) / 8.
@@ -118,6 +183,10 @@ QG_HD uint32_t iq1_codes(uint16_t entry, int half, bool minus) {
     return pick_bytes(minus ? 0x0007fff7u : 0x000901f9u, 0, pairs_to_nibbles(entry) >> (16 * half));
   const uint32_t level = spread_pairs(entry >> (8 * half));
   return sub_bytes(level * 8 + (minus ? 0u : 0x02020202u), 0x09090909u);
+}
+
+QG_HD uint32_t iq1_point(uint32_t nibbles, int half, bool minus) {
+  return pick_bytes(minus ? 0x0007fff7u : 0x000901f9u, 0, nibbles >> (16 * half));
 }
 
 // | d f16 | 32 index low bytes | 8 × u16: 4 × index bits 8-10, scale s, sign of ⅛ |   groups of 32
@@ -134,6 +203,15 @@ struct IQ1_S {
     const uint32_t high = load<uint16_t, 2>(b + 34 + 2 * (i >> 3));
     const uint32_t index = b[2 + point] | ((high >> (3 * (point & 3))) & 7) << 8;
     return iq1_codes(kGridIQ1[index], i & 1, (high & 0x8000u) != 0);
+  }
+  static constexpr int kTableWords = 2048;
+  QG_HD static uint32_t table_word(int i) { return pairs_to_nibbles(kGridIQ1[i]); }
+  template <class Table>
+  QG_HD static uint32_t quad(bytes_ptr b, int i, const Table& table) {
+    const int point = i >> 1;
+    const uint32_t high = load<uint16_t, 2>(b + 34 + 2 * (i >> 3));
+    return iq1_point(table(b[2 + point], ((high >> (3 * (point & 3))) & 7) << 8), i & 1,
+                     (high & 0x8000u) != 0);
   }
 };
 
@@ -154,6 +232,14 @@ struct IQ1_M {
     const int point = i >> 1;
     const int high = b[32 + (point >> 1)] >> (4 * (point & 1));
     return iq1_codes(kGridIQ1[b[point] | (high & 7) << 8], i & 1, (high & 8) != 0);
+  }
+  static constexpr int kTableWords = 2048;
+  QG_HD static uint32_t table_word(int i) { return pairs_to_nibbles(kGridIQ1[i]); }
+  template <class Table>
+  QG_HD static uint32_t quad(bytes_ptr b, int i, const Table& table) {
+    const int point = i >> 1;
+    const uint32_t high = b[32 + (point >> 1)] >> (4 * (point & 1));
+    return iq1_point(table(b[point], (high & 7) << 8), i & 1, (high & 8) != 0);
   }
 };
 

@@ -87,6 +87,10 @@ struct Q1_0 {
     return spread_bits(b[2 + (i >> 1)] >> (4 * (i & 1))) * 2;
   }
   QG_HD static uint32_t quad(bytes_ptr b, int i) { return sub_bytes(codes(b, i), broadcast_byte(kZero)); }
+  QG_HD static uint32_t strided_codes(bytes_ptr b, int i) {
+    const auto bits = load<uint32_t, 2>(b + 2 + 4 * (i >> 3));
+    return ((i & 7) == 0 ? bits << 1 : bits >> ((i & 7) - 1)) & 0x02020202u;
+  }
 };
 
 // | d f16 | 16 bytes of four neighbouring 2-bit codes |   weight = d · (code − 1)
@@ -97,6 +101,12 @@ struct Q2_0 : Packs<2> {
   QG_HD static Affine affine(bytes_ptr b, int) { return {half_to_float(load<uint16_t, 2>(b)), 0}; }
   QG_HD static uint32_t codes(bytes_ptr b, int i) { return spread_pairs(b[2 + i]); }
   QG_HD static uint32_t quad(bytes_ptr b, int i) { return sub_bytes(codes(b, i), broadcast_byte(kZero)); }
+  QG_HD static uint32_t strided_codes(bytes_ptr b, int i) {
+    bytes_ptr pairs = b + 2 + 8 * (i >> 3);  // every second byte of eight
+    const uint32_t bytes =
+        pick_bytes(load<uint32_t, 2>(pairs), load<uint32_t, 2>(pairs + 4), i & 4 ? 0x7531 : 0x6420);
+    return (bytes >> (2 * (i & 3))) & 0x03030303u;
+  }
   QG_HD static void place(uint8_t* b, int i, uint32_t four) {
     b[2 + i] |= static_cast<uint8_t>(gather_pairs(four));
   }

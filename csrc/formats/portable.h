@@ -119,6 +119,15 @@ QG_HD uint16_t float_to_bfloat16(float x) {
 #endif
 }
 
+// a · b rounded to float32, also where the compiler may fuse a product with the addition after it.
+QG_HD float rounded_product(float a, float b) {
+#ifdef __CUDA_ARCH__
+  return __fmul_rn(a, b);
+#else
+  return a * b;
+#endif
+}
+
 // ---- four signed bytes in a word: byte j is element j ----
 QG_HD uint32_t broadcast_byte(uint32_t b) { return (b & 0xffu) * 0x01010101u; }
 
@@ -137,7 +146,9 @@ QG_HD uint32_t negate_bytes(uint32_t x, uint32_t mask) {
 #ifdef __CUDA_ARCH__
 inline constexpr bool kPicksBytes = true;
 __device__ __forceinline__ uint32_t pick_bytes(uint32_t low, uint32_t high, uint32_t selectors) {
-  return __byte_perm(low, high, selectors);
+  uint32_t picked;  // __byte_perm would mask the selectors first
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(picked) : "r"(low), "r"(high), "r"(selectors));
+  return picked;
 }
 #else
 inline constexpr bool kPicksBytes = false;

@@ -71,7 +71,7 @@ Tensor multiply(const Tensor& x, const Tensor& w, int64_t n, int64_t qtype, Gemm
   if (k == 0) return torch::stable::zero_(y);
 
   std::optional<Tensor> activations, scratch;
-  if (rounds_activations(algo)) activations = quantize_activations(rows);
+  if (wants_rounded_rows(algo, m, rows.is_cuda())) activations = quantize_activations(rows);
   GemmArgs args{rows.const_data_ptr(),
                 activations ? activations->const_data_ptr<uint8_t>() : nullptr,
                 static_cast<const uint8_t*>(weights.const_data_ptr()),

@@ -18,7 +18,7 @@ void run_verify(const char* op, VerifyArgs& args, const Tensor& rows) {
   }
 #ifdef QG_WITH_CUDA
   const Tensor scratch = new_output(op, rows, {verify_scratch_bytes(args)}, ScalarType::Byte);
-  args.strips = scratch.mutable_data_ptr();
+  args.row_laws = scratch.mutable_data_ptr();
 #endif
   QG_RUN_ON_GPU(spec_verify, rows, args);
 }

@@ -1,0 +1,229 @@
+// SPDX-License-Identifier: MIT
+// The cutoff of a truncated row of logits, by one block: the maxima of its groups bound the k-th
+// largest value from below, so only groups that reach the bound are read again, and what reaches it
+// is ranked without sorting. A flat row under top-p alone is halved by passes over it.
+#pragma once
+#include "row_laws.cuh"
+
+namespace quantgemm {
+
+constexpr int kLawThreads = 512, kLawWarps = kLawThreads / 32;
+constexpr int kMaxStrips = 64, kMaxGroups = (kMaxVocab + kGroup) / kGroup, kBins = 256;
+constexpr int kCapacity = 1024;
+
+struct LawShared {
+  float2 strips[kMaxStrips];
+  uint32_t group_keys[kMaxGroups];
+  uint64_t partial[2][kLawWarps];
+  uint64_t mass[kCapacity];
+  uint32_t key[kCapacity];
+  uint32_t count, best, bins[kBins], num_listed;
+  uint16_t listed[kMaxGroups];
+};
+
+// A row being truncated, by one block. All members are the same in every thread.
+template <class T>
+struct Selection {
+  RowView<T> row;
+  int num_groups;
+  float max, slope;
+  LawShared& shared;
+  int turn = 0;
+  uint32_t list_low = ~0u, list_high = 0;  // the list holds just the keys of [low, high)
+  uint32_t listed_low = ~0u;               // and the groups listed reach this
+
+  __device__ uint64_t mass_of(uint32_t key) const {
+    return to_fixed(relative_weight(value_of_key(key), max, slope));
+  }
+
+  // Sum over the block. Two buffers in turn: one barrier is enough.
+  __device__ uint64_t block_sum(uint64_t x) {
+    turn ^= 1;
+    x = warp_sum(x);
+    if (threadIdx.x % 32 == 0) shared.partial[turn][threadIdx.x / 32] = x;
+    __syncthreads();
+    uint64_t sum = 0;
+    for (int w = 0; w < kLawWarps; ++w) sum += shared.partial[turn][w];
+    return sum;
+  }
+
+  // Lists the groups that hold a value from `low` up.
+  __device__ void list_groups(uint32_t low) {
+    if (listed_low == low) return;
+    listed_low = low;
+    __syncthreads();
+    if (threadIdx.x == 0) shared.num_listed = 0;
+    __syncthreads();
+    for (int g = threadIdx.x; g < num_groups; g += kLawThreads)
+      if (shared.group_keys[g] >= low)
+        shared.listed[atomicAdd(&shared.num_listed, 1u)] = static_cast<uint16_t>(g);
+    __syncthreads();
+  }
+
+  // f(key) for every value of the row with low <= key < high.
+  template <class Fn>
+  __device__ void for_each(uint32_t low, uint32_t high, Fn f) {
+    constexpr int kAhead = 3;  // groups in flight
+    list_groups(low);
+    const int lane = threadIdx.x % 32, count = static_cast<int>(shared.num_listed);
+    for (int first = threadIdx.x / 32; first < count; first += kLawWarps * kAhead) {
+      float v[kAhead][8];
+#pragma unroll
+      for (int j = 0; j < kAhead; ++j) {
+        if (first + j * kLawWarps >= count) continue;
+        load_group(v[j], row, shared.listed[first + j * kLawWarps] * kGroup, lane, minus_infinity());
+      }
+#pragma unroll
+      for (int j = 0; j < kAhead; ++j) {
+        if (first + j * kLawWarps >= count) continue;
+#pragma unroll
+        for (const float x : v[j]) {
+          const uint32_t key = key_of(clean_logit(x));
+          if (key >= low && key < high) f(key);
+        }
+      }
+    }
+  }
+
+  // Collects the keys of [low, high); returns how many there are, stored or not.
+  __device__ int64_t gather(uint32_t low, uint32_t high) {
+    __syncthreads();
+    if (threadIdx.x == 0) shared.count = 0;
+    __syncthreads();
+    for_each(low, high, [&](uint32_t key) {
+      const uint32_t at = atomicAdd(&shared.count, 1u);
+      if (at < kCapacity) shared.key[at] = key, shared.mass[at] = mass_of(key);
+    });
+    __syncthreads();
+    list_low = low, list_high = high;
+    return shared.count;
+  }
+
+  __device__ bool list_has(uint32_t low, uint32_t high) const {
+    return list_low <= low && list_high == high && shared.count <= kCapacity;
+  }
+
+  // Σ over keys of [low, high): their mass, or their number.
+  template <bool Mass>
+  __device__ uint64_t tally(uint32_t low, uint32_t high) {
+    uint64_t sum = 0;
+    if (list_has(low, high)) {
+      for (uint32_t i = threadIdx.x; i < shared.count; i += kLawThreads)
+        if (shared.key[i] >= low) sum += Mass ? shared.mass[i] : 1;
+    } else {
+      for_each(low, high, [&](uint32_t key) { sum += Mass ? mass_of(key) : 1; });
+    }
+    return block_sum(sum);
+  }
+
+  // The largest key x whose tally of [x, top) reaches the goal, given that low's does.
+  template <bool Mass>
+  __device__ uint32_t find(uint32_t low, uint32_t top, uint64_t goal) {
+    uint32_t high = top;
+    uint64_t base = 0;  // the tally of [high, top)
+    int64_t count = list_has(low, high) ? shared.count : gather(low, high);
+    while (count > kCapacity && high - low > 1) {
+      const uint32_t middle = low + (high - low) / 2;
+      const uint64_t upper = tally<Mass>(middle, high);
+      if (base + upper >= goal) {
+        low = middle;
+      } else {
+        high = middle, base += upper;
+      }
+      count = gather(low, high);
+    }
+    if (count > kCapacity) return low;
+    if (threadIdx.x == 0) shared.best = ~0u;
+    __syncthreads();
+    for (uint32_t i = threadIdx.x; i < shared.count; i += kLawThreads) {
+      const uint32_t key = shared.key[i];
+      uint64_t above = base;
+      for (uint32_t j = 0; j < shared.count; ++j)
+        if (shared.key[j] > key) above += Mass ? shared.mass[j] : 1;
+      if (above < goal && key >= low) atomicMin(&shared.best, key);
+    }
+    __syncthreads();
+    const uint32_t best = shared.best;
+    __syncthreads();
+    return best == ~0u ? low : best;
+  }
+
+  // A key that at least k groups reach, so that the k-th largest value does. Groups are counted by
+  // their distance from the top, in 256 steps that grow until they hold k groups.
+  __device__ uint32_t bound_of_top_k(uint32_t top, int64_t k) {
+    if (num_groups < k) return 0;
+    static_assert(kBins == 32 * 8);
+    const int lane = threadIdx.x % 32;
+    for (int shift = 15;; shift += 3) {  // the last is 24
+      __syncthreads();
+      if (threadIdx.x < kBins) shared.bins[threadIdx.x] = 0;
+      __syncthreads();
+      for (int g = threadIdx.x; g < num_groups; g += kLawThreads) {
+        const uint32_t bin = (top - 1 - shared.group_keys[g]) >> shift;
+        if (bin < kBins) atomicAdd(&shared.bins[bin], 1u);
+      }
+      __syncthreads();
+      uint32_t own[8], sum = 0;
+#pragma unroll
+      for (int j = 0; j < 8; ++j) sum += own[j] = shared.bins[lane * 8 + j];
+      uint32_t prefix = sum;
+      for (int step = 1; step < 32; step *= 2) {
+        const uint32_t other = __shfl_up_sync(~0u, prefix, step);
+        if (lane >= step) prefix += other;
+      }
+      const uint32_t reaching = __ballot_sync(~0u, prefix >= k);
+      if (reaching == 0) continue;
+      int steps = lane * 8 + 1;  // from the top to the end of the bin where k is reached
+      prefix -= sum;
+#pragma unroll
+      for (int j = 0; j < 7; ++j) steps += (prefix += own[j]) < k;
+      steps = __shfl_sync(~0u, steps, __ffs(reaching) - 1);
+      const int64_t bound = static_cast<int64_t>(top) - (static_cast<int64_t>(steps) << shift);
+      return bound > 0 ? static_cast<uint32_t>(bound) : 0;
+    }
+  }
+};
+
+// Lowers the law to the values that the parameters keep. sum: the row's max and Σ exp2.
+template <class T>
+__device__ void truncate(RowLaw& law, LawShared& shared, const RowView<T>& row, float2 sum,
+                         const Parameters& s) {
+  if (threadIdx.x == 0) shared.count = 0;
+  __syncthreads();
+  Selection<T> select{row, (row.length + kGroup - 1) / kGroup, sum.x, s.slope, shared};
+  const uint32_t top = key_of(sum.x) + 1, lowest = key_of(minus_infinity()) + 1;
+  uint32_t low = lowest;
+  if (s.top_k > 0) {
+    const uint32_t bound = select.bound_of_top_k(top, s.top_k);
+    // Fewer than k finite values: all of them stay.
+    if (bound >= lowest || select.template tally<false>(lowest, top) >= static_cast<uint64_t>(s.top_k))
+      low = select.template find<false>(bound > lowest ? bound : lowest, top, static_cast<uint64_t>(s.top_k));
+  }
+  if (s.top_p < 1.0f) {
+    uint64_t total;
+    if (low > lowest) {
+      total = select.template tally<true>(low, top);
+    } else {
+      // All values below this weigh less than 1 - top_p together, with room for rounding.
+      total = static_cast<uint64_t>(static_cast<double>(sum.y) * 0x1p44);
+      const double share = (1.0 - static_cast<double>(s.top_p)) * 0.999 * static_cast<double>(sum.y) /
+                           static_cast<double>(row.length);
+      const float bound =
+          static_cast<float>(static_cast<double>(sum.x) + log2(share) / static_cast<double>(s.slope));
+      const uint32_t key = key_of(fmaxf(bound, -3.4028235e38f));
+      low = key < top ? key : top - 1;
+    }
+    low = select.template find<true>(low, top, mass_to_keep(s.top_p, total));
+  }
+  if (s.min_p > 0.0f) {
+    const uint32_t key = key_of(fmaxf(min_p_cutoff(sum.x, s), -3.4028235e38f));
+    low = key > low ? key : low;
+    low = low < top ? low : top - 1;
+  }
+  if (low == lowest) return;
+  law.cutoff = value_of_key(low);
+  const double mass = static_cast<double>(select.template tally<true>(low, top));
+  law.scale = copysignf(static_cast<float>(0x1p44 / mass), law.scale);
+}
+
+}  // namespace quantgemm

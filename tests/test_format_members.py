@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: MIT
+"""What formats offer for speed says the same as their two functions, for random bytes."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+CSRC = Path(__file__).resolve().parents[1] / "csrc"
+
+PROGRAM = """
+#include <cstdio>
+#include <random>
+#include "formats/gguf_formats.h"
+using namespace quantgemm;
+
+template <class F>
+struct Table {
+  uint32_t operator()(uint32_t j, uint32_t k = 0) const {
+    const bool fits = (j & k) == 0 && (j | k) < uint32_t{F::kTableWords};
+    return fits ? F::table_word(static_cast<int>(j | k)) : ~0u;
+  }
+};
+
+int main() {
+  std::mt19937 random(1);
+  BlockFormats::for_each([&]<class F>(F) {
+    int checked = 0, wrong = 0;
+    for (int trial = 0; trial < 500; ++trial) {
+      alignas(16) uint8_t block[512];
+      for (uint8_t& byte : block) byte = static_cast<uint8_t>(random());
+      for (int i = 0; i < F::kElems / 4; ++i) {
+        if constexpr (TableFormat<F>)
+          ++checked, wrong += F::quad(block, i, Table<F>{}) != F::quad(block, i);
+        if constexpr (StridedFormat<F>)
+          for (int r = 0; r < 4; ++r) {
+            const int weight = i / 8 * 32 + i % 8 + 8 * r;
+            ++checked, wrong += byte_at(F::strided_codes(block, i), r) !=
+                                byte_at(codes_of<F>(block, weight / 4), weight % 4);
+          }
+      }
+    }
+    if (checked > 0) std::printf("%s %d\\n", F::kName, wrong);
+  });
+}
+"""
+
+
+def test_tables_and_strided_codes(tmp_path: Path) -> None:
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no g++")
+    source, program = tmp_path / "members.cpp", tmp_path / "members"
+    source.write_text(PROGRAM)
+    command = [compiler, "-std=c++20", "-O1", f"-I{CSRC}", str(source), "-o", str(program)]
+    built = subprocess.run(command, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr[-2000:]
+    lines = subprocess.run([program], capture_output=True, text=True, check=True).stdout.split("\n")
+    wrong = dict(line.split() for line in lines if line)
+    known = "IQ1_S IQ1_M IQ2_XXS IQ2_XS IQ2_S IQ3_XXS IQ3_S Q1_0 Q2_0"
+    assert set(known.split()) <= set(wrong)
+    assert set(wrong.values()) == {"0"}, wrong
