@@ -34,15 +34,15 @@ Rows = list[dict[str, Any]]
 
 
 def weights(fmt: Format, n: int, k: int) -> list[torch.Tensor]:
-    """Copies of quantised normal weights; of random bytes where there is no encoder."""
+    """Copies of quantised normal weights; of random finite blocks where there is no encoder."""
     count = max(2, min(48, int(ROTATED_BYTES / (n * fmt.row_bytes(k)))))
     try:
         some = ops.quantize(0.02 * torch.randn(256, k, device="cuda"), fmt.type_id)
     except NotImplementedError:
-        shape = (n, fmt.row_bytes(k))
-        return [
-            torch.randint(0, 256, shape, dtype=torch.uint8, device="cuda") for _ in range(count)
-        ]
+        blocks = torch.randint(0, 256, (4096, fmt.block_bytes), dtype=torch.uint8, device="cuda")
+        blocks = blocks[ops.dequantize(blocks, fmt.type_id).isfinite().all(-1)]
+        some = blocks[torch.randint(0, len(blocks), (256, k // fmt.block_elems), device="cuda")]
+        some = some.flatten(1)
     picks = [torch.randint(0, 256, (n,), device="cuda") for _ in range(count)]
     return [some[pick] for pick in picks]
 

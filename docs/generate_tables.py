@@ -26,10 +26,15 @@ from quantgemm import _C, ops  # noqa: E402
 from quantgemm.formats import FORMATS  # noqa: E402
 
 # document -> tables that it must have; others are filled where their markers are
-RESULTS = ["dequantize", "quantize", "cpu_dequantize", "cpu_gemm", "gguf_open"]
+SPEED = ["dequantize", "quantize", "cpu_dequantize", "cpu_gemm", "gguf_open"]
+PACKED = ["packed_pack", "packed_types", "packed_tokens"]
+LADDER = ["gemm_ladder", "gemm_types"]
+RESULTS = [*SPEED, *PACKED, *LADDER, "sampling_modes"]
 DOCUMENTS: dict[Path, set[str]] = {
     ROOT / "docs" / "formats.md": {"formats-table"},
-    ROOT / "docs" / "performance.md": {f"results-{name}" for name in RESULTS},
+    ROOT / "docs" / "performance.md": {f"results-{name}" for name in SPEED + PACKED},
+    ROOT / "docs" / "ladder.md": {f"results-{name}" for name in LADDER},
+    ROOT / "docs" / "sampling.md": {"results-sampling_modes"},
     ROOT / "README.md": {"formats-table"},
 }
 NUMBERS = ["id", "weights", "bytes", "bits/weight", "group"]
