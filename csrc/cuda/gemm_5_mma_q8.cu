@@ -2,6 +2,7 @@
 // Launcher of the int8 tensor-core product: the tile by the number of tokens, the grid by the number of
 // tiles. Few tiles are cut along k, in equal shares for all the blocks the device runs at once.
 #include "gemm_5_mma_q8.cuh"
+#include "gemm_5_mma_q8_many.h"
 
 namespace quantgemm {
 namespace mma_q8 {
@@ -84,10 +85,14 @@ Plan plan_for(const GemmArgs& args) {
 }  // namespace
 }  // namespace mma_q8
 
-int64_t gemm_mma_q8_scratch_bytes(const GemmArgs& args) { return mma_q8::plan_for(args).scratch_bytes(); }
+int64_t gemm_mma_q8_scratch_bytes(const GemmArgs& args) {
+  return mma_q8::serves_many(args) ? mma_q8::many_scratch_bytes(args)
+                                   : mma_q8::plan_for(args).scratch_bytes();
+}
 
 cudaError_t launch_gemm_mma_q8(const GemmArgs& args, cudaStream_t stream) {
   if (args.m == 0 || args.n == 0) return cudaSuccess;
+  if (mma_q8::serves_many(args)) return mma_q8::launch_many(args, stream);
   mma_q8::Plan plan = mma_q8::plan_for(args);
   if (plan.scratch_bytes() > 0) {
     uint8_t* scratch = static_cast<uint8_t*>(args.scratch);

@@ -65,13 +65,22 @@ struct MmaProblem {
   PartialTiles partial;
   TileSchedule schedule;
   int64_t m, n, k, row_bytes;
+  Real type;  // of y
 };
 
 template <class Kernel>
 cudaError_t launch_tiles(Kernel kernel, int threads, int shared_bytes, const GemmArgs& args,
                          int64_t row_bytes, const TileSchedule& schedule, cudaStream_t stream) {
-  MmaProblem problem{
-      static_cast<bytes_ptr>(args.x), args.w, args.y, {}, schedule, args.m, args.n, args.k, row_bytes};
+  MmaProblem problem{static_cast<bytes_ptr>(args.x),
+                     args.w,
+                     args.y,
+                     {},
+                     schedule,
+                     args.m,
+                     args.n,
+                     args.k,
+                     row_bytes,
+                     args.type};
   cudaError_t status =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
   if (status != cudaSuccess) return status;

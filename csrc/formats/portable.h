@@ -132,7 +132,7 @@ QG_HD float rounded_product(float a, float b) {
 QG_HD uint32_t broadcast_byte(uint32_t b) { return (b & 0xffu) * 0x01010101u; }
 
 // Bytewise a - b for bytes a in 0…127 and b in 0…128, without a carry between bytes.
-QG_HD uint32_t sub_bytes(uint32_t a, uint32_t b) { return ((a | 0x80808080u) - b) ^ 0x80808080u; }
+QG_HD uint32_t sub_bytes(uint32_t a, uint32_t b) { return (a + (0x80808080u - b)) ^ 0x80808080u; }
 
 // Bytewise x negated where the matching bit of mask (bits 0…3) is set; bytes of x in 1…127.
 QG_HD uint32_t negate_bytes(uint32_t x, uint32_t mask) {
