@@ -28,17 +28,15 @@ struct ManyTokens {
   static constexpr int kPieces = (kChunkBytes + 15 + 16 - kAlignOf<F::kBytes>) / 16;
   static constexpr int kPitch = 16 * (kPieces | 1);        // odd: 8 rows begin in different banks
   static constexpr int kWeightBytes = kWarpRows * kPitch;  // of one chunk and warp
-  // A place in the ring, per group but for the first:
-  //   codes of x    [token][128], 16-byte pieces swapped within a token
+  // A place in the ring: codes of x, [token][128] with 16-byte pieces swapped within a token, then per group
   //   fragments     [row tile][lane] of 16 bytes
-  //   scales of x   [token] s_a in the order in which a lane reads them, or s_a, sum_a
   //   scales of w   [row tile][r] s_w, −magic · s_w of row r, then of row r + 8;  [row tile][r] o_w of both
+  //   scales of x   [token] s_a in the order in which a lane reads them, or s_a, sum_a
   static constexpr int kScaleBytes = F::kOffset ? 8 : 4;
-  static constexpr int kFragmentStride = kRows * 32, kScaleStride = (kTokens + 16) * kScaleBytes;
-  static constexpr int kTableStride = kRows * (F::kOffset ? 12 : 8), kOffsetsAt = kRows * 8;
-  static constexpr int kFragmentsAt = kTokens * kSlab, kScalesAt = kFragmentsAt + kGroups * kFragmentStride;
-  static constexpr int kTableAt = kScalesAt + kGroups * kScaleStride;
-  static constexpr int kPlaceBytes = kTableAt + kGroups * kTableStride;
+  static constexpr int kTableAt = kRows * 32, kOffsetsAt = kTableAt + kRows * 8;
+  static constexpr int kScalesAt = kOffsetsAt + (F::kOffset ? kRows * 4 : 0);
+  static constexpr int kGroupBytes = kScalesAt + (kTokens + 16) * kScaleBytes;
+  static constexpr int kGroupsAt = kTokens * kSlab, kPlaceBytes = kGroupsAt + kGroups * kGroupBytes;
   static_assert(kPlaceBytes % 128 == 0 && kTokens % 64 == 0);
   // The rest: weights as they are in the file, results on their way to y, barriers.
   static constexpr int kOutStride = 36, kOutBytes = 8 * kOutStride * 4;  // of a warp, floats
@@ -80,7 +78,7 @@ struct ActivationStager {
     const int at = L::kScaleBytes == 8
                        ? scaled
                        : (scaled & ~15) + 4 * (scaled / 2 % 4) + 2 * (scaled / 8 % 2) + scaled % 2;
-    scale_place = L::kScalesAt + group * L::kScaleStride + at * L::kScaleBytes;
+    scale_place = L::kGroupsAt + group * L::kGroupBytes + L::kScalesAt + at * L::kScaleBytes;
 #pragma unroll
     for (int i = 0; i < kCopies; ++i) offsets[i] = row_bytes * min(token + i * kTokenStep, num_tokens - 1);
 #pragma unroll
@@ -104,27 +102,27 @@ struct ActivationStager {
   }
 };
 
-// A row's scales of a slab, to its entries of the table.
+// The scales of a row of the tile in a slab, to its entries of the table.
 template <BlockFormat F>
-__device__ __forceinline__ void fill_table(uint8_t* table, bytes_ptr row, int within, int num_groups,
-                                           int lane) {
+__device__ __forceinline__ void fill_table(uint8_t* groups, bytes_ptr bytes, int within, int num_groups,
+                                           unsigned row) {
   using L = ManyTokens<F>;
   Affine affine[L::kGroups];  // all loads first: they cannot pass the stores
 #pragma unroll
   for (int g = 0; g < L::kGroups; ++g) {
     const int e = within + 32 * g;
-    affine[g] = F::affine(row + e / F::kElems * F::kBytes, e % F::kElems / F::kGroup);
+    affine[g] = F::affine(bytes + e / F::kElems * F::kBytes, e % F::kElems / F::kGroup);
   }
-  const int pair = lane / 16 * 8 + lane % 8, half = lane / 8 % 2;  // rows r and r + 8 are neighbours
+  const unsigned place = 2 * (row / 16 * 8 + row % 8) + row / 8 % 2;  // rows r and r + 8 are neighbours
 #pragma unroll
   for (int g = 0; g < L::kGroups; ++g) {
     const bool valid = g < num_groups;
     const float cut = __uint_as_float(__float_as_uint(affine[g].scale) & ~3u);
     const float scale = valid ? cut * kScaledDown : 0.0f;
-    *reinterpret_cast<float2*>(table + g * L::kTableStride + 16 * pair + 8 * half) =
+    *reinterpret_cast<float2*>(groups + g * L::kGroupBytes + L::kTableAt + 8 * place) =
         make_float2(scale, -kMagic * scale);
     if constexpr (F::kOffset)
-      *reinterpret_cast<float*>(table + g * L::kTableStride + L::kOffsetsAt + 8 * pair + 4 * half) =
+      *reinterpret_cast<float*>(groups + g * L::kGroupBytes + L::kOffsetsAt + 4 * place) =
           valid ? affine[g].offset * kScaledDown : 0.0f;
   }
 }
@@ -176,12 +174,12 @@ __device__ __forceinline__ void decode_many(const MmaProblem& p, uint8_t* smem) 
       }
       const bytes_ptr from = smem + weights_at + chunk % 2 * L::kWeightBytes;
       const uint32_t skipped = chunk * L::kChunkBytes;
-      uint8_t* const place = smem + ring.at;
-      fill_table<F>(place + L::kTableAt + warp * L::kWarpRows * 8,
-                    from + lane * L::kPitch + ((lane_skew + skipped) & 15), within, left / 32, lane);
+      uint8_t* const groups = smem + ring.at + L::kGroupsAt;
+      fill_table<F>(groups, from + lane * L::kPitch + ((lane_skew + skipped) & 15), within, left / 32,
+                    warp * L::kWarpRows + lane);
       const bytes_ptr pair[2] = {from + r * L::kPitch + ((skew[0] + skipped) & 15),
                                  from + (8 + r) * L::kPitch + ((skew[1] + skipped) & 15)};
-      uint8_t* const fragments = place + L::kFragmentsAt + warp * kTiles * 512 + 16 * lane;
+      uint8_t* const fragments = groups + warp * kTiles * 512 + 16 * lane;
 #pragma unroll
       for (int g = 0; g < L::kGroups; ++g) {
         const int e = within + 32 * g, block = e / F::kElems * F::kBytes,
@@ -190,7 +188,7 @@ __device__ __forceinline__ void decode_many(const MmaProblem& p, uint8_t* smem) 
         for (int i = 0; i < kTiles; ++i) {
           const bytes_ptr low = pair[0] + 16 * i * L::kPitch + block,
                           high = pair[1] + 16 * i * L::kPitch + block;
-          *reinterpret_cast<uint4*>(fragments + g * L::kFragmentStride + i * 512) = make_uint4(
+          *reinterpret_cast<uint4*>(fragments + g * L::kGroupBytes + i * 512) = make_uint4(
               F::quad(low, quad), F::quad(high, quad), F::quad(low, quad + 4), F::quad(high, quad + 4));
         }
       }
@@ -212,10 +210,10 @@ struct ManyOffsets {
     const int token = warp % L::kWarpsM * L::kTokenTiles * 8;
     ManyOffsets at;
     at.codes = (token + lane % 8 + lane / 16 * 8) * 128 + 16 * ((lane / 8 % 2) ^ (lane % 8));
-    at.fragments = L::kFragmentsAt + row_tile * 512 + 16 * lane;
-    at.scales = L::kScalesAt + token * L::kScaleBytes + 16 * c;
-    at.table = L::kTableAt + (row_tile * 8 + r) * 16;
-    at.offsets = L::kTableAt + L::kOffsetsAt + (row_tile * 8 + r) * 8;
+    at.fragments = L::kGroupsAt + row_tile * 512 + 16 * lane;
+    at.scales = L::kGroupsAt + L::kScalesAt + token * L::kScaleBytes + 16 * c;
+    at.table = L::kGroupsAt + L::kTableAt + (row_tile * 8 + r) * 16;
+    at.offsets = L::kGroupsAt + L::kOffsetsAt + (row_tile * 8 + r) * 8;
     keep_in_register(at.codes), keep_in_register(at.fragments), keep_in_register(at.scales);
     keep_in_register(at.table), keep_in_register(at.offsets);
     return at;
@@ -243,10 +241,10 @@ template <BlockFormat F, class L>
 __device__ __forceinline__ void multiply_group(float (&sums)[L::kRowTiles][L::kTokenTiles][4],
                                                const uint8_t* place, uint32_t address, const ManyOffsets& at,
                                                int g) {
-  const uint8_t* const fragments = place + at.fragments + g * L::kFragmentStride;
-  const uint8_t* const table = place + at.table + g * L::kTableStride;
-  const uint8_t* const offsets = place + at.offsets + g * L::kTableStride;
-  const uint8_t* const scales = place + at.scales + g * L::kScaleStride;
+  const uint8_t* const fragments = place + g * L::kGroupBytes + at.fragments;
+  const uint8_t* const table = place + g * L::kGroupBytes + at.table;
+  const uint8_t* const offsets = place + g * L::kGroupBytes + at.offsets;
+  const uint8_t* const scales = place + g * L::kGroupBytes + at.scales;
   const uint32_t codes = address + (at.codes ^ (32 * g));
   uint32_t a[L::kRowTiles][4];
   float s[L::kRowTiles][2], minus[L::kRowTiles][2], o[L::kRowTiles][2];
