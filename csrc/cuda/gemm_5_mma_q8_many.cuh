@@ -30,11 +30,11 @@ struct ManyTokens {
   static constexpr int kWeightBytes = kWarpRows * kPitch;  // of one chunk and warp
   // A place in the ring: codes of x, [token][128] with 16-byte pieces swapped within a token, then per group
   //   fragments     [row tile][lane] of 16 bytes
-  //   scales of w   [row tile][r] s_w, −magic · s_w of row r, then of row r + 8;  [row tile][r] o_w of both
-  //   scales of x   [token] s_a in the order in which a lane reads them, or s_a, sum_a
+  //   scales of w   [row tile][r] s_w, −magic · s_w of row r, then of row r + 8;  [row tile][r] o_w of both,
+  //   8 bytes free scales of x   [token] s_a in the order in which a lane reads them, or s_a, sum_a
   static constexpr int kScaleBytes = F::kOffset ? 8 : 4;
   static constexpr int kTableAt = kRows * 32, kOffsetsAt = kTableAt + kRows * 8;
-  static constexpr int kScalesAt = kOffsetsAt + (F::kOffset ? kRows * 4 : 0);
+  static constexpr int kScalesAt = kOffsetsAt + (F::kOffset ? kRows * 8 : 0);
   static constexpr int kGroupBytes = kScalesAt + (kTokens + 16) * kScaleBytes;
   static constexpr int kGroupsAt = kTokens * kSlab, kPlaceBytes = kGroupsAt + kGroups * kGroupBytes;
   static_assert(kPlaceBytes % 128 == 0 && kTokens % 64 == 0);
@@ -113,16 +113,16 @@ __device__ __forceinline__ void fill_table(uint8_t* groups, bytes_ptr bytes, int
     const int e = within + 32 * g;
     affine[g] = F::affine(bytes + e / F::kElems * F::kBytes, e % F::kElems / F::kGroup);
   }
-  const unsigned place = 2 * (row / 16 * 8 + row % 8) + row / 8 % 2;  // rows r and r + 8 are neighbours
+  const unsigned place = 16 * (row / 16 * 8 + row % 8), half = row / 8 % 2;  // r and r + 8 are neighbours
 #pragma unroll
   for (int g = 0; g < L::kGroups; ++g) {
     const bool valid = g < num_groups;
     const float cut = __uint_as_float(__float_as_uint(affine[g].scale) & ~3u);
     const float scale = valid ? cut * kScaledDown : 0.0f;
-    *reinterpret_cast<float2*>(groups + g * L::kGroupBytes + L::kTableAt + 8 * place) =
+    *reinterpret_cast<float2*>(groups + g * L::kGroupBytes + L::kTableAt + place + 8 * half) =
         make_float2(scale, -kMagic * scale);
     if constexpr (F::kOffset)
-      *reinterpret_cast<float*>(groups + g * L::kGroupBytes + L::kOffsetsAt + 4 * place) =
+      *reinterpret_cast<float*>(groups + g * L::kGroupBytes + L::kOffsetsAt + place + 4 * half) =
           valid ? affine[g].offset * kScaledDown : 0.0f;
   }
 }
@@ -202,7 +202,7 @@ __device__ __forceinline__ void decode_many(const MmaProblem& p, uint8_t* smem) 
 
 // Bytes from the start of a place to what a multiplier lane reads first.
 struct ManyOffsets {
-  uint32_t codes, fragments, scales, table, offsets;
+  uint32_t codes, fragments, scales, table;
 
   template <class L>
   __device__ __forceinline__ static ManyOffsets of(int warp, int lane) {
@@ -213,9 +213,8 @@ struct ManyOffsets {
     at.fragments = L::kGroupsAt + row_tile * 512 + 16 * lane;
     at.scales = L::kGroupsAt + L::kScalesAt + token * L::kScaleBytes + 16 * c;
     at.table = L::kGroupsAt + L::kTableAt + (row_tile * 8 + r) * 16;
-    at.offsets = L::kGroupsAt + L::kOffsetsAt + (row_tile * 8 + r) * 8;
     keep_in_register(at.codes), keep_in_register(at.fragments), keep_in_register(at.scales);
-    keep_in_register(at.table), keep_in_register(at.offsets);
+    keep_in_register(at.table);
     return at;
   }
 };
@@ -239,13 +238,11 @@ __device__ __forceinline__ void load_token_scales(float (&scale)[4], float (&sum
 // once. The compiler keeps one or two products under way while those before them are scaled.
 template <BlockFormat F, class L>
 __device__ __forceinline__ void multiply_group(float (&sums)[L::kRowTiles][L::kTokenTiles][4],
-                                               const uint8_t* place, uint32_t address, const ManyOffsets& at,
-                                               int g) {
-  const uint8_t* const fragments = place + g * L::kGroupBytes + at.fragments;
-  const uint8_t* const table = place + g * L::kGroupBytes + at.table;
-  const uint8_t* const offsets = place + g * L::kGroupBytes + at.offsets;
-  const uint8_t* const scales = place + g * L::kGroupBytes + at.scales;
-  const uint32_t codes = address + (at.codes ^ (32 * g));
+                                               const uint8_t* group, uint32_t codes, const ManyOffsets& at) {
+  const uint8_t* const fragments = group + at.fragments;
+  const uint8_t* const table = group + at.table;
+  const uint8_t* const offsets = table + L::kOffsetsAt - L::kTableAt;
+  const uint8_t* const scales = group + at.scales;
   uint32_t a[L::kRowTiles][4];
   float s[L::kRowTiles][2], minus[L::kRowTiles][2], o[L::kRowTiles][2];
 #pragma unroll
@@ -255,7 +252,7 @@ __device__ __forceinline__ void multiply_group(float (&sums)[L::kRowTiles][L::kT
     const float4 q = *reinterpret_cast<const float4*>(table + i * 128);
     s[i][0] = q.x, minus[i][0] = q.y, s[i][1] = q.z, minus[i][1] = q.w;
     if constexpr (F::kOffset) {
-      const float2 both = *reinterpret_cast<const float2*>(offsets + i * 64);
+      const float2 both = *reinterpret_cast<const float2*>(offsets + i * 128);
       o[i][0] = both.x, o[i][1] = both.y;
     }
   }
@@ -282,35 +279,28 @@ __device__ __forceinline__ void multiply_group(float (&sums)[L::kRowTiles][L::kT
   }
 }
 
-// Eight tokens' results of 32 rows, from shared memory [token][row] to y.
+// Up to four neighbouring results, all four at once where n allows it.
+__device__ __forceinline__ void store_four(float* to, const float (&v)[4]) { store_vector(to, v); }
 template <class T>
-__device__ __forceinline__ void store_part(T* y, int64_t n, const float* from, int stride, int rows,
-                                           int tokens, int lane) {
-  constexpr int kVector = kPerVector<T>, kLanes = 32 / kVector, kStep = 32 / kLanes;
-  const int row = lane % kLanes * kVector;
+__device__ __forceinline__ void store_four(T* to, const float (&v)[4]) {
+  __stcs(reinterpret_cast<uint2*>(to), make_uint2(pack_pair(v[0], v[1], T{}), pack_pair(v[2], v[3], T{})));
+}
+template <class T>
+__device__ __forceinline__ void store_some(const MmaProblem& p, int64_t at, const float (&v)[4], int count) {
+  T* const to = static_cast<T*>(p.y) + at;
+  if (p.n % 4 == 0) return store_four(to, v);
 #pragma unroll
-  for (int token = lane / kLanes; token < 8; token += kStep) {
-    if (token >= tokens || row >= rows) continue;
-    float v[kVector];
-#pragma unroll
-    for (int j = 0; j < kVector; ++j) v[j] = from[token * stride + row + j] * kScaledUp;
-    T* const to = y + token * n + row;
-    if (n % kVector == 0) {
-      store_vector(to, v);
-    } else {
-#pragma unroll
-      for (int j = 0; j < kVector; ++j)
-        if (row + j < rows) store1(to + j, v[j]);
-    }
-  }
+  for (int j = 0; j < 4; ++j)
+    if (j < count) store1(to + j, v[j]);
 }
 
-// A warp's sums to y, eight tokens and 32 rows at a time by way of shared memory.
+// A warp's sums to y, eight tokens and 32 rows at a time by way of shared memory [token][row].
 template <class L>
 __device__ __forceinline__ void store_many(const float (&sums)[L::kRowTiles][L::kTokenTiles][4],
                                            const MmaProblem& p, int64_t row0, int64_t token0, float* turn,
                                            int rows, int tokens) {
-  const int lane = threadIdx.x % 32, r = lane / 4, c = lane % 4;
+  const unsigned lane = threadIdx.x % 32, r = lane / 4, c = lane % 4;
+  const int row = lane % 8 * 4, token = lane / 8;
 #pragma unroll
   for (int j = 0; j < L::kTokenTiles; ++j)
 #pragma unroll
@@ -321,19 +311,18 @@ __device__ __forceinline__ void store_many(const float (&sums)[L::kRowTiles][L::
         turn[(2 * c + e % 2) * L::kOutStride + e / 4 * 16 + e / 2 % 2 * 8 + r] =
             sums[first + e / 4][j][e % 4];
       __syncwarp();
-      const int64_t at = (token0 + 8 * j) * p.n + row0 + 16 * first;
-      const int rows_left = rows - 16 * first, tokens_left = tokens - 8 * j;
-      switch (p.type) {
-        case Real::kFloat32:
-          store_part(static_cast<float*>(p.y) + at, p.n, turn, L::kOutStride, rows_left, tokens_left, lane);
-          break;
-        case Real::kFloat16:
-          store_part(static_cast<Half*>(p.y) + at, p.n, turn, L::kOutStride, rows_left, tokens_left, lane);
-          break;
-        case Real::kBFloat16:
-          store_part(static_cast<BFloat16*>(p.y) + at, p.n, turn, L::kOutStride, rows_left, tokens_left,
-                     lane);
-          break;
+#pragma unroll 1
+      for (int t = token; t < 8; t += 4) {
+        const float4 q = *reinterpret_cast<const float4*>(turn + t * L::kOutStride + row);
+        const float v[4] = {q.x * kScaledUp, q.y * kScaledUp, q.z * kScaledUp, q.w * kScaledUp};
+        const int count = rows - row - 16 * first;
+        if (8 * j + t >= tokens || count <= 0) continue;
+        const int64_t at = (token0 + 8 * j + t) * p.n + row0 + row + 16 * first;
+        switch (p.type) {
+          case Real::kFloat32: store_some<float>(p, at, v, count); break;
+          case Real::kFloat16: store_some<Half>(p, at, v, count); break;
+          case Real::kBFloat16: store_some<BFloat16>(p, at, v, count); break;
+        }
       }
     }
 }
@@ -353,8 +342,9 @@ __device__ __forceinline__ void multiply_many(const MmaProblem& p, uint8_t* smem
     for (int slab = 0; slab < slabs; ++slab, ring.step()) {
       mbarrier_wait(ring.full(), ring.turn);
 #pragma unroll 1
-      for (int g = 0; g < L::kGroups; ++g)
-        multiply_group<F, L>(sums, smem + ring.at, ring.address(), offsets, g);
+      for (int at_group = 0, piece = 0; piece < L::kSlab; at_group += L::kGroupBytes, piece += 32)
+        multiply_group<F, L>(sums, smem + ring.at + at_group, ring.address() + (offsets.codes ^ piece),
+                             offsets);
       __syncwarp();
       if (lane == 0) mbarrier_arrive(ring.empty());
     }
