@@ -181,16 +181,25 @@ __device__ __forceinline__ void decode_many(const MmaProblem& p, uint8_t* smem) 
                                  from + (8 + r) * L::kPitch + ((skew[1] + skipped) & 15)};
       uint8_t* const fragments = groups + warp * kTiles * 512 + 16 * lane;
 #pragma unroll
-      for (int g = 0; g < L::kGroups; ++g) {
-        const int e = within + 32 * g, block = e / F::kElems * F::kBytes,
-                  quad = e % F::kElems / 4 + static_cast<int>(c);
+      for (int first = 0; first < L::kGroups; first += 2) {
+        uint4 decoded[2][kTiles];  // loads first here too
 #pragma unroll
-        for (int i = 0; i < kTiles; ++i) {
-          const bytes_ptr low = pair[0] + 16 * i * L::kPitch + block,
-                          high = pair[1] + 16 * i * L::kPitch + block;
-          *reinterpret_cast<uint4*>(fragments + g * L::kGroupBytes + i * 512) = make_uint4(
-              F::quad(low, quad), F::quad(high, quad), F::quad(low, quad + 4), F::quad(high, quad + 4));
+        for (int g = 0; g < 2; ++g) {
+          const int e = within + 32 * (first + g), block = e / F::kElems * F::kBytes;
+          const int quad = e % F::kElems / 4 + static_cast<int>(c);
+#pragma unroll
+          for (int i = 0; i < kTiles; ++i) {
+            const bytes_ptr low = pair[0] + 16 * i * L::kPitch + block;
+            const bytes_ptr high = pair[1] + 16 * i * L::kPitch + block;
+            decoded[g][i] = make_uint4(F::quad(low, quad), F::quad(high, quad), F::quad(low, quad + 4),
+                                       F::quad(high, quad + 4));
+          }
         }
+#pragma unroll
+        for (int g = 0; g < 2; ++g)
+#pragma unroll
+          for (int i = 0; i < kTiles; ++i)
+            *reinterpret_cast<uint4*>(fragments + (first + g) * L::kGroupBytes + i * 512) = decoded[g][i];
       }
       __syncwarp();
       if (lane == 0) mbarrier_arrive(ring.full());
