@@ -58,6 +58,7 @@ lint: $(READY)
 	$(PY) -m ruff format --check .
 	$(BIN)clang-format --dry-run -Werror $(CXX_FILES)
 	$(PY) -m mypy
+	$(PY) -m mypy --config-file tests/mypy.ini tests
 
 # Tables in the documents that the code prints.
 docs: build

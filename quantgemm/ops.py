@@ -247,6 +247,10 @@ def gemm_packed(
     (weights are read once per 8 tokens), ``mma`` (per 16 or 32) or ``auto``; the CPU has ``auto``
     alone. A row of y does not depend on the batch for a fixed algorithm.
 
+    On sm_90 and newer the kernel starts to read `packed` before the one launched right before it
+    has ended. Bytes from `pack` or a memory copy are complete by then; where another kernel of
+    yours writes them (a gather, a collective), let some other launch come in between.
+
     Differentiable in x and bias; under `torch.autocast` both are cast.
     """
     return torch.ops.quantgemm.gemm_packed(  # type: ignore[no-any-return]

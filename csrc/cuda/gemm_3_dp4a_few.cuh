@@ -8,6 +8,7 @@
 #pragma once
 #include <bit>
 
+#include "dependent_launch.cuh"
 #include "gemm_3_dp4a_staging.cuh"
 
 namespace quantgemm::dp4a {
@@ -90,18 +91,6 @@ __device__ __forceinline__ void multiply_span(
     for (int t = 0; t < Tokens; ++t) sums[r][t] = groups > 0 ? sums[r][t] : 0.0f;
 }
 
-__device__ __forceinline__ void wait_for_previous_kernel() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
-__device__ __forceinline__ void allow_next_kernel() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;");
-#endif
-}
-
 // Block b owns rows b · rows_per_block …; panel by panel, its warps share the items, slice by slice,
 // evenly. Partial sums lie in shared memory, [slices of a panel][rows][Tokens].
 template <BlockFormat F, int Tokens, bool Tabled>
@@ -166,7 +155,7 @@ __global__ void __launch_bounds__(32 * Plan<F, Tokens, Tabled>::kWarps, 1)
   const LaneTable<F, Tabled> table(shared, lane);
   // What quantises activations writes no weights, any other kernel before this one may have done so.
   if (P::kFolds) {
-    allow_next_kernel();
+    let_next_kernel_start();
     wait_for_previous_kernel();
   }
 #pragma unroll 1
@@ -234,26 +223,10 @@ __global__ void __launch_bounds__(32 * Plan<F, Tokens, Tabled>::kWarps, 1)
     }
 }
 
-struct Device {
-  int sms, shared, major;
-};
-
-inline cudaError_t describe(Device& device) {
-  int id = 0;
-  cudaError_t status = cudaGetDevice(&id);
-  const auto ask = [&](int& value, cudaDeviceAttr attribute) {
-    if (status == cudaSuccess) status = cudaDeviceGetAttribute(&value, attribute, id);
-  };
-  ask(device.sms, cudaDevAttrMultiProcessorCount);
-  ask(device.shared, cudaDevAttrMaxSharedMemoryPerBlockOptin);
-  ask(device.major, cudaDevAttrComputeCapabilityMajor);
-  device.shared -= kReserved;
-  return status;
-}
-
 template <BlockFormat F, int Tokens, bool Tabled>
 cudaError_t launch(const GemmArgs& args, const Device& device, cudaStream_t stream) {
   using P = Plan<F, Tokens, Tabled>;
+  const int shared = device.shared_per_block - kReserved;
   Split split{};
   // As many lanes to a row as leave fewest of them without weights.
   const int64_t spans = (args.k + P::kSpan - 1) / P::kSpan;
@@ -269,50 +242,42 @@ cudaError_t launch(const GemmArgs& args, const Device& device, cudaStream_t stre
   split.safe_rows = (args.n * w_row_bytes - 15) / w_row_bytes;
 
   int warps = P::kWarps;
-  const int most_bytes = Tokens == 1 ? device.shared / 8 * 7 : device.shared / 4 * 3;
+  const int most_bytes = Tokens == 1 ? shared / 8 * 7 : shared / 4 * 3;
   while (warps > 1 && LaneTable<F, Tabled>::kBytes + warps * P::kStages * P::kItemBytes > most_bytes)
     warps /= 2;
   int bytes = LaneTable<F, Tabled>::kBytes + warps * P::kStages * P::kItemBytes + kSlack;
   // Of what is left, two thirds for activations, the rest for partial sums: one block for each
   // multiprocessor, or as many waves of blocks as the partial sums need.
-  const int most_slices = (device.shared - bytes) * 2 / 3 / (split.lanes * P::kPitch);
+  const int most_slices = (shared - bytes) * 2 / 3 / (split.lanes * P::kPitch);
   split.panel = most_slices < 1 ? 1 : most_slices < kMostSlices ? most_slices : kMostSlices;
   if (split.slices < split.panel) split.panel = split.slices;
   bytes += split.panel * split.lanes * P::kPitch;
   const int row_bytes = split.panel * Tokens * static_cast<int>(sizeof(float));
-  const int64_t most_rows = (device.shared - bytes) / row_bytes * device.sms;
-  const int64_t blocks = (args.n + most_rows - 1) / most_rows * device.sms;
+  const int64_t most_rows = (shared - bytes) / row_bytes * device.multiprocessors;
+  const int64_t blocks = (args.n + most_rows - 1) / most_rows * device.multiprocessors;
   split.rows_per_block = static_cast<int>((args.n + blocks - 1) / blocks);
   bytes += split.rows_per_block * row_bytes;
 
   const auto kernel = few_tokens_kernel<F, Tokens, Tabled>;
   const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (status != cudaSuccess) return status;
-  cudaLaunchConfig_t config{};
-  config.gridDim = static_cast<unsigned>((args.n + split.rows_per_block - 1) / split.rows_per_block);
-  config.blockDim = 32 * warps;
-  config.dynamicSmemBytes = bytes;
-  config.stream = stream;
   // The first weights are on their way while the launch before this one still quantises activations
   // (it must not write w): the kernel waits for that launch before it reads them.
-  cudaLaunchAttribute overlap{};
-  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlap.val.programmaticStreamSerializationAllowed = 1;
-  config.attrs = &overlap;
-  config.numAttrs = device.major >= 9 ? 1 : 0;
-  return cudaLaunchKernelEx(&config, kernel, args, split);
+  const auto grid = static_cast<unsigned>((args.n + split.rows_per_block - 1) / split.rows_per_block);
+  const DependentLaunch launch(grid, 32 * warps, device, stream, bytes);
+  return cudaLaunchKernelEx(&launch.config, kernel, args, split);
 }
 
 // m up to Tokens.
 template <int Tokens>
 cudaError_t launch_few_tokens(const GemmArgs& args, cudaStream_t stream) {
-  Device device{};
-  cudaError_t status = describe(device);
+  Device device;
+  cudaError_t status = device.read();
   if (status != cudaSuccess) return status;
   BlockFormats::visit(args.qtype, [&]<class F>(F) {
     if constexpr (kServes<F>) {
       if constexpr (Tokens == 1 && TableFormat<F>)
-        if (2 * LaneTable<F, true>::kBytes <= device.shared) {
+        if (2 * LaneTable<F, true>::kBytes <= device.shared_per_block - kReserved) {
           status = launch<F, Tokens, true>(args, device, stream);
           return;
         }

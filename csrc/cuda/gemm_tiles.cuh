@@ -167,16 +167,6 @@ __device__ __forceinline__ bool combine_parts(float (&sums)[A][B][4], const MmaP
   return true;
 }
 
-inline int multiprocessors() {
-  static int counts[64] = {};  // per device; racing threads write the same number
-  int device = 0, count = 0;
-  if (cudaGetDevice(&device) != cudaSuccess) return 1;
-  if (device < 64 && counts[device] > 0) return counts[device];
-  if (cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) != cudaSuccess) return 1;
-  if (device < 64) counts[device] = count;
-  return count;
-}
-
 // ---- rows of weights, as they are in the file ----
 // A row's bytes begin at no particular alignment. Whole 16-byte pieces around them are copied, so
 // they lie `address mod 16` bytes into the row's place in shared memory.
