@@ -2,6 +2,7 @@
 // Int8 tensor cores for more than 128 tokens: which problems, and their launch.
 #include "gemm_5_mma_q8_many.cuh"
 
+#include "device.h"
 #include "gemm_5_mma_q8_many.h"
 
 namespace quantgemm::mma_q8 {
@@ -19,21 +20,21 @@ template <class F>
 TileSchedule many_schedule(const GemmArgs& args) {
   using L = ManyTokens<F>;
   return schedule_tiles((args.n + L::kRows - 1) / L::kRows, (args.m + L::kTokens - 1) / L::kTokens,
-                        (args.k + L::kChunk - 1) / L::kChunk, multiprocessors(), true);
+                        (args.k + L::kChunk - 1) / L::kChunk, current_device().multiprocessors, true);
 }
 
 }  // namespace
 
-// Compute capability 9.0 only: with the registers of others the multipliers spill.
+// Compute capability 9.0 only, whose warps can pass registers on; and where little of a tile is empty.
 bool serves_many(const GemmArgs& args) {
-  const bool filled = (args.m + 127) / 128 % 2 == 0 || args.m > 1024;  // no half of a tile is empty, or few
-  if (args.m <= 128 || !filled || args.k >= int64_t{1} << 23) return false;
-  int device = 0, major = 0, shared_bytes = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (args.m <= 128 || args.k >= int64_t{1} << 23) return false;
+  const Device device = current_device();
   bool serves = false;
-  visit_many(args, [&]<class F>(F) { serves = major == 9 && ManyTokens<F>::kBytes <= shared_bytes; });
+  visit_many(args, [&]<class F>(F) {
+    using L = ManyTokens<F>;
+    const int64_t padded = (args.m + L::kTokens - 1) / L::kTokens * L::kTokens;
+    serves = device.major == 9 && L::kBytes <= device.shared_per_block && 20 * padded <= 23 * args.m;
+  });
   return serves;
 }
 

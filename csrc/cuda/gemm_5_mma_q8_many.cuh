@@ -2,7 +2,7 @@
 // The int8 tensor-core product for more than 128 tokens, in the shape of gemm_4_mma_many.cuh: four warps
 // copy activations and turn blocks of weights to A fragments and a table of scales, a few slabs of k
 // ahead; the others only multiply and scale. y += s_a · (s_w · Σ q_w q_a) + o_w · sum_a per group of 32.
-// Limit: issue slots. A product, which takes 7.5 clocks, has 8 FFMA (12 with offsets) and 0.6 others.
+// Limit: issue slots and latency. A product, which takes 7.5 clocks, has 8 FFMA (12 with offsets).
 #pragma once
 #include "../formats/activation.h"
 #include "gemm_4_mma_many.cuh"
@@ -12,8 +12,8 @@ namespace quantgemm::mma_q8 {
 
 template <class F>
 struct ManyTokens {
-  static constexpr int kRowTiles = 4, kTokenTiles = 8;  // of a multiplier warp: 64 × 64
-  static constexpr int kWarpsN = 2, kWarpsM = 4;
+  static constexpr int kRowTiles = 4, kTokenTiles = 4;  // of a multiplier warp: 64 × 32
+  static constexpr int kWarpsN = 2, kWarpsM = 6;
   static constexpr int kRows = kWarpsN * kRowTiles * 16, kTokens = kWarpsM * kTokenTiles * 8;
   static constexpr int kElems = kRows * kTokens;
   static constexpr int kMultiplierWarps = kWarpsN * kWarpsM, kMultipliers = 32 * kMultiplierWarps;
@@ -21,7 +21,7 @@ struct ManyTokens {
   static constexpr int kWarpRows =
       kRows / kDecoderWarps;  // of a decoder warp, a lane's row each in the table
   static_assert(kWarpRows == 32);
-  static constexpr int kMultiplierRegisters = 208, kDecoderRegisters = 88;
+  static constexpr int kMultiplierRegisters = 136, kDecoderRegisters = 104;
   // Weights come in chunks, which hold whole blocks.
   static constexpr int kSlab = 128, kGroups = kSlab / 32, kChunk = F::kElems > 128 ? F::kElems : 128;
   static constexpr int kChunkSlabs = kChunk / kSlab, kChunkBytes = kChunk / F::kElems * F::kBytes;

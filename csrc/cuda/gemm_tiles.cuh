@@ -71,16 +71,9 @@ struct MmaProblem {
 template <class Kernel>
 cudaError_t launch_tiles(Kernel kernel, int threads, int shared_bytes, const GemmArgs& args,
                          int64_t row_bytes, const TileSchedule& schedule, cudaStream_t stream) {
-  MmaProblem problem{static_cast<bytes_ptr>(args.x),
-                     args.w,
-                     args.y,
-                     {},
-                     schedule,
-                     args.m,
-                     args.n,
-                     args.k,
-                     row_bytes,
-                     args.type};
+  MmaProblem problem{
+      static_cast<bytes_ptr>(args.x), args.w, args.y, {}, schedule, args.m, args.n, args.k, row_bytes, {}};
+  problem.type = args.type;
   cudaError_t status =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
   if (status != cudaSuccess) return status;
