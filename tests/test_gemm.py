@@ -99,8 +99,8 @@ def assert_as_torch(y: torch.Tensor, x: torch.Tensor, weights: torch.Tensor, alg
 
     Tensor cores may take weights rounded to x's dtype or, with few tokens, their exact codes: y is
     then between the two products. What is said about torch holds for rows that are long enough: the
-    error of a few numbers may be anything down to zero. Even the largest of some hundred may be half
-    of what one rounding allows, so that rounding comes on top.
+    error of a few numbers may be anything down to zero. Even the largest of some hundred may be
+    half of what one rounding allows, so that rounding comes on top.
     """
     assert y.dtype == x.dtype
     want = x.double() @ weights.T
