@@ -14,9 +14,9 @@ from quantgemm.formats import FORMATS
 
 __all__ = ["Patch", "linear", "module_of", "version_of"]
 
-# Rows from which on decoding the weights and multiplying by cuBLAS takes less time than our kernels on
-# blocks. From measured parts (H200, Q4_0; docs/ladder.md, docs/performance.md): 4096×4096, 128 rows
-# 30 µs against 11 + 14; 14336×4096, 128 rows 63 against 38 + 34 and 256 rows 90 against 38 + 45.
+# Rows from which on decoding the weights and multiplying by cuBLAS takes less time than our kernels
+# on blocks. From measured parts (H200, Q4_0; docs/ladder.md, docs/performance.md): 4096×4096, 128
+# rows 30 µs against 11 + 14; 14336×4096, 128 rows 63 against 38 + 34, 256 rows 90 against 38 + 45.
 MANY_ROWS = 192
 DECODED_WEIGHTS = 64 << 20  # at a time
 
