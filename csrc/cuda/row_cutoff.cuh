@@ -8,11 +8,10 @@
 namespace quantgemm {
 
 constexpr int kLawThreads = 512, kLawWarps = kLawThreads / 32;
-constexpr int kMaxStrips = 64, kMaxGroups = (kMaxVocab + kGroup) / kGroup, kBins = 256;
+constexpr int kMaxGroups = (kMaxVocab + kGroup) / kGroup, kBins = 256;
 constexpr int kCapacity = 1024;
 
 struct LawShared {
-  float2 strips[kMaxStrips];
   uint32_t group_keys[kMaxGroups];
   uint64_t partial[2][kLawWarps];
   uint64_t mass[kCapacity];
@@ -135,12 +134,17 @@ struct Selection {
     if (count > kCapacity) return low;
     if (threadIdx.x == 0) shared.best = ~0u;
     __syncthreads();
-    for (uint32_t i = threadIdx.x; i < shared.count; i += kLawThreads) {
-      const uint32_t key = shared.key[i];
-      uint64_t above = base;
-      for (uint32_t j = 0; j < shared.count; ++j)
+    // Four lanes rank a key.
+    const uint32_t size = shared.count;
+    for (uint32_t first = threadIdx.x / 32 * 8; first < size; first += kLawThreads / 4) {
+      const uint32_t i = first + threadIdx.x % 32 / 4;
+      const uint32_t key = i < size ? shared.key[i] : ~0u;
+      uint64_t above = 0;
+      for (uint32_t j = threadIdx.x % 4; j < size; j += 4)
         if (shared.key[j] > key) above += Mass ? shared.mass[j] : 1;
-      if (above < goal && key >= low) atomicMin(&shared.best, key);
+      above += __shfl_xor_sync(~0u, above, 1);
+      above += base + __shfl_xor_sync(~0u, above, 2);
+      if (threadIdx.x % 4 == 0 && above < goal && key >= low) atomicMin(&shared.best, key);
     }
     __syncthreads();
     const uint32_t best = shared.best;
@@ -224,6 +228,21 @@ __device__ void truncate(RowLaw& law, LawShared& shared, const RowView<T>& row, 
   law.cutoff = value_of_key(low);
   const double mass = static_cast<double>(select.template tally<true>(low, top));
   law.scale = copysignf(static_cast<float>(0x1p44 / mass), law.scale);
+}
+
+// The law of a row from its strips and its groups' keys, by a block. Not inlined: the shared memory is
+// its own, so that it is known to be that.
+template <class T>
+__device__ __noinline__ RowLaw law_of_row(RowScratch scratch, int64_t slot, RowView<T> row, Parameters s) {
+  __shared__ LawShared shared;
+  const int num_groups = (row.length + kGroup - 1) / kGroup;
+  const bool truncates = s.truncates();
+  for (int g = threadIdx.x; truncates && g < num_groups; g += kLawThreads)
+    shared.group_keys[g] = scratch.group_keys[slot * scratch.num_groups + g];
+  Joined joined = join_strips(scratch.strips + slot * kMaxStrips, row.length, s.slope,
+                              static_cast<int>(threadIdx.x) % 32);
+  if (truncates && joined.sum.x != minus_infinity()) truncate(joined.law, shared, row, joined.sum, s);
+  return joined.law;
 }
 
 }  // namespace quantgemm

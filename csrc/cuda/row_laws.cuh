@@ -4,7 +4,7 @@
 // law of a row has the same bits for every grid and batch.
 //
 //   slot = (is it a draft row) * slots + sequence * (max_drafts + 1) + position
-//   laws [2 slots]   group_keys [2 slots, num_groups] where truncation is asked for
+//   strips [2 slots, 64]   laws [2 slots]   group_keys [2 slots, num_groups] (truncation only)
 #pragma once
 #include "../sampling.h"
 #include "memory.cuh"
@@ -13,10 +13,19 @@ namespace quantgemm {
 
 constexpr int kGroup = 256;  // values; a warp's 8 values per lane
 
+constexpr int kMaxStrips = 64;
+
+// A multiple of 2048, so that no more than kMaxStrips of them make up a row.
+__host__ __device__ __forceinline__ int strip_length(int row_length) {
+  constexpr int kStep = 2048;
+  return (row_length + kStep * kMaxStrips - 1) / (kStep * kMaxStrips) * kStep;
+}
+
 struct RowScratch {
   int64_t slots;
   int num_groups;
   bool has_keys;
+  float2* strips;  // maximum, and Σ exp2((x - maximum)·slope): negative if there is NaN or +inf
   RowLaw* laws;
   uint32_t* group_keys;  // the largest key of each group
 };
@@ -27,9 +36,17 @@ __host__ __device__ inline RowScratch scratch_of(const VerifyArgs& a) {
   s.slots = a.num_sequences * (a.max_drafts + 1);
   s.num_groups = static_cast<int>((cols + kGroup - 1) / kGroup);
   s.has_keys = a.parameters.top_k || a.parameters.top_p || a.parameters.min_p;
-  s.laws = static_cast<RowLaw*>(a.row_laws);
+  s.strips = static_cast<float2*>(a.row_laws);
+  s.laws = reinterpret_cast<RowLaw*>(s.strips + 2 * s.slots * kMaxStrips);
   s.group_keys = reinterpret_cast<uint32_t*>(s.laws + 2 * s.slots);
   return s;
+}
+
+// Who turns strips into laws? A kernel of its own where there are cutoffs to be found for many rows of
+// a sequence, and for trees and blocks; otherwise whoever asks.
+__host__ __device__ __forceinline__ bool laws_are_stored(const VerifyArgs& a) {
+  const bool truncation = a.parameters.top_k || a.parameters.top_p || a.parameters.min_p;
+  return (truncation && a.max_drafts > 0) || a.mode != VerifyMode::kChain;
 }
 
 template <class T>
@@ -104,6 +121,38 @@ __device__ __forceinline__ uint64_t warp_max(uint64_t x) {
     x = other > x ? other : x;
   }
   return x;
+}
+
+// Combined over a warp: (max, Σ relative to it). Each lane has its max, and its sum relative to base.
+__device__ __forceinline__ float2 warp_join(float max, float base, float sum, float slope) {
+  max = value_of_key(__reduce_max_sync(~0u, key_of(max)));
+  sum = max == minus_infinity() ? 0.0f : sum * relative_weight(base, max, slope);
+  for (int step = 16; step; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
+  return {max, sum};
+}
+
+// A row from its strips, by a warp.
+struct Joined {
+  float2 sum;  // max, Σ exp2
+  RowLaw law;  // without truncation; scale is negative if there is NaN or +inf
+};
+__device__ __forceinline__ Joined join_strips(const float2* strips, int row_length, float slope, int lane) {
+  const int length = strip_length(row_length), num_strips = (row_length + length - 1) / length;
+  float2 own[2];
+#pragma unroll
+  for (int j = 0; j < 2; ++j) {
+    const int strip = lane + 32 * j;
+    own[j] = strip < num_strips ? strips[strip] : float2{minus_infinity(), 0.0f};
+  }
+  const bool bad = __any_sync(~0u, signbit(own[0].y) || signbit(own[1].y));
+  const float max = fmaxf(own[0].x, own[1].x), base = fmaxf(max, -3.4028235e38f);
+  const float sum = fabsf(own[0].y) * relative_weight(own[0].x, base, slope) +
+                    fabsf(own[1].y) * relative_weight(own[1].x, base, slope);
+  Joined out;
+  out.sum = warp_join(max, base, sum, slope);
+  const float scale = out.sum.y != 0.0f ? 1.0f / out.sum.y : 0.0f;
+  out.law = {out.sum.y != 0.0f ? out.sum.x : 0.0f, slope, bad ? -scale : scale, minus_infinity()};
+  return out;
 }
 
 // What a slot stands for, if a row of logits lies there whose law somebody will ask for.

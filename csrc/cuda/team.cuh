@@ -11,15 +11,17 @@ namespace quantgemm {
 
 constexpr int kMaxRanks = 8;
 
+__device__ __forceinline__ int log2_of(int power_of_two) { return 31 - __clz(power_of_two); }
+
 struct Team {
   int64_t task;  // a sequence, or a row
   int rank, ranks, lane, warp;
-  int turn = 0;  // of two buffers
+  int turn = 0;  // of four
 
-  // Blocks of a team follow each other in x.
-  __device__ explicit Team(int num_ranks)
-      : task(blockIdx.x / num_ranks),
-        rank(static_cast<int>(blockIdx.x) % num_ranks),
+  // Blocks of a team, a power of two, follow each other in x.
+  __device__ __forceinline__ explicit Team(int num_ranks)
+      : task(blockIdx.x >> log2_of(num_ranks)),
+        rank(static_cast<int>(blockIdx.x) & (num_ranks - 1)),
         ranks(num_ranks),
         lane(static_cast<int>(threadIdx.x) % 32),
         warp(static_cast<int>(threadIdx.x) / 32) {}

@@ -36,6 +36,7 @@ struct LayeredWeights {
   const Taken* taken;
   int num_taken;
   const uint32_t* group_keys;  // of a truncated p, or null
+  const float2* strips;        // of a row of logits
 
   __device__ float mapped_q(const RowView<T>& q, const RowLaw& q_law, int i) const {
     const int64_t j = args.target_to_draft ? args.target_to_draft[i] : i;
@@ -127,7 +128,7 @@ struct Verifier {
         team(t),
         rows(r),
         s(p),
-        weights{a, t.task, RowView<T>(nullptr, 0), stored_law(), 1.0f, j.taken, 0, nullptr} {}
+        weights{a, t.task, RowView<T>(nullptr, 0), stored_law(), 1.0f, j.taken, 0, nullptr, nullptr} {}
 
   __device__ void note(uint32_t bits) const {
     if (threadIdx.x == 0 && bits) atomicOr(&shared.status, bits);
@@ -170,11 +171,12 @@ struct Verifier {
     weights.share = share;
     weights.num_taken = 0;
     weights.group_keys = nullptr;
-    if (args.target_is_logits && weights.law.cutoff != minus_infinity()) {
-      const RowScratch scratch = scratch_of(args);
-      weights.group_keys =
-          scratch.group_keys + (team.task * (args.max_drafts + 1) + position) * scratch.num_groups;
-    }
+    if (!args.target_is_logits) return;
+    const RowScratch scratch = scratch_of(args);
+    const int64_t slot = team.task * (args.max_drafts + 1) + position;
+    weights.strips = scratch.strips + slot * kMaxStrips;
+    if (weights.law.cutoff != minus_infinity())
+      weights.group_keys = scratch.group_keys + slot * scratch.num_groups;
   }
 
   // q of a drafted token, and what else must be known of its draft.
@@ -202,9 +204,15 @@ struct Verifier {
       note(bits | kNoMass);
       return emit(token, 0.0f, -1);
     }
-    const uint64_t rest = draw(token_noise(args, team.task, count, bits), pieces.total);
+    const uint64_t fraction = token_noise(args, team.task, count, bits);
     note(bits);
-    const int token = find_draw<T>(shared, team, weights, pieces, rest);
+    int token = kNowhere;
+    const bool as_it_is = weights.num_taken == 0 && weights.share == 1.0f;
+    if (as_it_is && weights.law.slope != 0.0f && weights.law.cutoff == minus_infinity()) {  // as a chain does
+      token = find_by_strips<T>(shared, team, weights, weights.law, weights.strips, fraction);
+      if (token >= 0 && team.rank != 0) token = kElsewhere;
+    }
+    if (token == kNowhere) token = find_draw<T>(shared, team, weights, pieces, draw(fraction, pieces.total));
     const float logprob = token >= 0 ? logf(probability(weights.p.at(token), weights.law)) : 0.0f;
     emit(token, logprob, -1, token >= 0 && team.lane == 0);
   }
@@ -341,6 +349,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   __shared__ Shared shared;
   __shared__ Joint joint;
   Team team(ranks);
+  prepare(shared, team);
   team.arrive();
   if (!needs_laws(args)) wait_for_previous_kernel();
   const int64_t b = team.task;
