@@ -14,14 +14,12 @@ namespace {
 template <class T>
 __global__ void __launch_bounds__(kLawThreads, 2)
     row_laws_kernel(const __grid_constant__ VerifyArgs args, Wave wave) {
-  __shared__ LawTable table;
   const SlotRow info = wave.row(args, blockIdx.x, static_cast<int>(blockIdx.y));
-  const bool reached = wave.first == 0 || all_accepted<T>(args, table, info, wave.first);
-  if (wave.first == 0) wait_for_previous_kernel();
+  wait_for_previous_kernel();
   let_next_kernel_start();
-  if (!info.exists || !reached) return;
+  if (!info.exists || (wave.first != 0 && !is_reached<T>(args, wave, info))) return;
   const RowScratch scratch = scratch_of(args);
-  const RowLaw law = law_of_row(scratch, info.slot, view_of<T>(args, info), info.parameters);
+  const RowLaw law = law_of_row(scratch, info.slot, view_of<T>(args, info), info.parameters, false, 0).law;
   if (threadIdx.x == 0) scratch.laws[info.slot] = law;
 }
 
@@ -55,8 +53,9 @@ int64_t verify_scratch_bytes(const VerifyArgs& args) {
   if (!needs_laws(args)) return 0;
   const RowScratch s = scratch_of(args);
   return 2 * s.slots *
-         static_cast<int64_t>(kMaxStrips * sizeof(float2) + sizeof(RowLaw) +
-                              (s.has_keys ? 4 * s.num_groups : 0));
+             static_cast<int64_t>(kMaxStrips * sizeof(float2) + sizeof(RowLaw) +
+                                  (s.has_keys ? 4 * s.num_groups : 0)) +
+         4 * args.num_sequences;
 }
 
 cudaError_t launch_row_laws(const VerifyArgs& args, cudaStream_t stream) {

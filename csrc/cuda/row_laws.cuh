@@ -4,7 +4,8 @@
 // law of a row has the same bits for every grid and batch.
 //
 //   slot = (is it a draft row) * slots + sequence * (max_drafts + 1) + position
-//   strips [2 slots, 64]   laws [2 slots]   group_keys [2 slots, num_groups] (truncation only)
+//   strips [2 slots, 64]   laws [2 slots]   states [sequences] (row_waves.cuh)
+//   group_keys [2 slots, num_groups] (truncation only)
 #pragma once
 #include "../sampling.h"
 #include "memory.cuh"
@@ -27,6 +28,7 @@ struct RowScratch {
   bool has_keys;
   float2* strips;  // maximum, and Σ exp2((x - maximum)·slope): negative if there is NaN or +inf
   RowLaw* laws;
+  uint32_t* states;
   uint32_t* group_keys;  // the largest key of each group
 };
 
@@ -38,7 +40,8 @@ __host__ __device__ inline RowScratch scratch_of(const VerifyArgs& a) {
   s.has_keys = a.parameters.top_k || a.parameters.top_p || a.parameters.min_p;
   s.strips = static_cast<float2*>(a.row_laws);
   s.laws = reinterpret_cast<RowLaw*>(s.strips + 2 * s.slots * kMaxStrips);
-  s.group_keys = reinterpret_cast<uint32_t*>(s.laws + 2 * s.slots);
+  s.states = reinterpret_cast<uint32_t*>(s.laws + 2 * s.slots);
+  s.group_keys = s.states + a.num_sequences;
   return s;
 }
 
@@ -55,6 +58,7 @@ struct RowView {
   int length;
   bool aligned;  // for 16-byte loads
 
+  RowView() = default;
   __device__ RowView(const T* row, int64_t n)
       : data(row), length(static_cast<int>(n)), aligned(reinterpret_cast<uintptr_t>(row) % 16 == 0) {}
   __device__ float at(int64_t i) const { return to_float(data[i]); }
@@ -76,23 +80,35 @@ __device__ __forceinline__ int index_in_group(int lane, int e) {
   return sizeof(T) == 4 ? e / 4 * 128 + lane * 4 + e % 4 : lane * 8 + e;
 }
 
+// A lane's part of a group of an aligned row that lies inside it, as it is in memory.
 template <class T>
-__device__ __forceinline__ void unpack16(float (&v)[8], uint4 words) {
-  const uint32_t pairs[4] = {words.x, words.y, words.z, words.w};
-#pragma unroll
-  for (int e = 0; e < 8; ++e) v[e] = to_float(T{static_cast<uint16_t>(pairs[e / 2] >> (16 * (e % 2)))});
-}
-__device__ __forceinline__ void unpack(float* v, float4 x) { v[0] = x.x, v[1] = x.y, v[2] = x.z, v[3] = x.w; }
+struct Vectors {
+  uint4 words[sizeof(T) / 2];
 
-// A group of an aligned row that lies inside it.
+  __device__ __forceinline__ void load(const RowView<T>& row, int begin, int lane) {
+    const uint4* const own = reinterpret_cast<const uint4*>(row.data + begin) + lane;
+    words[0] = __ldg(own);
+    if constexpr (sizeof(T) == 4) words[1] = __ldg(own + 32);
+  }
+  __device__ __forceinline__ void unpack(float (&v)[8]) const {
+    if constexpr (sizeof(T) == 4) {
+#pragma unroll
+      for (int w = 0; w < 2; ++w) {
+        v[4 * w] = __uint_as_float(words[w].x), v[4 * w + 1] = __uint_as_float(words[w].y);
+        v[4 * w + 2] = __uint_as_float(words[w].z), v[4 * w + 3] = __uint_as_float(words[w].w);
+      }
+    } else {
+      const uint32_t pairs[4] = {words[0].x, words[0].y, words[0].z, words[0].w};
+#pragma unroll
+      for (int e = 0; e < 8; ++e) v[e] = to_float(T{static_cast<uint16_t>(pairs[e / 2] >> (16 * (e % 2)))});
+    }
+  }
+};
 template <class T>
 __device__ __forceinline__ void load_vectors(float (&v)[8], const RowView<T>& row, int begin, int lane) {
-  if constexpr (sizeof(T) == 4) {
-    const float4* x = reinterpret_cast<const float4*>(row.data + begin) + lane;
-    unpack(v, __ldg(x)), unpack(v + 4, __ldg(x + 32));
-  } else {
-    unpack16<T>(v, __ldg(reinterpret_cast<const uint4*>(row.data + begin) + lane));
-  }
+  Vectors<T> vectors;
+  vectors.load(row, begin, lane);
+  vectors.unpack(v);
 }
 
 // A group, from a multiple of 256; `fill` stands beyond the end.

@@ -188,13 +188,12 @@ __device__ __forceinline__ float2 read_strip(const RowView<T>& row, int begin, i
 template <class T>
 __global__ void __launch_bounds__(kStripThreads, 4)
     row_strips_kernel(const __grid_constant__ VerifyArgs args, Wave wave, int share) {
-  __shared__ LawTable table;
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
   if (wave.first == 0) wait_for_previous_kernel();
   const SlotRow info = wave.row(args, blockIdx.x >> share, static_cast<int>(blockIdx.y));
-  const bool reached = wave.first == 0 || all_accepted<T>(args, table, info, wave.first);
+  if (wave.first != 0) wait_for_previous_kernel();
   let_next_kernel_start();
-  if (!info.exists || !reached) return;
+  if (!info.exists || !is_reached<T>(args, wave, info)) return;
 
   const RowScratch scratch = scratch_of(args);
   const RowView<T> row = view_of<T>(args, info);
@@ -214,7 +213,7 @@ int share_for(const VerifyArgs& args, int64_t rows, const Device& device) {
   const int strip = strip_length(static_cast<int>(length));
   const int64_t num_strips = (length + strip - 1) / strip;
   int share = 0;
-  while (rows << share < 8 * device.processors && num_strips > kStripWarps << share) ++share;
+  while (rows << share < 16 * device.processors && num_strips > kStripWarps << share) ++share;
   return share;
 }
 

@@ -224,12 +224,14 @@ __device__ __forceinline__ int find_draw(Shared& shared, const Team& team, const
   return find_in_part<T>(shared, team, weights, piece * length, length, rest);
 }
 
-// The token of a row of logits as it is, nothing taken from it nor cut off: the sums of its strips
-// tell the strip, and only that is read. By each block for itself; kNowhere if it has to be weighed.
+// The token of a row from which nothing has been taken: if it is one of logits, and nothing is cut off,
+// the sums of its strips tell the strip, and only that is read. kNowhere if the row must be weighed.
+// By each block for itself; the first one's answer counts.
 template <class T, class Row>
 __device__ __forceinline__ int find_by_strips(Shared& shared, const Team& team, const Row& weights,
                                               const RowLaw& law, const float2* strips, uint64_t fraction) {
   static_assert(kMaxStrips == 64);
+  if (law.slope == 0.0f || law.cutoff != minus_infinity()) return kNowhere;
   const int length = strip_length(weights.p.length);
   const int num_strips = (weights.p.length + length - 1) / length;
   uint64_t own[2];
@@ -248,8 +250,9 @@ __device__ __forceinline__ int find_by_strips(Shared& shared, const Team& team, 
   const uint64_t first = __shfl_sync(~0u, own[0], lane), second = __shfl_sync(~0u, own[1], lane);
   const uint64_t left = rest - (__shfl_sync(~0u, prefix, lane) - first - second);
   const bool is_second = left >= first;
-  return find_in_part<T>(shared, team, weights, (2 * lane + is_second) * length, length,
-                         is_second ? left - first : left, is_second ? second : first);
+  const int token = find_in_part<T>(shared, team, weights, (2 * lane + is_second) * length, length,
+                                    is_second ? left - first : left, is_second ? second : first);
+  return token >= 0 && team.rank != 0 ? kElsewhere : token;
 }
 
 // The largest value's index, the lowest on ties, and status bits; by all blocks, for all blocks.

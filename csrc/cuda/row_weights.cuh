@@ -53,7 +53,7 @@ struct Weights {
   const int64_t* map;          // target_to_draft or null
   int one_hot;                 // the drafted token if q is one-hot, else -1
   const uint32_t* group_keys;  // of a truncated p: groups below the cutoff weigh nothing; or null
-  int inside = 0;              // groups that end here or before are common
+  int inside;                  // groups that end here or before are common
 
   // Aligned rows of the same kind and vocabulary; of logits nothing truncated, no NaN or +inf.
   __device__ __forceinline__ void find_common(bool bad) {
@@ -69,8 +69,8 @@ struct Weights {
   // max(p - q, 0) of a common group from what was loaded of p in r and of q in y. `bad` collects what
   // is no probability; of logits the laws know.
   template <bool HasQ>
-  __device__ __forceinline__ void finish(float (&r)[8], const float (&y)[8], int begin, int lane,
-                                         bool& bad) const {
+  __device__ __forceinline__ void finish(float (&r)[8], const float (&y)[8], const RowLaw& p_how,
+                                         const RowLaw& q_how, int begin, int lane, bool& bad) const {
     if constexpr (!Logits) bad |= any_bad(r);
     if constexpr (!Logits && HasQ) bad |= any_bad(y);
     const auto law = [](float x, const RowLaw& how) {
@@ -79,8 +79,8 @@ struct Weights {
     };
 #pragma unroll
     for (int e = 0; e < 8; ++e) {
-      r[e] = law(r[e], p_law);
-      if constexpr (HasQ) r[e] = residual(r[e], law(y[e], q_law));
+      r[e] = law(r[e], p_how);
+      if constexpr (HasQ) r[e] = residual(r[e], law(y[e], q_how));
     }
     if constexpr (!HasQ) {
       if (static_cast<uint32_t>(one_hot - begin) < kGroup) {
@@ -91,53 +91,87 @@ struct Weights {
     }
   }
 
-  // Any group.
-  __device__ __forceinline__ void other_group(float (&r)[8], int begin, int lane, bool& bad) const {
-    const bool p_is_logits = Logits && p_law.slope != 0.0f, q_is_logits = Logits && q_law.slope != 0.0f;
-    load_group(r, p, begin, lane, p_is_logits ? minus_infinity() : 0.0f);
-    if (!p_is_logits) bad |= any_bad(r);
+  // Any group; out of the way of the common ones.
+  struct Group {
+    float values[8];
+    bool bad;
+  };
+  static __device__ __noinline__ Group other_group(Weights w, int begin, int lane) {
+    const bool p_is_logits = Logits && w.p_law.slope != 0.0f, q_is_logits = Logits && w.q_law.slope != 0.0f;
+    const bool is_mapped = w.map != nullptr, has_q = w.q.data != nullptr;
+    Group out;
+    float (&r)[8] = out.values;
+    float y[8];
+    load_group(r, w.p, begin, lane, p_is_logits ? minus_infinity() : 0.0f);
+    if (has_q && !is_mapped) load_group(y, w.q, begin, lane, q_is_logits ? minus_infinity() : 0.0f);
+    out.bad = !p_is_logits && any_bad(r);
 #pragma unroll
     for (int e = 0; e < 8; ++e) {
       const int i = begin + index_in_group<T>(lane, e);
-      r[e] = i == one_hot ? 0.0f : (p_is_logits ? softmax_probability(r[e], p_law) : clean_probability(r[e]));
-      if (q.data == nullptr || i >= p.length) continue;
-      const int64_t j = map ? map[i] : i;
-      if (j < 0 || j >= q.length) continue;
-      const float y = q.at(j);
-      bad |= map == nullptr && !(p_is_logits && q_is_logits) && is_bad_value(y, q_is_logits);
-      r[e] = residual(r[e], q_is_logits ? softmax_probability(y, q_law) : clean_probability(y));
+      const float p_here = p_is_logits ? softmax_probability(r[e], w.p_law) : clean_probability(r[e]);
+      r[e] = i == w.one_hot ? 0.0f : p_here;
+      if (!has_q || i >= w.p.length) continue;
+      if (is_mapped) {
+        const int64_t j = w.map[i];
+        if (j < 0 || j >= w.q.length) continue;
+        y[e] = w.q.at(j);
+      } else {
+        out.bad |= !(p_is_logits && q_is_logits) && i < w.q.length && is_bad_value(y[e], q_is_logits);
+      }
+      r[e] = residual(r[e], q_is_logits ? softmax_probability(y[e], w.q_law) : clean_probability(y[e]));
     }
+    return out;
   }
 
   __device__ __forceinline__ void group(float (&r)[8], int begin, int lane, bool& bad) const {
-    if (begin + kGroup > inside) return other_group(r, begin, lane, bad);
+    if (begin + kGroup > inside) {
+      const Group other = other_group(*this, begin, lane);
+      bad |= other.bad;
+#pragma unroll
+      for (int e = 0; e < 8; ++e) r[e] = other.values[e];
+      return;
+    }
     float y[8];
     load_vectors(r, p, begin, lane);
     if (q.data != nullptr) {
       load_vectors(y, q, begin, lane);
-      finish<true>(r, y, begin, lane, bad);
+      finish<true>(r, y, p_law, q_law, begin, lane, bad);
     } else {
-      finish<false>(r, y, begin, lane, bad);
+      finish<false>(r, y, p_law, q_law, begin, lane, bad);
     }
   }
 
-  // Common groups, Ahead of them in flight per warp.
+  // Common groups; per warp Ahead of them are in flight, and as many being worked on.
   template <bool HasQ>
   __device__ __forceinline__ uint64_t sum_common(int& begin, int end, int lane, bool& bad) const {
+    constexpr int kStep = Ahead * kGroup;
+    constexpr bool kBuffered = Ahead > 1 || sizeof(T) == 2;  // else registers are short
+    const RowLaw p_how = p_law, q_how = q_law;
     uint64_t total = 0;
-#pragma unroll 1
-    for (; begin + Ahead * kGroup <= end; begin += Ahead * kGroup) {
-      float r[Ahead][8], y[Ahead][8];
+    if (begin + kStep > end) return 0;
+    Vectors<T> own[Ahead], own_q[Ahead], next[Ahead] = {}, next_q[Ahead] = {};
+    const auto load = [&](Vectors<T>(&v)[Ahead], Vectors<T>(&v_q)[Ahead], int at) {
 #pragma unroll
       for (int u = 0; u < Ahead; ++u) {
-        load_vectors(r[u], p, begin + u * kGroup, lane);
-        if constexpr (HasQ) load_vectors(y[u], q, begin + u * kGroup, lane);
+        v[u].load(p, at + u * kGroup, lane);
+        if constexpr (HasQ) v_q[u].load(q, at + u * kGroup, lane);
       }
+    };
+    if constexpr (kBuffered) load(own, own_q, begin);
+#pragma unroll 1
+    for (bool more = true; more; begin += kStep) {
+      more = begin + 2 * kStep <= end;
+      if constexpr (!kBuffered) load(own, own_q, begin);
+      if (kBuffered && more) load(next, next_q, begin + kStep);
       FixedSum sum;
 #pragma unroll
       for (int u = 0; u < Ahead; ++u) {
-        finish<HasQ>(r[u], y[u], begin + u * kGroup, lane, bad);
-        sum.add(r[u]);
+        float r[8], y[8];
+        own[u].unpack(r);
+        if constexpr (HasQ) own_q[u].unpack(y);
+        finish<HasQ>(r, y, p_how, q_how, begin + u * kGroup, lane, bad);
+        sum.add(r);
+        if constexpr (kBuffered) own[u] = next[u], own_q[u] = next_q[u];
       }
       total += sum.value();
     }

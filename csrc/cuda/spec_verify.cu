@@ -13,17 +13,39 @@ namespace {
 constexpr int kFewAhead = 2;
 
 // Where a sequence stops, and how its last token is drawn. Found by the first warp of each block.
+template <class T, bool Logits, int Ahead>
 struct Stop {
-  RowLaw p_law, q_law;
+  Weights<T, Logits, Ahead> weights;
   Rows rows;
   float temperature;
   int64_t accepted;  // -1: not found yet
-  // Of the 32 positions looked at last: noise of the token, and the drafts.
-  uint64_t fractions[32];
+  // Of the 32 positions looked at last: noise of the drafts and of the token, and the drafts.
+  uint64_t fractions[2][32];
+  uint32_t noise_status[2][32];
   int64_t tokens[32];
-  float logprobs[32];
-  uint32_t status, noise_status;
+  float p_tokens[32];
+  uint32_t status;
+  int token;  // where it is known already, else -1
   bool greedy, has_draft, bad;
+
+  // By a lane of each block, once what stops is known.
+  __device__ __forceinline__ void open_row(const VerifyArgs& args, int64_t sequence, const RowLaw& p_law,
+                                           const RowLaw& q_law, int64_t draft_token) {
+    const RowView<T> no_row(nullptr, 0);
+    const bool has_row = rows.drafts >= 0, has_q = has_draft && args.draft != nullptr;
+    weights.p = target_row<T>(args, has_row ? rows.first + accepted : 0);
+    weights.q = has_q ? draft_row<T>(args, sequence, accepted) : no_row;
+    weights.p_law = p_law, weights.q_law = q_law;
+    weights.map = args.target_to_draft;
+    weights.one_hot = has_draft && !has_q ? static_cast<int>(draft_token) : -1;
+    weights.group_keys = nullptr;
+    if (Logits && p_law.cutoff != minus_infinity()) {
+      const RowScratch scratch = scratch_of(args);
+      weights.group_keys =
+          scratch.group_keys + (sequence * (args.max_drafts + 1) + accepted) * scratch.num_groups;
+    }
+    weights.find_common(bad);
+  }
 };
 
 // What a sequence ends with.
@@ -43,59 +65,75 @@ __device__ __forceinline__ void clear_after(const VerifyArgs& args, const Team& 
   }
 }
 
-// The accepted drafts from `first` on, of the 32 looked at last. By a warp.
-__device__ __forceinline__ void write_drafts(const VerifyArgs& args, const Team& team, const Stop& stop,
+// The accepted drafts of [first, end), of the 32 looked at last. By a warp.
+template <class AnyStop>
+__device__ __forceinline__ void write_drafts(const VerifyArgs& args, const Team& team, const AnyStop& stop,
                                              int64_t first, int64_t end) {
   const int64_t k = first + team.lane, columns = args.max_drafts + 1;
   if (k >= end) return;
   args.tokens[team.task * columns + k] = stop.tokens[team.lane];
-  if (args.logprobs) args.logprobs[team.task * columns + k] = stop.logprobs[team.lane];
+  if (args.logprobs) args.logprobs[team.task * columns + k] = logf(stop.p_tokens[team.lane]);
 }
 
-// Positions are looked at 32 in one go, one per lane of the first warp, while the second finds the
-// noise of the token and the others the laws.
-template <class T, bool Logits>
-__device__ __forceinline__ void find_stop(const VerifyArgs& args, Stop& stop, LawTable& table,
-                                          const Team& team) {
+// Positions are looked at 32 in one go, one per lane. What is known at once is shared out: the first
+// warp gathers values, the next two find the noise of the drafts and of the token, the fourth looks at
+// the parameters, and whoever is free joins the laws. Then the first one judges.
+template <class T, bool Logits, int Ahead>
+__device__ __forceinline__ void find_stop(const VerifyArgs& args, Stop<T, Logits, Ahead>& stop,
+                                          LawTable& table, const Team& team) {
   const int64_t columns = args.max_drafts + 1;
+  Rows rows{};
   uint32_t status = 0;
   Parameters s{};
-  Rows rows{};
-  if (Logits || team.warp == 0) s = parameters_of(args.parameters, team.task, args.vocab, status);
-  if (team.warp == 0) rows = rows_of(args, team.task, status);
+  if (Logits || team.warp == 3) {
+    uint32_t bits = 0;
+    s = parameters_of(args.parameters, team.task, args.vocab, bits);
+    if (threadIdx.x == 3 * 32) stop.greedy = s.greedy, stop.temperature = s.temperature, stop.status = bits;
+  }
 #pragma unroll 1
   for (int64_t first = 0;; first += 32) {
     const int64_t k = first + team.lane;
     Draft d{};
     if (team.warp == 0) {
-      d = gather_draft<T>(args, team.task, rows, k);
-    } else if (team.warp == 1) {
+      const int64_t token = draft_token(args, team.task, k);  // in the same round trip as cu_rows
+      if (first == 0) rows = rows_of(args, team.task, status);
+      d = gather_values<T>(args, team.task, rows, k, token);
+    } else if (team.warp < 3 && k < columns) {
+      const bool of_draft = team.warp == 1;
       uint32_t bits = 0;
-      stop.fractions[team.lane] = token_noise(args, team.task, k, bits);
-      if (team.lane == 0) stop.noise_status = bits;
-    }
-    if (Logits && first == 0) {
-      if (needs_laws(args)) wait_for_previous_kernel();
-      let_next_kernel_start();
+      stop.fractions[team.warp - 1][team.lane] =
+          noise_at(args, team.task, of_draft ? k : args.max_drafts, k,
+                   of_draft ? static_cast<uint32_t>(kAcceptDomain) : args.token_domain,
+                   of_draft ? 0 : args.turn, bits);
+      stop.noise_status[team.warp - 1][team.lane] = bits;
     }
     if constexpr (Logits) {
+      if (first == 0) {
+        if (needs_laws(args)) wait_for_previous_kernel();
+        let_next_kernel_start();
+      }
       const int64_t some = columns - first < 32 ? columns - first : 32;
       fill_laws(args, table, team.task, first, static_cast<int>(some), s.slope);
-      __syncthreads();
     }
+    __syncthreads();
     if (team.warp == 0) {
+      if (d.valid) d.fraction = stop.fractions[0][team.lane], d.status |= stop.noise_status[0][team.lane];
       const Verdict v = judge<Logits>(args, table, team.task, k <= rows.drafts ? k : rows.drafts, d, s);
-      const bool judges = rows.drafts >= 0 && !s.greedy;
+      const bool judges = rows.drafts >= 0 && !stop.greedy;
       const uint32_t stops = __ballot_sync(~0u, v.stops);
       const int here = judges ? (stops ? __ffs(stops) - 1 : 32) : 0;
       if (judges) status |= __reduce_or_sync(~0u, team.lane <= here ? v.status : 0);
       stop.tokens[team.lane] = d.token;
-      if (args.logprobs) stop.logprobs[team.lane] = logf(v.p_token);
+      stop.p_tokens[team.lane] = v.p_token;
       if (here == 32 && team.rank == 0) write_drafts(args, team, stop, first, first + 32);
       if (team.lane == (here & 31)) {
-        stop.p_law = v.p_law, stop.q_law = v.q_law, stop.has_draft = v.has_draft, stop.bad = v.bad;
-        stop.rows = rows, stop.temperature = s.temperature, stop.greedy = s.greedy;
-        stop.status = status, stop.accepted = here < 32 ? first + here : -1;
+        stop.rows = rows, stop.accepted = here < 32 ? first + here : -1;
+        stop.has_draft = v.has_draft, stop.bad = v.bad;
+        if (here < 32) stop.status |= status;
+        if (here < 32 && judges) {
+          stop.status |= stop.noise_status[1][team.lane];
+          stop.open_row(args, team.task, v.p_law, v.q_law, d.token);
+        }
       }
     }
     __syncthreads();
@@ -104,29 +142,36 @@ __device__ __forceinline__ void find_stop(const VerifyArgs& args, Stop& stop, La
 }
 
 // The same without drafts, from a row of logits.
-template <class T>
-__device__ __forceinline__ void find_only_row(const VerifyArgs& args, Stop& stop, const Team& team) {
+template <class T, bool Logits, int Ahead>
+__device__ __forceinline__ void find_only_row(const VerifyArgs& args, Stop<T, Logits, Ahead>& stop,
+                                              const Team& team) {
   uint32_t status = 0, noise_status = 0;
   const Parameters s = parameters_of(args.parameters, team.task, args.vocab, status);
   const Rows rows = rows_of(args, team.task, status);
-  uint64_t fraction = 0;
-  if (threadIdx.x == 0) fraction = token_noise(args, team.task, 0, noise_status);
+  const uint64_t fraction = token_noise(args, team.task, 0, noise_status);
   wait_for_previous_kernel();
   let_next_kernel_start();
   RowLaw law = stored_law();
+  int token = -1;
   if (rows.drafts >= 0 && !s.greedy) {
     const RowScratch scratch = scratch_of(args);
-    law = s.truncates() ? law_of_row(scratch, team.task, target_row<T>(args, rows.first), s)
-                        : join_strips(scratch.strips + team.task * kMaxStrips, static_cast<int>(args.vocab),
-                                      s.slope, team.lane)
-                              .law;
+    if (s.truncates()) {
+      const RowView<T> row = target_row<T>(args, rows.first);
+      const LawAndToken found = law_of_row(scratch, team.task, row, s, true, fraction);
+      law = found.law, token = found.token;
+    } else {
+      const float2* const strips = scratch.strips + team.task * kMaxStrips;
+      law = join_strips(strips, static_cast<int>(args.vocab), s.slope, team.lane).law;
+    }
   }
   if (threadIdx.x == 0) {
     stop.bad = signbit(law.scale), law.scale = fabsf(law.scale);
-    stop.p_law = stop.q_law = law, stop.has_draft = false;
+    stop.has_draft = false;
     stop.rows = rows, stop.temperature = s.temperature, stop.greedy = s.greedy;
     stop.status = status | (stop.bad ? kBadValue : 0), stop.accepted = 0;
-    stop.fractions[0] = fraction, stop.noise_status = noise_status;
+    if (rows.drafts >= 0 && !s.greedy) stop.status |= noise_status;
+    stop.fractions[1][0] = fraction, stop.token = token;
+    if (rows.drafts >= 0 && !s.greedy) stop.open_row(args, team.task, law, law, -1);
   }
   __syncthreads();
 }
@@ -159,56 +204,48 @@ __device__ __noinline__ Greedy walk_greedily(const VerifyArgs& args, Shared& sha
   }
 }
 
-template <class T, bool Logits, int Ahead>
-__device__ __forceinline__ Ending end_sampled(const VerifyArgs& args, Shared& shared, const Stop& stop,
-                                              Team& team, uint32_t& status) {
-  const int64_t accepted = stop.accepted;
-  const RowView<T> p = target_row<T>(args, stop.rows.first + accepted);
-  Weights<T, Logits, Ahead> weights{p, RowView<T>(nullptr, 0), stop.p_law, stop.q_law, nullptr, -1, nullptr};
-  if (Logits && stop.p_law.cutoff != minus_infinity()) {
-    const RowScratch scratch = scratch_of(args);
-    weights.group_keys =
-        scratch.group_keys + (team.task * (args.max_drafts + 1) + accepted) * scratch.num_groups;
-  }
-  if (stop.has_draft) {
-    if (args.draft != nullptr) {
-      weights.q = draft_row<T>(args, team.task, accepted);
-      weights.map = args.target_to_draft;
-    } else {
-      weights.one_hot = static_cast<int>(args.drafts[team.task * args.max_drafts + accepted]);
-    }
-  }
-  weights.find_common(stop.bad);
-  const uint64_t fraction = stop.fractions[accepted % 32];
-  status |= stop.noise_status;
+template <bool IsRow, class T, bool Logits, int Ahead>
+__device__ __forceinline__ Ending end_sampled(const VerifyArgs& args, Shared& shared,
+                                              Stop<T, Logits, Ahead>& stop, Team& team, uint32_t& status) {
+  auto& weights = stop.weights;
+  const auto noise = [&] { return stop.fractions[1][stop.accepted % 32]; };
   Ending out;
-  out.law = stop.p_law;
+  if (IsRow && stop.token >= 0) {
+    out.token = stop.token, out.all_know = true;
+  } else {
+    bool has_draft = stop.has_draft;
 #pragma unroll 1
-  for (bool has_draft = stop.has_draft;; has_draft = false) {
-    out.token = kNowhere;
-    if (Logits && !has_draft && out.law.slope != 0.0f && out.law.cutoff == minus_infinity()) {
-      const RowScratch scratch = scratch_of(args);
-      const int64_t slot = team.task * (args.max_drafts + 1) + accepted;
-      out.token =
-          find_by_strips<T>(shared, team, weights, out.law, scratch.strips + slot * kMaxStrips, fraction);
-      if (out.token >= 0 && team.rank != 0) out.token = kElsewhere;
+    for (;; has_draft = false) {
+      out.token = kNowhere;
+      if (Logits && !has_draft) {
+        const int64_t slot = team.task * (args.max_drafts + 1) + stop.accepted;
+        const float2* const strips = scratch_of(args).strips + slot * kMaxStrips;
+        out.token = find_by_strips<T>(shared, team, weights, weights.p_law, strips, noise());
+      }
+      if (out.token == kNowhere) {
+        const Pieces pieces = weigh(shared, team, weights, status);
+        if (pieces.total != 0)
+          out.token = find_draw<T>(shared, team, weights, pieces, draw(noise(), pieces.total));
+      }
+      if (out.token != kNowhere || !has_draft) break;
+      status |= kEmptyResidual;
+      __syncthreads();
+      if (threadIdx.x == 0) {
+        weights.q.data = nullptr, weights.one_hot = -1;
+        weights.find_common(stop.bad);
+      }
+      __syncthreads();
     }
-    if (out.token == kNowhere) {
-      const Pieces pieces = weigh(shared, team, weights, status);
-      if (pieces.total != 0)
-        out.token = find_draw<T>(shared, team, weights, pieces, draw(fraction, pieces.total));
-    }
-    if (out.token >= 0)
-      out.logprob = logf(Logits ? probability(p.at(out.token), out.law) : clean_probability(p.at(out.token)));
-    if (out.token != kNowhere) return out;
-    if (!has_draft) break;
-    status |= kEmptyResidual;
-    weights.q = RowView<T>(nullptr, 0), weights.one_hot = -1;
-    weights.find_common(stop.bad);
   }
-  status |= kNoMass;
-  out.token = argmax(shared, team, p, args.target_is_logits, status);
-  out.all_know = true;
+  out.law = weights.p_law;
+  if (out.token == kNowhere) {
+    status |= kNoMass;
+    out.token = argmax(shared, team, weights.p, args.target_is_logits, status);
+    out.all_know = true;
+  } else if (out.token >= 0) {
+    const float x = weights.p.at(out.token);
+    out.logprob = logf(Logits ? probability(x, out.law) : clean_probability(x));
+  }
   return out;
 }
 
@@ -229,18 +266,18 @@ template <class T, Given G, int Ahead>
 __global__ void __launch_bounds__(kThreads, Ahead > 1 ? 1 : 2)
     spec_verify_kernel(const __grid_constant__ VerifyArgs args, int ranks) {
   __shared__ Shared shared;
-  __shared__ Stop stop;
   __shared__ LawTable table;
   constexpr bool kLogits = G != Given::kProbabilities;
+  __shared__ Stop<T, kLogits, Ahead> stop;
   Team team(ranks);
   prepare(shared, team);
   team.arrive();
   if (!kLogits || !needs_laws(args)) wait_for_previous_kernel();
   if constexpr (!kLogits) let_next_kernel_start();
   if constexpr (G == Given::kRows) {
-    find_only_row<T>(args, stop, team);
+    find_only_row(args, stop, team);
   } else {
-    find_stop<T, kLogits>(args, stop, table, team);
+    find_stop(args, stop, table, team);
   }
   team.wait();
   const int64_t b = team.task, columns = args.max_drafts + 1;
@@ -254,7 +291,7 @@ __global__ void __launch_bounds__(kThreads, Ahead > 1 ? 1 : 2)
     ending = {greedy.token, 0.0f, {greedy.top, 0.0f, 1.0f, greedy.top}, true, true};
     accepted = greedy.accepted, status |= greedy.status;
   } else {
-    ending = end_sampled<T, kLogits, Ahead>(args, shared, stop, team, status);
+    ending = end_sampled<G == Given::kRows>(args, shared, stop, team, status);
   }
   if (args.probs != nullptr && accepted >= 0)
     write_probs(args, team, target_row<T>(args, stop.rows.first + accepted), ending.law,

@@ -26,11 +26,11 @@ struct Team {
         lane(static_cast<int>(threadIdx.x) % 32),
         warp(static_cast<int>(threadIdx.x) / 32) {}
 
-  // A barrier of all threads of all blocks in two halves. Memory written before the first is seen
-  // behind the second. Blocks may write to each other only after they have met once.
+  // All blocks are there, in two halves: they may write to each other only behind the second. Relaxed:
+  // for memory written before, a fence is needed.
   __device__ __forceinline__ void arrive() const {
 #if __CUDA_ARCH__ >= 900
-    if (ranks > 1) asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+    if (ranks > 1) asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 #endif
   }
   __device__ __forceinline__ void wait() const {

@@ -90,12 +90,15 @@ struct Draft {
   uint64_t fraction;
 };
 
+__device__ __forceinline__ int64_t draft_token(const VerifyArgs& args, int64_t sequence, int64_t k) {
+  return k < args.max_drafts ? args.drafts[sequence * args.max_drafts + k] : -1;
+}
+
+// All but the noise, for the drafted token.
 template <class T>
-__device__ __forceinline__ Draft gather_draft(const VerifyArgs& args, int64_t sequence, const Rows& rows,
-                                              int64_t k) {
-  Draft d{-1, 0.0f, 1.0f, false, false, 0, 0};
-  if (k < args.max_drafts) d.token = args.drafts[sequence * args.max_drafts + k];
-  if (k >= rows.drafts) d.token = -1;
+__device__ __forceinline__ Draft gather_values(const VerifyArgs& args, int64_t sequence, const Rows& rows,
+                                               int64_t k, int64_t token) {
+  Draft d{k < rows.drafts ? token : -1, 0.0f, 1.0f, false, false, 0, 0};
   d.valid = d.token >= 0 && d.token < args.vocab;
   if (!d.valid) {
     if (d.token != -1) d.status = kBadToken;
@@ -103,7 +106,13 @@ __device__ __forceinline__ Draft gather_draft(const VerifyArgs& args, int64_t se
   }
   d.x = target_row<T>(args, rows.first + k).at(d.token);
   if (args.draft != nullptr) d.y = draft_value<T>(args, sequence, k, d.token, d.has_q);
-  d.fraction = node_noise(args, sequence, k, k, 0, d.status);
+  return d;
+}
+template <class T>
+__device__ __forceinline__ Draft gather_draft(const VerifyArgs& args, int64_t sequence, const Rows& rows,
+                                              int64_t k) {
+  Draft d = gather_values<T>(args, sequence, rows, k, draft_token(args, sequence, k));
+  if (d.valid) d.fraction = node_noise(args, sequence, k, k, 0, d.status);
   return d;
 }
 

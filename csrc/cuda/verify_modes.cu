@@ -117,18 +117,10 @@ struct Verifier {
   Team& team;
   const Rows& rows;
   const Parameters& s;
-  LayeredWeights<T> weights;
-  Pieces pieces;      // of the weights
+  LayeredWeights<T> weights{args,    team.task, RowView<T>(nullptr, 0), stored_law(), 1.0f, joint.taken, 0,
+                            nullptr, nullptr};
+  Pieces pieces{};    // of the weights
   int64_t count = 0;  // tokens so far
-
-  __device__ Verifier(const VerifyArgs& a, Shared& sh, Joint& j, Team& t, const Rows& r, const Parameters& p)
-      : args(a),
-        shared(sh),
-        joint(j),
-        team(t),
-        rows(r),
-        s(p),
-        weights{a, t.task, RowView<T>(nullptr, 0), stored_law(), 1.0f, j.taken, 0, nullptr, nullptr} {}
 
   __device__ void note(uint32_t bits) const {
     if (threadIdx.x == 0 && bits) atomicOr(&shared.status, bits);
@@ -207,11 +199,8 @@ struct Verifier {
     const uint64_t fraction = token_noise(args, team.task, count, bits);
     note(bits);
     int token = kNowhere;
-    const bool as_it_is = weights.num_taken == 0 && weights.share == 1.0f;
-    if (as_it_is && weights.law.slope != 0.0f && weights.law.cutoff == minus_infinity()) {  // as a chain does
+    if (weights.num_taken == 0 && weights.share == 1.0f)  // as a chain does
       token = find_by_strips<T>(shared, team, weights, weights.law, weights.strips, fraction);
-      if (token >= 0 && team.rank != 0) token = kElsewhere;
-    }
     if (token == kNowhere) token = find_draw<T>(shared, team, weights, pieces, draw(fraction, pieces.total));
     const float logprob = token >= 0 ? logf(probability(weights.p.at(token), weights.law)) : 0.0f;
     emit(token, logprob, -1, token >= 0 && team.lane == 0);
@@ -369,7 +358,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   __syncthreads();
   int64_t count = 0;
   if (rows.drafts >= 0) {
-    Verifier<T> verifier(args, shared, joint, team, rows, s);
+    Verifier<T> verifier{args, shared, joint, team, rows, s};
     if (s.greedy) {
       verifier.walk_greedily();
     } else if (is_tree) {
