@@ -55,6 +55,7 @@ struct Selection {
     __syncthreads();
     if (threadIdx.x == 0) shared.num_listed = 0;
     __syncthreads();
+#pragma unroll 1
     for (int g = threadIdx.x; g < num_groups; g += kLawThreads)
       if (shared.group_keys[g] >= low)
         shared.listed[atomicAdd(&shared.num_listed, 1u)] = static_cast<uint16_t>(g);
@@ -87,15 +88,55 @@ struct Selection {
     }
   }
 
+  // The same for few values: f is there once and reads what it needs again.
+  template <class Fn>
+  __device__ __forceinline__ void for_few(uint32_t low, uint32_t high, Fn f) {
+    constexpr int kAhead = 3;
+    list_groups(low);
+    const int lane = threadIdx.x % 32, count = static_cast<int>(shared.num_listed);
+#pragma unroll 1
+    for (int first = threadIdx.x / 32; first < count; first += kLawWarps * kAhead) {
+      float v[kAhead][8];
+      uint32_t wanted = 0;
+#pragma unroll
+      for (int j = 0; j < kAhead; ++j) {
+        if (first + j * kLawWarps >= count) continue;
+        load_group(v[j], row, shared.listed[first + j * kLawWarps] * kGroup, lane, minus_infinity());
+      }
+#pragma unroll
+      for (int j = 0; j < kAhead; ++j) {
+        if (first + j * kLawWarps >= count) continue;
+#pragma unroll
+        for (int e = 0; e < 8; ++e) {
+          const uint32_t key = key_of(clean_logit(v[j][e]));
+          if (key >= low && key < high) wanted |= 1u << (8 * j + e);
+        }
+      }
+#pragma unroll 1
+      for (; wanted; wanted &= wanted - 1) {
+        const int bit = __ffs(wanted) - 1;
+        const int token =
+            shared.listed[first + bit / 8 * kLawWarps] * kGroup + index_in_group<T>(lane, bit % 8);
+        f(key_of(clean_logit(row.at(token))), token);
+      }
+    }
+  }
+
   // Collects the keys of [low, high); returns how many there are, stored or not.
+  template <bool Few = false>
   __device__ int64_t gather(uint32_t low, uint32_t high) {
     __syncthreads();
     if (threadIdx.x == 0) shared.count = 0;
     __syncthreads();
-    for_each(low, high, [&](uint32_t key, int token) {
+    const auto keep = [&](uint32_t key, int token) {
       const uint32_t at = atomicAdd(&shared.count, 1u);
       if (at < kCapacity) shared.key[at] = key, shared.token[at] = token, shared.mass[at] = mass_of(key);
-    });
+    };
+    if constexpr (Few) {
+      for_few(low, high, keep);
+    } else {
+      for_each(low, high, keep);
+    }
     __syncthreads();
     list_low = low, list_high = high;
     return shared.count;
@@ -161,10 +202,12 @@ struct Selection {
     if (num_groups < k) return 0;
     static_assert(kBins == 32 * 8);
     const int lane = threadIdx.x % 32;
+#pragma unroll 1
     for (int shift = 15;; shift += 3) {  // the last is 24
       __syncthreads();
       if (threadIdx.x < kBins) shared.bins[threadIdx.x] = 0;
       __syncthreads();
+#pragma unroll 1
       for (int g = threadIdx.x; g < num_groups; g += kLawThreads) {
         const uint32_t bin = (top - 1 - shared.group_keys[g]) >> shift;
         if (bin < kBins) atomicAdd(&shared.bins[bin], 1u);
@@ -238,6 +281,7 @@ __device__ __forceinline__ uint32_t select_from_list(LawShared& shared, uint32_t
                                                      const Parameters& s, uint64_t& mass) {
   const uint32_t size = shared.count, lane = threadIdx.x % 32;
   // Four lanes rank a key.
+#pragma unroll 1
   for (uint32_t first = threadIdx.x / 32 * 8; first < size; first += kLawThreads / 4) {
     const uint32_t i = first + lane / 4, key = i < size ? shared.key[i] : ~0u;
     uint64_t above = 0;
@@ -251,11 +295,13 @@ __device__ __forceinline__ uint32_t select_from_list(LawShared& shared, uint32_t
   }
   __syncthreads();
   uint32_t least = ~0u, low = ~0u;
+#pragma unroll 1
   for (uint32_t i = lane; i < size; i += 32)
     if (shared.rank[i] < s.top_k) least = min(least, shared.key[i]);
   least = __reduce_min_sync(~0u, least);
   const auto mass_from = [&](uint32_t key) {
     uint64_t sum = 0;
+#pragma unroll 1
     for (uint32_t i = lane; i < size; i += 32)
       if (shared.key[i] >= key) sum += shared.mass[i];
     return warp_sum(sum);
@@ -263,6 +309,7 @@ __device__ __forceinline__ uint32_t select_from_list(LawShared& shared, uint32_t
   mass = mass_from(least);
   if (s.top_p < 1.0f) {
     const uint64_t goal = mass_to_keep(s.top_p, mass);
+#pragma unroll 1
     for (uint32_t i = lane; i < size; i += 32)
       if (shared.key[i] >= least && shared.above[i] < goal) low = min(low, shared.key[i]);
     low = __reduce_min_sync(~0u, low);
@@ -279,14 +326,17 @@ __device__ __forceinline__ uint32_t select_from_list(LawShared& shared, uint32_t
 __device__ __forceinline__ int draw_from_list(LawShared& shared, const RowLaw& law, uint64_t fraction) {
   const uint32_t size = shared.count, lane = threadIdx.x % 32;
   __syncthreads();  // every warp is done with the masses
+#pragma unroll 1
   for (uint32_t i = threadIdx.x; i < size; i += kLawThreads)
     shared.mass[i] = to_fixed(softmax_probability(value_of_key(shared.key[i]), law));
   if (threadIdx.x == 0) shared.best = ~0u;
   __syncthreads();
   uint64_t total = 0;
+#pragma unroll 1
   for (uint32_t i = lane; i < size; i += 32) total += shared.mass[i];
   total = warp_sum(total);
   const uint64_t rest = draw(fraction, total);
+#pragma unroll 1
   for (uint32_t first = threadIdx.x / 32 * 8; first < size; first += kLawThreads / 4) {
     const uint32_t i = first + lane / 4, token = i < size ? shared.token[i] : 0;
     uint64_t before = 0;
@@ -315,6 +365,7 @@ __device__ __noinline__ LawAndToken law_of_row(RowScratch scratch, int64_t slot,
   __shared__ LawShared shared;
   const int num_groups = (row.length + kGroup - 1) / kGroup;
   const bool truncates = s.truncates();
+#pragma unroll 1
   for (int g = threadIdx.x; truncates && g < num_groups; g += kLawThreads)
     shared.group_keys[g] = scratch.group_keys[slot * scratch.num_groups + g];
   const Joined joined = join_strips(scratch.strips + slot * kMaxStrips, row.length, s.slope,
@@ -327,7 +378,7 @@ __device__ __noinline__ LawAndToken law_of_row(RowScratch scratch, int64_t slot,
   const uint32_t top = key_of(joined.sum.x) + 1, lowest = key_of(minus_infinity()) + 1;
   const uint32_t bound = s.top_k > 0 ? select.bound_of_top_k(top, s.top_k) : 0;
   uint64_t mass = 0;
-  const bool listed = bound >= lowest && select.gather(bound, top) <= kCapacity;
+  const bool listed = bound >= lowest && select.template gather<true>(bound, top) <= kCapacity;
   const uint32_t low = listed ? select_from_list(shared, top, joined.sum.x, s, mass)
                               : select_slowly(select, shared, row, joined.sum, s, bound, mass);
   if (low == lowest) return {law, -1};
