@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: MIT
-// Verification and the draw, one launch: a team of 1…8 blocks owns a sequence. Every warp finds the
-// first position that stops (rejected, or the bonus) from a few gathered values (verdict.cuh), then
+// Verification and the draw, one launch: a team of 1…4 blocks owns a sequence. The first warp of each
+// finds the position that stops (rejected, or the bonus) from a few gathered values (verdict.cuh), then
 // all draw from that row together (row_team.cuh). Only the stopping row of p, and of q, is read.
+// Limit at small batches: fetching instructions that run once. So they are few, and loops are rolled.
 #include "launch.h"
 #include "row_cutoff.cuh"
 #include "row_team.cuh"
@@ -10,7 +11,7 @@
 namespace quantgemm {
 namespace {
 
-constexpr int kFewAhead = 2;
+constexpr int kFewAhead = 2;  // groups in flight per warp where blocks are few
 
 // Where a sequence stops, and how its last token is drawn. Found by the first warp of each block.
 template <class T, bool Logits, int Ahead>
