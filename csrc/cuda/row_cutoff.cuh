@@ -8,15 +8,16 @@
 namespace quantgemm {
 
 constexpr int kLawThreads = 512, kLawWarps = kLawThreads / 32;
-constexpr int kMaxStrips = 64, kMaxGroups = (kMaxVocab + kGroup) / kGroup, kBins = 256;
+constexpr int kMaxGroups = (kMaxVocab + kGroup) / kGroup, kBins = 256;
 constexpr int kCapacity = 1024;
 
 struct LawShared {
-  float2 strips[kMaxStrips];
   uint32_t group_keys[kMaxGroups];
   uint64_t partial[2][kLawWarps];
   uint64_t mass[kCapacity];
-  uint32_t key[kCapacity];
+  uint32_t key[kCapacity], token[kCapacity];
+  uint64_t above[kCapacity];  // the mass of the keys above this one
+  uint32_t rank[kCapacity];   // and their number
   uint32_t count, best, bins[kBins], num_listed;
   uint16_t listed[kMaxGroups];
 };
@@ -54,13 +55,14 @@ struct Selection {
     __syncthreads();
     if (threadIdx.x == 0) shared.num_listed = 0;
     __syncthreads();
+#pragma unroll 1
     for (int g = threadIdx.x; g < num_groups; g += kLawThreads)
       if (shared.group_keys[g] >= low)
         shared.listed[atomicAdd(&shared.num_listed, 1u)] = static_cast<uint16_t>(g);
     __syncthreads();
   }
 
-  // f(key) for every value of the row with low <= key < high.
+  // f(key, token) for every value of the row with low <= key < high.
   template <class Fn>
   __device__ void for_each(uint32_t low, uint32_t high, Fn f) {
     constexpr int kAhead = 3;  // groups in flight
@@ -77,23 +79,64 @@ struct Selection {
       for (int j = 0; j < kAhead; ++j) {
         if (first + j * kLawWarps >= count) continue;
 #pragma unroll
-        for (const float x : v[j]) {
-          const uint32_t key = key_of(clean_logit(x));
-          if (key >= low && key < high) f(key);
+        for (int e = 0; e < 8; ++e) {
+          const uint32_t key = key_of(clean_logit(v[j][e]));
+          if (key < low || key >= high) continue;
+          f(key, shared.listed[first + j * kLawWarps] * kGroup + index_in_group<T>(lane, e));
         }
       }
     }
   }
 
+  // The same for few values: f is there once and reads what it needs again.
+  template <class Fn>
+  __device__ __forceinline__ void for_few(uint32_t low, uint32_t high, Fn f) {
+    constexpr int kAhead = 3;
+    list_groups(low);
+    const int lane = threadIdx.x % 32, count = static_cast<int>(shared.num_listed);
+#pragma unroll 1
+    for (int first = threadIdx.x / 32; first < count; first += kLawWarps * kAhead) {
+      float v[kAhead][8];
+      uint32_t wanted = 0;
+#pragma unroll
+      for (int j = 0; j < kAhead; ++j) {
+        if (first + j * kLawWarps >= count) continue;
+        load_group(v[j], row, shared.listed[first + j * kLawWarps] * kGroup, lane, minus_infinity());
+      }
+#pragma unroll
+      for (int j = 0; j < kAhead; ++j) {
+        if (first + j * kLawWarps >= count) continue;
+#pragma unroll
+        for (int e = 0; e < 8; ++e) {
+          const uint32_t key = key_of(clean_logit(v[j][e]));
+          if (key >= low && key < high) wanted |= 1u << (8 * j + e);
+        }
+      }
+#pragma unroll 1
+      for (; wanted; wanted &= wanted - 1) {
+        const int bit = __ffs(wanted) - 1;
+        const int token =
+            shared.listed[first + bit / 8 * kLawWarps] * kGroup + index_in_group<T>(lane, bit % 8);
+        f(key_of(clean_logit(row.at(token))), token);
+      }
+    }
+  }
+
   // Collects the keys of [low, high); returns how many there are, stored or not.
+  template <bool Few = false>
   __device__ int64_t gather(uint32_t low, uint32_t high) {
     __syncthreads();
     if (threadIdx.x == 0) shared.count = 0;
     __syncthreads();
-    for_each(low, high, [&](uint32_t key) {
+    const auto keep = [&](uint32_t key, int token) {
       const uint32_t at = atomicAdd(&shared.count, 1u);
-      if (at < kCapacity) shared.key[at] = key, shared.mass[at] = mass_of(key);
-    });
+      if (at < kCapacity) shared.key[at] = key, shared.token[at] = token, shared.mass[at] = mass_of(key);
+    };
+    if constexpr (Few) {
+      for_few(low, high, keep);
+    } else {
+      for_each(low, high, keep);
+    }
     __syncthreads();
     list_low = low, list_high = high;
     return shared.count;
@@ -111,7 +154,7 @@ struct Selection {
       for (uint32_t i = threadIdx.x; i < shared.count; i += kLawThreads)
         if (shared.key[i] >= low) sum += Mass ? shared.mass[i] : 1;
     } else {
-      for_each(low, high, [&](uint32_t key) { sum += Mass ? mass_of(key) : 1; });
+      for_each(low, high, [&](uint32_t key, int) { sum += Mass ? mass_of(key) : 1; });
     }
     return block_sum(sum);
   }
@@ -135,12 +178,17 @@ struct Selection {
     if (count > kCapacity) return low;
     if (threadIdx.x == 0) shared.best = ~0u;
     __syncthreads();
-    for (uint32_t i = threadIdx.x; i < shared.count; i += kLawThreads) {
-      const uint32_t key = shared.key[i];
-      uint64_t above = base;
-      for (uint32_t j = 0; j < shared.count; ++j)
+    // Four lanes rank a key.
+    const uint32_t size = shared.count;
+    for (uint32_t first = threadIdx.x / 32 * 8; first < size; first += kLawThreads / 4) {
+      const uint32_t i = first + threadIdx.x % 32 / 4;
+      const uint32_t key = i < size ? shared.key[i] : ~0u;
+      uint64_t above = 0;
+      for (uint32_t j = threadIdx.x % 4; j < size; j += 4)
         if (shared.key[j] > key) above += Mass ? shared.mass[j] : 1;
-      if (above < goal && key >= low) atomicMin(&shared.best, key);
+      above += __shfl_xor_sync(~0u, above, 1);
+      above += base + __shfl_xor_sync(~0u, above, 2);
+      if (threadIdx.x % 4 == 0 && above < goal && key >= low) atomicMin(&shared.best, key);
     }
     __syncthreads();
     const uint32_t best = shared.best;
@@ -154,10 +202,12 @@ struct Selection {
     if (num_groups < k) return 0;
     static_assert(kBins == 32 * 8);
     const int lane = threadIdx.x % 32;
+#pragma unroll 1
     for (int shift = 15;; shift += 3) {  // the last is 24
       __syncthreads();
       if (threadIdx.x < kBins) shared.bins[threadIdx.x] = 0;
       __syncthreads();
+#pragma unroll 1
       for (int g = threadIdx.x; g < num_groups; g += kLawThreads) {
         const uint32_t bin = (top - 1 - shared.group_keys[g]) >> shift;
         if (bin < kBins) atomicAdd(&shared.bins[bin], 1u);
@@ -184,17 +234,22 @@ struct Selection {
   }
 };
 
-// Lowers the law to the values that the parameters keep. sum: the row's max and Σ exp2.
+__device__ __forceinline__ uint32_t raise_to_min_p(uint32_t low, uint32_t top, float max,
+                                                   const Parameters& s) {
+  if (!(s.min_p > 0.0f)) return low;
+  const uint32_t key = key_of(fmaxf(min_p_cutoff(max, s), -3.4028235e38f));
+  low = key > low ? key : low;
+  return low < top ? low : top - 1;
+}
+
+// The least key that the parameters keep of a row, and the mass that is kept; nothing is cut off at the
+// key of -inf. sum: the row's max and Σ exp2. bound: from bound_of_top_k.
 template <class T>
-__device__ void truncate(RowLaw& law, LawShared& shared, const RowView<T>& row, float2 sum,
-                         const Parameters& s) {
-  if (threadIdx.x == 0) shared.count = 0;
-  __syncthreads();
-  Selection<T> select{row, (row.length + kGroup - 1) / kGroup, sum.x, s.slope, shared};
+__device__ uint32_t select_slowly(Selection<T>& select, LawShared& shared, const RowView<T>& row, float2 sum,
+                                  const Parameters& s, uint32_t bound, uint64_t& mass) {
   const uint32_t top = key_of(sum.x) + 1, lowest = key_of(minus_infinity()) + 1;
   uint32_t low = lowest;
   if (s.top_k > 0) {
-    const uint32_t bound = select.bound_of_top_k(top, s.top_k);
     // Fewer than k finite values: all of them stay.
     if (bound >= lowest || select.template tally<false>(lowest, top) >= static_cast<uint64_t>(s.top_k))
       low = select.template find<false>(bound > lowest ? bound : lowest, top, static_cast<uint64_t>(s.top_k));
@@ -215,15 +270,123 @@ __device__ void truncate(RowLaw& law, LawShared& shared, const RowView<T>& row, 
     }
     low = select.template find<true>(low, top, mass_to_keep(s.top_p, total));
   }
-  if (s.min_p > 0.0f) {
-    const uint32_t key = key_of(fmaxf(min_p_cutoff(sum.x, s), -3.4028235e38f));
-    low = key > low ? key : low;
-    low = low < top ? low : top - 1;
+  low = raise_to_min_p(low, top, sum.x, s);
+  if (low > lowest) mass = select.template tally<true>(low, top);
+  return low;
+}
+
+// The same where what reaches the bound has been gathered and fits: by every warp for itself, from how
+// many keys, and of what mass, are above each.
+__device__ __forceinline__ uint32_t select_from_list(LawShared& shared, uint32_t top, float max,
+                                                     const Parameters& s, uint64_t& mass) {
+  const uint32_t size = shared.count, lane = threadIdx.x % 32;
+  // Four lanes rank a key.
+#pragma unroll 1
+  for (uint32_t first = threadIdx.x / 32 * 8; first < size; first += kLawThreads / 4) {
+    const uint32_t i = first + lane / 4, key = i < size ? shared.key[i] : ~0u;
+    uint64_t above = 0;
+    uint32_t rank = 0;
+#pragma unroll 1
+    for (uint32_t j = lane % 4; j < size; j += 4)
+      if (shared.key[j] > key) above += shared.mass[j], ++rank;
+    above += __shfl_xor_sync(~0u, above, 1), rank += __shfl_xor_sync(~0u, rank, 1);
+    above += __shfl_xor_sync(~0u, above, 2), rank += __shfl_xor_sync(~0u, rank, 2);
+    if (lane % 4 == 0 && i < size) shared.above[i] = above, shared.rank[i] = rank;
   }
-  if (low == lowest) return;
+  __syncthreads();
+  uint32_t least = ~0u, low = ~0u;
+#pragma unroll 1
+  for (uint32_t i = lane; i < size; i += 32)
+    if (shared.rank[i] < s.top_k) least = min(least, shared.key[i]);
+  least = __reduce_min_sync(~0u, least);
+  const auto mass_from = [&](uint32_t key) {
+    uint64_t sum = 0;
+#pragma unroll 1
+    for (uint32_t i = lane; i < size; i += 32)
+      if (shared.key[i] >= key) sum += shared.mass[i];
+    return warp_sum(sum);
+  };
+  mass = mass_from(least);
+  if (s.top_p < 1.0f) {
+    const uint64_t goal = mass_to_keep(s.top_p, mass);
+#pragma unroll 1
+    for (uint32_t i = lane; i < size; i += 32)
+      if (shared.key[i] >= least && shared.above[i] < goal) low = min(low, shared.key[i]);
+    low = __reduce_min_sync(~0u, low);
+  } else {
+    low = least;
+  }
+  low = raise_to_min_p(low, top, max, s);
+  if (low != least) mass = mass_from(low);
+  return low;
+}
+
+// The token drawn from the values gathered, all that the law keeps: where the prefix sum of their
+// weights, in the order of the tokens, exceeds the draw. For all threads; -1 if nothing has weight.
+__device__ __forceinline__ int draw_from_list(LawShared& shared, const RowLaw& law, uint64_t fraction) {
+  const uint32_t size = shared.count, lane = threadIdx.x % 32;
+  __syncthreads();  // every warp is done with the masses
+#pragma unroll 1
+  for (uint32_t i = threadIdx.x; i < size; i += kLawThreads)
+    shared.mass[i] = to_fixed(softmax_probability(value_of_key(shared.key[i]), law));
+  if (threadIdx.x == 0) shared.best = ~0u;
+  __syncthreads();
+  uint64_t total = 0;
+#pragma unroll 1
+  for (uint32_t i = lane; i < size; i += 32) total += shared.mass[i];
+  total = warp_sum(total);
+  const uint64_t rest = draw(fraction, total);
+#pragma unroll 1
+  for (uint32_t first = threadIdx.x / 32 * 8; first < size; first += kLawThreads / 4) {
+    const uint32_t i = first + lane / 4, token = i < size ? shared.token[i] : 0;
+    uint64_t before = 0;
+#pragma unroll 1
+    for (uint32_t j = lane % 4; j < size; j += 4)
+      if (shared.token[j] < token) before += shared.mass[j];
+    before += __shfl_xor_sync(~0u, before, 1);
+    before += __shfl_xor_sync(~0u, before, 2);
+    if (lane % 4 == 0 && i < size && before <= rest && rest < before + shared.mass[i]) shared.best = token;
+  }
+  __syncthreads();
+  return static_cast<int>(shared.best);
+}
+
+// A row's law, and where it was wanted and cheap, a token drawn from the row (else -1).
+struct LawAndToken {
+  RowLaw law;
+  int token;
+};
+
+// From the row's strips and its groups' keys, by a block. Not inlined: the shared memory is its own, so
+// that it is known to be that.
+template <class T>
+__device__ __noinline__ LawAndToken law_of_row(RowScratch scratch, int64_t slot, RowView<T> row, Parameters s,
+                                               bool draws, uint64_t fraction) {
+  __shared__ LawShared shared;
+  const int num_groups = (row.length + kGroup - 1) / kGroup;
+  const bool truncates = s.truncates();
+#pragma unroll 1
+  for (int g = threadIdx.x; truncates && g < num_groups; g += kLawThreads)
+    shared.group_keys[g] = scratch.group_keys[slot * scratch.num_groups + g];
+  const Joined joined = join_strips(scratch.strips + slot * kMaxStrips, row.length, s.slope,
+                                    static_cast<int>(threadIdx.x) % 32);
+  RowLaw law = joined.law;
+  if (!truncates || joined.sum.x == minus_infinity()) return {law, -1};
+  if (threadIdx.x == 0) shared.count = 0;
+  __syncthreads();
+  Selection<T> select{row, num_groups, joined.sum.x, s.slope, shared};
+  const uint32_t top = key_of(joined.sum.x) + 1, lowest = key_of(minus_infinity()) + 1;
+  const uint32_t bound = s.top_k > 0 ? select.bound_of_top_k(top, s.top_k) : 0;
+  uint64_t mass = 0;
+  const bool listed = bound >= lowest && select.template gather<true>(bound, top) <= kCapacity;
+  const uint32_t low = listed ? select_from_list(shared, top, joined.sum.x, s, mass)
+                              : select_slowly(select, shared, row, joined.sum, s, bound, mass);
+  if (low == lowest) return {law, -1};
   law.cutoff = value_of_key(low);
-  const double mass = static_cast<double>(select.template tally<true>(low, top));
-  law.scale = copysignf(static_cast<float>(0x1p44 / mass), law.scale);
+  law.scale = copysignf(static_cast<float>(0x1p44 / static_cast<double>(mass)), law.scale);
+  RowLaw plain = law;
+  plain.scale = fabsf(law.scale);
+  return {law, listed && draws ? draw_from_list(shared, plain, fraction) : -1};
 }
 
 }  // namespace quantgemm

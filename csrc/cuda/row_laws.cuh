@@ -4,7 +4,8 @@
 // law of a row has the same bits for every grid and batch.
 //
 //   slot = (is it a draft row) * slots + sequence * (max_drafts + 1) + position
-//   laws [2 slots]   group_keys [2 slots, num_groups] where truncation is asked for
+//   strips [2 slots, 64]   laws [2 slots]   states [sequences] (row_waves.cuh)
+//   group_keys [2 slots, num_groups] (truncation only)
 #pragma once
 #include "../sampling.h"
 #include "memory.cuh"
@@ -13,11 +14,21 @@ namespace quantgemm {
 
 constexpr int kGroup = 256;  // values; a warp's 8 values per lane
 
+constexpr int kMaxStrips = 64;
+
+// A multiple of 2048, so that no more than kMaxStrips of them make up a row.
+__host__ __device__ __forceinline__ int strip_length(int row_length) {
+  constexpr int kStep = 2048;
+  return (row_length + kStep * kMaxStrips - 1) / (kStep * kMaxStrips) * kStep;
+}
+
 struct RowScratch {
   int64_t slots;
   int num_groups;
   bool has_keys;
+  float2* strips;  // maximum, and Σ exp2((x - maximum)·slope): negative if there is NaN or +inf
   RowLaw* laws;
+  uint32_t* states;
   uint32_t* group_keys;  // the largest key of each group
 };
 
@@ -27,9 +38,18 @@ __host__ __device__ inline RowScratch scratch_of(const VerifyArgs& a) {
   s.slots = a.num_sequences * (a.max_drafts + 1);
   s.num_groups = static_cast<int>((cols + kGroup - 1) / kGroup);
   s.has_keys = a.parameters.top_k || a.parameters.top_p || a.parameters.min_p;
-  s.laws = static_cast<RowLaw*>(a.row_laws);
-  s.group_keys = reinterpret_cast<uint32_t*>(s.laws + 2 * s.slots);
+  s.strips = static_cast<float2*>(a.row_laws);
+  s.laws = reinterpret_cast<RowLaw*>(s.strips + 2 * s.slots * kMaxStrips);
+  s.states = reinterpret_cast<uint32_t*>(s.laws + 2 * s.slots);
+  s.group_keys = s.states + a.num_sequences;
   return s;
+}
+
+// Who turns strips into laws? A kernel of its own where there are cutoffs to be found for many rows of
+// a sequence, and for trees and blocks; otherwise whoever asks.
+__host__ __device__ __forceinline__ bool laws_are_stored(const VerifyArgs& a) {
+  const bool truncation = a.parameters.top_k || a.parameters.top_p || a.parameters.min_p;
+  return (truncation && a.max_drafts > 0) || a.mode != VerifyMode::kChain;
 }
 
 template <class T>
@@ -38,6 +58,7 @@ struct RowView {
   int length;
   bool aligned;  // for 16-byte loads
 
+  RowView() = default;
   __device__ RowView(const T* row, int64_t n)
       : data(row), length(static_cast<int>(n)), aligned(reinterpret_cast<uintptr_t>(row) % 16 == 0) {}
   __device__ float at(int64_t i) const { return to_float(data[i]); }
@@ -59,23 +80,35 @@ __device__ __forceinline__ int index_in_group(int lane, int e) {
   return sizeof(T) == 4 ? e / 4 * 128 + lane * 4 + e % 4 : lane * 8 + e;
 }
 
+// A lane's part of a group of an aligned row that lies inside it, as it is in memory.
 template <class T>
-__device__ __forceinline__ void unpack16(float (&v)[8], uint4 words) {
-  const uint32_t pairs[4] = {words.x, words.y, words.z, words.w};
-#pragma unroll
-  for (int e = 0; e < 8; ++e) v[e] = to_float(T{static_cast<uint16_t>(pairs[e / 2] >> (16 * (e % 2)))});
-}
-__device__ __forceinline__ void unpack(float* v, float4 x) { v[0] = x.x, v[1] = x.y, v[2] = x.z, v[3] = x.w; }
+struct Vectors {
+  uint4 words[sizeof(T) / 2];
 
-// A group of an aligned row that lies inside it.
+  __device__ __forceinline__ void load(const RowView<T>& row, int begin, int lane) {
+    const uint4* const own = reinterpret_cast<const uint4*>(row.data + begin) + lane;
+    words[0] = __ldg(own);
+    if constexpr (sizeof(T) == 4) words[1] = __ldg(own + 32);
+  }
+  __device__ __forceinline__ void unpack(float (&v)[8]) const {
+    if constexpr (sizeof(T) == 4) {
+#pragma unroll
+      for (int w = 0; w < 2; ++w) {
+        v[4 * w] = __uint_as_float(words[w].x), v[4 * w + 1] = __uint_as_float(words[w].y);
+        v[4 * w + 2] = __uint_as_float(words[w].z), v[4 * w + 3] = __uint_as_float(words[w].w);
+      }
+    } else {
+      const uint32_t pairs[4] = {words[0].x, words[0].y, words[0].z, words[0].w};
+#pragma unroll
+      for (int e = 0; e < 8; ++e) v[e] = to_float(T{static_cast<uint16_t>(pairs[e / 2] >> (16 * (e % 2)))});
+    }
+  }
+};
 template <class T>
 __device__ __forceinline__ void load_vectors(float (&v)[8], const RowView<T>& row, int begin, int lane) {
-  if constexpr (sizeof(T) == 4) {
-    const float4* x = reinterpret_cast<const float4*>(row.data + begin) + lane;
-    unpack(v, __ldg(x)), unpack(v + 4, __ldg(x + 32));
-  } else {
-    unpack16<T>(v, __ldg(reinterpret_cast<const uint4*>(row.data + begin) + lane));
-  }
+  Vectors<T> vectors;
+  vectors.load(row, begin, lane);
+  vectors.unpack(v);
 }
 
 // A group, from a multiple of 256; `fill` stands beyond the end.
@@ -104,6 +137,38 @@ __device__ __forceinline__ uint64_t warp_max(uint64_t x) {
     x = other > x ? other : x;
   }
   return x;
+}
+
+// Combined over a warp: (max, Σ relative to it). Each lane has its max, and its sum relative to base.
+__device__ __forceinline__ float2 warp_join(float max, float base, float sum, float slope) {
+  max = value_of_key(__reduce_max_sync(~0u, key_of(max)));
+  sum = max == minus_infinity() ? 0.0f : sum * relative_weight(base, max, slope);
+  for (int step = 16; step; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
+  return {max, sum};
+}
+
+// A row from its strips, by a warp.
+struct Joined {
+  float2 sum;  // max, Σ exp2
+  RowLaw law;  // without truncation; scale is negative if there is NaN or +inf
+};
+__device__ __forceinline__ Joined join_strips(const float2* strips, int row_length, float slope, int lane) {
+  const int length = strip_length(row_length), num_strips = (row_length + length - 1) / length;
+  float2 own[2];
+#pragma unroll
+  for (int j = 0; j < 2; ++j) {
+    const int strip = lane + 32 * j;
+    own[j] = strip < num_strips ? strips[strip] : float2{minus_infinity(), 0.0f};
+  }
+  const bool bad = __any_sync(~0u, signbit(own[0].y) || signbit(own[1].y));
+  const float max = fmaxf(own[0].x, own[1].x), base = fmaxf(max, -3.4028235e38f);
+  const float sum = fabsf(own[0].y) * relative_weight(own[0].x, base, slope) +
+                    fabsf(own[1].y) * relative_weight(own[1].x, base, slope);
+  Joined out;
+  out.sum = warp_join(max, base, sum, slope);
+  const float scale = out.sum.y != 0.0f ? 1.0f / out.sum.y : 0.0f;
+  out.law = {out.sum.y != 0.0f ? out.sum.x : 0.0f, slope, bad ? -scale : scale, minus_infinity()};
+  return out;
 }
 
 // What a slot stands for, if a row of logits lies there whose law somebody will ask for.

@@ -3,6 +3,7 @@
 // sums a contiguous piece, every block gets all the sums, and the block whose piece holds the draw
 // looks for it there. The sums are integers, so the number of blocks cannot change a token.
 #pragma once
+#include "ptx.cuh"
 #include "row_weights.cuh"
 #include "team.cuh"
 
@@ -11,23 +12,75 @@ namespace quantgemm {
 constexpr int kThreads = 512, kWarps = kThreads / 32, kMaxTeam = 4;
 
 // What a warp tells all blocks of its team: a number, and status bits.
-struct Told {
+struct alignas(16) Told {
   uint64_t number, bits;
 };
 
 struct Shared {
   Told told[2][kMaxTeam * kWarps];  // of all warps of the team, twice in turn
+  uint64_t arrivals[2];             // mbarriers: how many bytes of it have come
   uint64_t parts[2][kWarps];
   uint32_t status;
 };
 
-// Every warp's number to every block, one barrier. A team meets for the first time before this.
+// The next but one exchange may complete.
+__device__ __forceinline__ void expect_told([[maybe_unused]] uint64_t& arrivals, [[maybe_unused]] int ranks) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(&arrivals)),
+               "r"(static_cast<uint32_t>(ranks * kWarps * sizeof(Told)))
+               : "memory");
+#endif
+}
+
+// Before a team meets for the first time.
+__device__ __forceinline__ void prepare(Shared& shared, const Team& team) {
+#if __CUDA_ARCH__ >= 900
+  if (team.ranks > 1 && threadIdx.x == 0) {
+    for (uint64_t& a : shared.arrivals) {
+      asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(&a)) : "memory");
+      expect_told(a, team.ranks);
+    }
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  }
+  __syncwarp();
+#endif
+}
+
+// Every warp's number to every block. Between blocks by stores that count themselves where they arrive
+// (st.async, sm_90): a cluster's barrier would wait for all other memory traffic as well.
 __device__ __forceinline__ void tell(Shared& shared, Team& team, uint64_t number, uint32_t bits) {
-  team.turn ^= 1;
-  if (team.lane < team.ranks)
-    *team.at_rank(&shared.told[team.turn][team.rank * kWarps + team.warp], team.lane) = {number, bits};
-  team.arrive();
-  team.wait();
+  team.turn = (team.turn + 1) & 3;
+  Told* const own = &shared.told[team.turn & 1][team.rank * kWarps + team.warp];
+#if __CUDA_ARCH__ >= 900
+  if (team.ranks > 1) {
+    uint64_t& arrivals = shared.arrivals[team.turn & 1];
+    if (team.lane < team.ranks) {
+      uint32_t there, arrivals_there;
+      asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared_address(own)), "r"(team.lane));
+      asm("mapa.shared::cluster.u32 %0, %1, %2;"
+          : "=r"(arrivals_there)
+          : "r"(shared_address(&arrivals)), "r"(team.lane));
+      asm volatile(
+          "st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.b64 [%0], {%1, %2}, [%3];" ::"r"(there),
+          "l"(number), "l"(uint64_t{bits}), "r"(arrivals_there)
+          : "memory");
+    }
+    // Turns 1 and 2 are the first of the two barriers' phases 0, turns 3 and 0 those of phases 1.
+    const uint32_t parity = team.turn == 3 || team.turn == 0;
+    for (uint32_t done = 0; !done;)
+      asm volatile(
+          "{ .reg .pred done; mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%1], %2;"
+          " selp.u32 %0, 1, 0, done; }"
+          : "=r"(done)
+          : "r"(shared_address(&arrivals)), "r"(parity)
+          : "memory");
+    if (threadIdx.x == 0) expect_told(arrivals, team.ranks);
+    __syncwarp();
+    return;
+  }
+#endif
+  if (team.lane == 0) *own = {number, bits};
+  __syncthreads();
 }
 
 __device__ __forceinline__ uint64_t inclusive_prefix(uint64_t x, int lane) {
@@ -64,7 +117,8 @@ __device__ __forceinline__ int round_up(int n) { return (n + kGroup - 1) / kGrou
 // Rows of weights are Weights<T, …>, or of the same shape: p, sum() and group(). Each warp of a team
 // has a piece of the row.
 __device__ __forceinline__ int piece_length(const Team& team, int row_length) {
-  return round_up((row_length + team.ranks * kWarps - 1) / (team.ranks * kWarps));
+  const int pieces = team.ranks * kWarps;
+  return round_up((row_length + pieces - 1) >> log2_of(pieces));
 }
 
 // Σ of the weights, for all threads of all blocks.
@@ -82,7 +136,7 @@ __device__ __forceinline__ Pieces weigh(Shared& shared, Team& team, const Row& w
 #pragma unroll
   for (int j = 0; j < Pieces::kOwn; ++j) {
     const int i = team.lane * Pieces::kOwn + j;
-    const Told t = i < team.ranks * kWarps ? shared.told[team.turn][i] : Told{0, 0};
+    const Told t = i < team.ranks * kWarps ? shared.told[team.turn & 1][i] : Told{0, 0};
     own += out.own[j] = t.number, bits |= static_cast<uint32_t>(t.bits);
   }
   status |= __reduce_or_sync(~0u, bits);
@@ -119,44 +173,96 @@ __device__ __forceinline__ int find_in_group(const float (&r)[8], uint64_t rest,
   return -1;
 }
 
-// After weigh(): the token where the prefix sum exceeds `rest`, in the one warp that finds it; -1 in
-// all others. The block that owns the piece has read it a moment ago.
+constexpr int kElsewhere = -1, kNowhere = -2;
+
+// The token where the prefix sum exceeds `rest` in the part of a row of this length from `begin` on, by
+// a block: the warp that finds it knows it, for all others it is kElsewhere. Where `of` is given, rest
+// is a share of that many instead of the part's sum, and kNowhere the answer if the sum is 0.
 template <class T, class Row>
-__device__ __forceinline__ int find_draw(Shared& shared, const Team& team, const Row& weights,
-                                         const Pieces& pieces, uint64_t rest) {
-  const int piece = pieces.find(rest);
-  if (piece / kWarps != team.rank) return -1;
-  int length = piece_length(team, weights.p.length), begin = piece * length;
+__device__ __forceinline__ int find_in_part(Shared& shared, const Team& team, const Row& weights, int begin,
+                                            int length, uint64_t rest, uint64_t of = 0) {
+#pragma unroll 1
   for (int turn = 0;; turn ^= 1) {
-    // The same again inside the piece, its parts shared by the warps of the block.
     const int end = begin + length < weights.p.length ? begin + length : weights.p.length;
     length = round_up((length + kWarps - 1) / kWarps);
     float r[8];
-    bool bad = false;  // the first pass has told
-    FixedSum sum;
+    bool bad = false;  // whoever summed the row has told
+    uint64_t part = 0;
+#pragma unroll 1
     for (int g = begin + team.warp * length; g < begin + (team.warp + 1) * length && g < end; g += kGroup) {
       weights.group(r, g, team.lane, bad);
-      for (const float x : r) sum.add(x);
+      part += fixed_sum(r);
     }
-    const uint64_t part = warp_sum(sum.value());
+    part = warp_sum(part);
     if (team.lane == 0) shared.parts[turn][team.warp] = part;
     __syncthreads();
     const uint64_t own = team.lane < kWarps ? shared.parts[turn][team.lane] : 0;
     const uint64_t prefix = inclusive_prefix(own, team.lane);
+    if (of != 0) {
+      const uint64_t total = __shfl_sync(~0u, prefix, 31);
+      if (total == 0) return kNowhere;
+      rest = static_cast<uint64_t>(static_cast<double>(rest) / static_cast<double>(of) *
+                                   static_cast<double>(total));
+      rest = rest < total ? rest : total - 1, of = 0;
+    }
     const int which = __ffs(__ballot_sync(~0u, prefix > rest)) - 1;
     rest -= __shfl_sync(~0u, prefix - own, which);
     begin += which * length;
     if (length > kGroup) continue;
-    return team.warp == which ? begin + find_in_group<T>(r, rest, team.lane) : -1;
+    return team.warp == which ? begin + find_in_group<T>(r, rest, team.lane) : kElsewhere;
   }
 }
 
-// The largest value's index, the lowest on ties; by all blocks, for all blocks.
+// After weigh(): the token where the prefix sum exceeds `rest`, in the one warp that finds it. The
+// block that owns the piece has read it a moment ago.
+template <class T, class Row>
+__device__ __forceinline__ int find_draw(Shared& shared, const Team& team, const Row& weights,
+                                         const Pieces& pieces, uint64_t rest) {
+  const int piece = pieces.find(rest);
+  if (piece / kWarps != team.rank) return kElsewhere;
+  const int length = piece_length(team, weights.p.length);
+  return find_in_part<T>(shared, team, weights, piece * length, length, rest);
+}
+
+// The token of a row from which nothing has been taken: if it is one of logits, and nothing is cut off,
+// the sums of its strips tell the strip, and only that is read. kNowhere if the row must be weighed.
+// By each block for itself; the first one's answer counts.
+template <class T, class Row>
+__device__ __forceinline__ int find_by_strips(Shared& shared, const Team& team, const Row& weights,
+                                              const RowLaw& law, const float2* strips, uint64_t fraction) {
+  static_assert(kMaxStrips == 64);
+  if (law.slope == 0.0f || law.cutoff != minus_infinity()) return kNowhere;
+  const int length = strip_length(weights.p.length);
+  const int num_strips = (weights.p.length + length - 1) / length;
+  uint64_t own[2];
+#pragma unroll
+  for (int j = 0; j < 2; ++j) {
+    const int strip = 2 * team.lane + j;
+    const float2 sum = strip < num_strips ? strips[strip] : float2{minus_infinity(), 0.0f};
+    own[j] =
+        to_fixed(multiply(multiply(fabsf(sum.y), relative_weight(sum.x, law.max, law.slope)), law.scale));
+  }
+  const uint64_t prefix = inclusive_prefix(own[0] + own[1], team.lane);
+  const uint64_t total = __shfl_sync(~0u, prefix, 31);
+  if (total == 0) return kNowhere;
+  const uint64_t rest = draw(fraction, total);
+  const int lane = __ffs(__ballot_sync(~0u, prefix > rest)) - 1;
+  const uint64_t first = __shfl_sync(~0u, own[0], lane), second = __shfl_sync(~0u, own[1], lane);
+  const uint64_t left = rest - (__shfl_sync(~0u, prefix, lane) - first - second);
+  const bool is_second = left >= first;
+  const int token = find_in_part<T>(shared, team, weights, (2 * lane + is_second) * length, length,
+                                    is_second ? left - first : left, is_second ? second : first);
+  return token >= 0 && team.rank != 0 ? kElsewhere : token;
+}
+
+// The largest value's index, the lowest on ties, and status bits; by all blocks, for all blocks.
+struct Largest {
+  int index;
+  uint32_t bits;
+};
 template <class T>
-__device__ __noinline__ int argmax(Shared& shared, Team& team, const RowView<T>& row, bool is_logits,
-                                   uint32_t& status) {
-  const int num_pieces = team.ranks * kWarps;
-  const int length = round_up((row.length + num_pieces - 1) / num_pieces);
+__device__ __noinline__ Largest find_largest(Shared& shared, Team team, RowView<T> row, bool is_logits) {
+  const int num_pieces = team.ranks * kWarps, length = piece_length(team, row.length);
   const int begin = (team.rank * kWarps + team.warp) * length;
   const int end = begin + length < row.length ? begin + length : row.length;
   uint64_t best = 0;
@@ -178,11 +284,18 @@ __device__ __noinline__ int argmax(Shared& shared, Team& team, const RowView<T>&
   best = 0;
   uint32_t bits = 0;
   for (int i = team.lane; i < num_pieces; i += 32) {
-    const Told t = shared.told[team.turn][i];
+    const Told t = shared.told[team.turn & 1][i];
     best = t.number > best ? t.number : best, bits |= static_cast<uint32_t>(t.bits);
   }
-  status |= __reduce_or_sync(~0u, bits);
-  return static_cast<int>(~static_cast<uint32_t>(warp_max(best)));
+  return {static_cast<int>(~static_cast<uint32_t>(warp_max(best))), __reduce_or_sync(~0u, bits)};
+}
+template <class T>
+__device__ __forceinline__ int argmax(Shared& shared, Team& team, const RowView<T>& row, bool is_logits,
+                                      uint32_t& status) {
+  const Largest largest = find_largest(shared, team, row, is_logits);
+  team.turn = (team.turn + 1) & 3;  // that was told once
+  status |= largest.bits;
+  return largest.index;
 }
 
 // A team per sequence: at most one block per multiprocessor, each with 4096 values at least. Not 8:

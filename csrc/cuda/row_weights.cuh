@@ -8,29 +8,28 @@ namespace quantgemm {
 // rint(x·2^44) in two parts, hi·2^23 + lo, with four float operations: far faster than a conversion
 // to 64 bits. x in [0, 1]; adding 2^23 (1.5·2^23) leaves an integer in the low bits of the float.
 struct FixedSum {
-  uint32_t hi = 0;
-  int32_t lo = 0;
+  uint32_t hi = 0, lo = 0;
 
-  __device__ __forceinline__ void add(float x) {
-    const float y = fmaf(x, 0x1p21f, 0x1p23f);
-    const float rest = fmaf(y - 0x1p23f, -0x1p-21f, x);  // exact
-    const float z = fmaf(rest, 0x1p44f, 0x1.8p23f);
-    hi += __float_as_uint(y) - 0x4b000000u;
-    lo += __float_as_int(z) - 0x4b400000;
+  __device__ __forceinline__ void add(const float (&values)[8]) {
+#pragma unroll
+    for (const float x : values) {
+      const float y = fmaf(x, 0x1p21f, 0x1p23f);
+      const float rest = fmaf(y - 0x1p23f, -0x1p-21f, x);  // exact
+      const float z = fmaf(rest, 0x1p44f, 0x1.8p23f);
+      hi += __float_as_uint(y), lo += __float_as_uint(z);
+    }
+    hi -= 8 * 0x4b000000u, lo -= 8 * 0x4b400000u;
   }
   __device__ __forceinline__ uint64_t value() const {
-    return (uint64_t{hi} << 23) + static_cast<uint64_t>(static_cast<int64_t>(lo));
+    return (uint64_t{hi} << 23) + static_cast<uint64_t>(int64_t{static_cast<int32_t>(lo)});
   }
 };
 
 __device__ __forceinline__ uint64_t fixed_sum(const float (&r)[8]) {
   FixedSum sum;
-#pragma unroll
-  for (const float x : r) sum.add(x);
+  sum.add(r);
   return sum.value();
 }
-
-enum class Subtract { kNothing, kProbabilities, kLogits, kMapped };
 
 // NaN, +inf or a negative number among probabilities. All of [0, 2) have none of the top two bits.
 __device__ __forceinline__ bool any_bad(const float (&x)[8]) {
@@ -45,56 +44,46 @@ __device__ __forceinline__ bool any_bad(const float (&x)[8]) {
   return bad;
 }
 
-// The stopping row: weights of its tokens.
-template <class T, int Ahead>
+// The stopping row: weights of its tokens. A launch runs this code once, and fetching instructions is
+// what takes long then: loops are rolled, and a common case is told apart from all others.
+template <class T, bool Logits, int Ahead>
 struct Weights {
   RowView<T> p, q;  // q.data null: the draft is one token, or there is none
   RowLaw p_law, q_law;
   const int64_t* map;          // target_to_draft or null
   int one_hot;                 // the drafted token if q is one-hot, else -1
   const uint32_t* group_keys;  // of a truncated p: groups below the cutoff weigh nothing; or null
+  int inside;                  // groups that end here or before are common
 
-  // Calls f with what is known when the kernel is compiled about p and q.
-  template <class Fn>
-  __device__ __forceinline__ auto visit(Fn f) const {
-    using enum Subtract;
-    if (p_law.slope == 0.0f) {
-      if (q.data == nullptr) return f.template operator()<false, kNothing>();
-      if (map == nullptr && q_law.slope == 0.0f) return f.template operator()<false, kProbabilities>();
-      return f.template operator()<false, kMapped>();
-    }
-    if (q.data == nullptr) return f.template operator()<true, kNothing>();
-    if (map == nullptr && q_law.slope != 0.0f) return f.template operator()<true, kLogits>();
-    return f.template operator()<true, kMapped>();
+  // Aligned rows of the same kind and vocabulary; of logits nothing truncated, no NaN or +inf.
+  __device__ __forceinline__ void find_common(bool bad) {
+    const auto plain = [&](const RowView<T>& row, const RowLaw& law) {
+      if (!row.aligned) return false;
+      return Logits ? law.slope != 0.0f && law.cutoff == minus_infinity() && law.scale > 0.0f
+                    : law.slope == 0.0f;
+    };
+    inside = !bad && plain(p, p_law) ? p.length : 0;
+    if (q.data != nullptr) inside = map == nullptr && plain(q, q_law) ? min(inside, q.length) : 0;
   }
 
-  __device__ float mapped_q(int i, bool& bad) const {
-    const int64_t j = map ? map[i] : i;
-    if (j < 0 || j >= q.length) return 0.0f;
-    const float y = q.at(j);
-    bad |= map == nullptr && is_bad_value(y, q_law.slope != 0.0f);
-    return probability(y, q_law);
-  }
-
-  // max(p - q, 0) from loaded groups p in r and q in y. `bad` collects what is no probability; of
-  // logits the row statistics know.
-  template <bool Logits, Subtract Q>
-  __device__ __forceinline__ void finish(float (&r)[8], const float (&y)[8], int begin, int lane,
-                                         bool& bad) const {
+  // max(p - q, 0) of a common group from what was loaded of p in r and of q in y. `bad` collects what
+  // is no probability; of logits the laws know.
+  template <bool HasQ>
+  __device__ __forceinline__ void finish(float (&r)[8], const float (&y)[8], const RowLaw& p_how,
+                                         const RowLaw& q_how, int begin, int lane, bool& bad) const {
     if constexpr (!Logits) bad |= any_bad(r);
-    if constexpr (Q == Subtract::kProbabilities) bad |= any_bad(y);
+    if constexpr (!Logits && HasQ) bad |= any_bad(y);
+    const auto law = [](float x, const RowLaw& how) {
+      if constexpr (!Logits) return clean_probability(x);
+      return __saturatef(multiply(relative_weight(x, how.max, how.slope), how.scale));
+    };
 #pragma unroll
     for (int e = 0; e < 8; ++e) {
-      r[e] = Logits ? softmax_probability(r[e], p_law) : clean_probability(r[e]);
-      if constexpr (Q == Subtract::kProbabilities) r[e] = residual(r[e], clean_probability(y[e]));
-      if constexpr (Q == Subtract::kLogits) r[e] = residual(r[e], softmax_probability(y[e], q_law));
-      if constexpr (Q == Subtract::kMapped) {
-        const int i = begin + index_in_group<T>(lane, e);
-        if (i < p.length) r[e] = residual(r[e], mapped_q(i, bad));
-      }
+      r[e] = law(r[e], p_how);
+      if constexpr (HasQ) r[e] = residual(r[e], law(y[e], q_how));
     }
-    if constexpr (Q == Subtract::kNothing) {
-      if (one_hot >= begin && one_hot < begin + kGroup) {
+    if constexpr (!HasQ) {
+      if (static_cast<uint32_t>(one_hot - begin) < kGroup) {
 #pragma unroll
         for (int e = 0; e < 8; ++e)
           if (begin + index_in_group<T>(lane, e) == one_hot) r[e] = 0.0f;
@@ -102,73 +91,119 @@ struct Weights {
     }
   }
 
-  template <Subtract Q>
-  static constexpr bool kReadsQ = Q == Subtract::kProbabilities || Q == Subtract::kLogits;
-
-  template <bool Logits, Subtract Q>
-  __device__ __forceinline__ void of_group(float (&r)[8], int begin, int lane, bool& bad) const {
-    float y[8] = {};
-    load_group(r, p, begin, lane, Logits ? minus_infinity() : 0.0f);
-    if constexpr (kReadsQ<Q>) load_group(y, q, begin, lane, Q == Subtract::kLogits ? minus_infinity() : 0.0f);
-    finish<Logits, Q>(r, y, begin, lane, bad);
+  // Any group; out of the way of the common ones.
+  struct Group {
+    float values[8];
+    bool bad;
+  };
+  static __device__ __noinline__ Group other_group(Weights w, int begin, int lane) {
+    const bool p_is_logits = Logits && w.p_law.slope != 0.0f, q_is_logits = Logits && w.q_law.slope != 0.0f;
+    const bool is_mapped = w.map != nullptr, has_q = w.q.data != nullptr;
+    Group out;
+    float (&r)[8] = out.values;
+    float y[8];
+    load_group(r, w.p, begin, lane, p_is_logits ? minus_infinity() : 0.0f);
+    if (has_q && !is_mapped) load_group(y, w.q, begin, lane, q_is_logits ? minus_infinity() : 0.0f);
+    out.bad = !p_is_logits && any_bad(r);
+#pragma unroll
+    for (int e = 0; e < 8; ++e) {
+      const int i = begin + index_in_group<T>(lane, e);
+      const float p_here = p_is_logits ? softmax_probability(r[e], w.p_law) : clean_probability(r[e]);
+      r[e] = i == w.one_hot ? 0.0f : p_here;
+      if (!has_q || i >= w.p.length) continue;
+      if (is_mapped) {
+        const int64_t j = w.map[i];
+        if (j < 0 || j >= w.q.length) continue;
+        y[e] = w.q.at(j);
+      } else {
+        out.bad |= !(p_is_logits && q_is_logits) && i < w.q.length && is_bad_value(y[e], q_is_logits);
+      }
+      r[e] = residual(r[e], q_is_logits ? softmax_probability(y[e], w.q_law) : clean_probability(y[e]));
+    }
+    return out;
   }
 
   __device__ __forceinline__ void group(float (&r)[8], int begin, int lane, bool& bad) const {
-    visit([&]<bool Logits, Subtract Q>() {
-      of_group<Logits, Q>(r, begin, lane, bad);
-      return 0;
-    });
+    if (begin + kGroup > inside) {
+      const Group other = other_group(*this, begin, lane);
+      bad |= other.bad;
+#pragma unroll
+      for (int e = 0; e < 8; ++e) r[e] = other.values[e];
+      return;
+    }
+    float y[8];
+    load_vectors(r, p, begin, lane);
+    if (q.data != nullptr) {
+      load_vectors(y, q, begin, lane);
+      finish<true>(r, y, p_law, q_law, begin, lane, bad);
+    } else {
+      finish<false>(r, y, p_law, q_law, begin, lane, bad);
+    }
   }
 
-  // Ahead groups in flight per warp as long as both lie inside aligned rows.
-  template <bool Logits, Subtract Q>
-  __device__ __forceinline__ uint64_t sum_all(int begin, int end, int lane, bool& bad) const {
+  // Common groups; per warp Ahead of them are in flight, and as many being worked on.
+  template <bool HasQ>
+  __device__ __forceinline__ uint64_t sum_common(int& begin, int end, int lane, bool& bad) const {
+    constexpr int kStep = Ahead * kGroup;
+    constexpr bool kBuffered = Ahead > 1 || sizeof(T) == 2;  // else registers are short
+    const RowLaw p_how = p_law, q_how = q_law;
     uint64_t total = 0;
-    int inside = p.aligned && (!kReadsQ<Q> || q.aligned) ? min(end, p.length) : 0;
-    if (kReadsQ<Q>) inside = min(inside, q.length);
-    for (; begin + Ahead * kGroup <= inside; begin += Ahead * kGroup) {
-      float r[Ahead][8], y[Ahead][8] = {};
+    if (begin + kStep > end) return 0;
+    Vectors<T> own[Ahead], own_q[Ahead], next[Ahead] = {}, next_q[Ahead] = {};
+    const auto load = [&](Vectors<T>(&v)[Ahead], Vectors<T>(&v_q)[Ahead], int at) {
 #pragma unroll
       for (int u = 0; u < Ahead; ++u) {
-        load_vectors(r[u], p, begin + u * kGroup, lane);
-        if constexpr (kReadsQ<Q>) load_vectors(y[u], q, begin + u * kGroup, lane);
+        v[u].load(p, at + u * kGroup, lane);
+        if constexpr (HasQ) v_q[u].load(q, at + u * kGroup, lane);
       }
+    };
+    if constexpr (kBuffered) load(own, own_q, begin);
+#pragma unroll 1
+    for (bool more = true; more; begin += kStep) {
+      more = begin + 2 * kStep <= end;
+      if constexpr (!kBuffered) load(own, own_q, begin);
+      if (kBuffered && more) load(next, next_q, begin + kStep);
+      FixedSum sum;
 #pragma unroll
       for (int u = 0; u < Ahead; ++u) {
-        finish<Logits, Q>(r[u], y[u], begin + u * kGroup, lane, bad);
-        total += fixed_sum(r[u]);
+        float r[8], y[8];
+        own[u].unpack(r);
+        if constexpr (HasQ) own_q[u].unpack(y);
+        finish<HasQ>(r, y, p_how, q_how, begin + u * kGroup, lane, bad);
+        sum.add(r);
+        if constexpr (kBuffered) own[u] = next[u], own_q[u] = next_q[u];
       }
-    }
-    for (; begin < end; begin += kGroup) {
-      float r[8];
-      of_group<Logits, Q>(r, begin, lane, bad);
-      total += fixed_sum(r);
+      total += sum.value();
     }
     return total;
   }
 
-  // The same, visiting only groups that reach the cutoff.
-  template <bool Logits, Subtract Q>
-  __device__ __forceinline__ uint64_t sum_kept(int begin, int end, int lane, bool& bad) const {
+  // By a warp, from one boundary of a group to another or the end of the row.
+  __device__ __forceinline__ uint64_t sum(int begin, int end, int lane, bool& bad) const {
     uint64_t total = 0;
+    if (begin < inside) {
+      const int common = min(end, inside);
+      total = q.data != nullptr ? sum_common<true>(begin, common, lane, bad)
+                                : sum_common<false>(begin, common, lane, bad);
+    }
     const uint32_t least = key_of(p_law.cutoff);
-    for (; begin < end; begin += 32 * kGroup) {
+#pragma unroll 1
+    while (begin < end) {
+      // Of 32 groups those that reach the cutoff.
       const int own = begin + lane * kGroup;
-      uint32_t wanted = __ballot_sync(~0u, own < end && group_keys[own / kGroup] >= least);
+      uint32_t wanted =
+          __ballot_sync(~0u, own < end && (group_keys == nullptr || group_keys[own / kGroup] >= least));
+#pragma unroll 1
       for (; wanted; wanted &= wanted - 1) {
         float r[8];
-        of_group<Logits, Q>(r, begin + (__ffs(wanted) - 1) * kGroup, lane, bad);
-        total += fixed_sum(r);
+        group(r, begin + (__ffs(wanted) - 1) * kGroup, lane, bad);
+        FixedSum sum;
+        sum.add(r);
+        total += sum.value();
       }
+      begin += 32 * kGroup;
     }
-    return total;
-  }
-
-  __device__ __forceinline__ uint64_t sum(int begin, int end, int lane, bool& bad) const {  // by a warp
-    return warp_sum(visit([&]<bool Logits, Subtract Q>() -> uint64_t {
-      if (Logits && group_keys != nullptr) return sum_kept<Logits, Q>(begin, end, lane, bad);
-      return sum_all<Logits, Q>(begin, end, lane, bad);
-    }));
+    return warp_sum(total);
   }
 };
 

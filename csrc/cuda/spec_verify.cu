@@ -1,149 +1,316 @@
 // SPDX-License-Identifier: MIT
-// Verification and the draw, one launch: a team of 1…8 blocks owns a sequence. Every warp finds the
-// first position that stops (rejected, or the bonus) from a few gathered values (verdict.cuh), then
+// Verification and the draw, one launch: a team of 1…4 blocks owns a sequence. The first warp of each
+// finds the position that stops (rejected, or the bonus) from a few gathered values (verdict.cuh), then
 // all draw from that row together (row_team.cuh). Only the stopping row of p, and of q, is read.
+// Limit at small batches: fetching instructions that run once. So they are few, and loops are rolled.
 #include "launch.h"
+#include "row_cutoff.cuh"
 #include "row_team.cuh"
 #include "verdict.cuh"
 
 namespace quantgemm {
 namespace {
 
-// What a sequence ends with: `accepted` drafts, then a token.
-struct Ending {
-  int64_t accepted = -1;
-  int token = -1;        // -1 where another warp knows it
-  float logprob = 0.0f;  // where the token is known
-  RowLaw law;
-  bool is_point = false;  // a distribution of one token
+constexpr int kFewAhead = 2;  // groups in flight per warp where blocks are few
+
+// Where a sequence stops, and how its last token is drawn. Found by the first warp of each block.
+template <class T, bool Logits, int Ahead>
+struct Stop {
+  Weights<T, Logits, Ahead> weights;
+  Rows rows;
+  float temperature;
+  int64_t accepted;  // -1: not found yet
+  // Of the 32 positions looked at last: noise of the drafts and of the token, and the drafts.
+  uint64_t fractions[2][32];
+  uint32_t noise_status[2][32];
+  int64_t tokens[32];
+  float p_tokens[32];
+  uint32_t status;
+  int token;  // where it is known already, else -1
+  bool greedy, has_draft, bad;
+
+  // By a lane of each block, once what stops is known.
+  __device__ __forceinline__ void open_row(const VerifyArgs& args, int64_t sequence, const RowLaw& p_law,
+                                           const RowLaw& q_law, int64_t draft_token) {
+    const RowView<T> no_row(nullptr, 0);
+    const bool has_row = rows.drafts >= 0, has_q = has_draft && args.draft != nullptr;
+    weights.p = target_row<T>(args, has_row ? rows.first + accepted : 0);
+    weights.q = has_q ? draft_row<T>(args, sequence, accepted) : no_row;
+    weights.p_law = p_law, weights.q_law = q_law;
+    weights.map = args.target_to_draft;
+    weights.one_hot = has_draft && !has_q ? static_cast<int>(draft_token) : -1;
+    weights.group_keys = nullptr;
+    if (Logits && p_law.cutoff != minus_infinity()) {
+      const RowScratch scratch = scratch_of(args);
+      weights.group_keys =
+          scratch.group_keys + (sequence * (args.max_drafts + 1) + accepted) * scratch.num_groups;
+    }
+    weights.find_common(bad);
+  }
 };
 
-template <class T>
-__device__ Ending end_greedy(const VerifyArgs& args, Shared& shared, Team& team, const Rows& rows,
-                             uint32_t& status) {
-  for (int64_t k = 0;; ++k) {
-    const RowView<T> row = target_row<T>(args, rows.first + k);
-    const int best = argmax(shared, team, row, args.target_is_logits, status);
-    const int64_t token = k < rows.drafts ? args.drafts[team.task * args.max_drafts + k] : -1;
-    if (k < rows.drafts && token == best) continue;
-    if (token < -1 || token >= args.vocab) status |= kBadToken;
-    const float top = args.target_is_logits ? clean_logit(row.at(best)) : clean_probability(row.at(best));
-    if (top == (args.target_is_logits ? minus_infinity() : 0.0f)) status |= kNoMass;
-    return {k, best, 0.0f, {top, 0.0f, 1.0f, top}, true};
+// What a sequence ends with.
+struct Ending {
+  int token = -1;        // -1 where another warp knows it
+  float logprob = 0.0f;  // where the token is known
+  RowLaw law{};
+  bool is_point = false, all_know = false;  // a distribution of one token; every warp knows it
+};
+
+// Nothing after position `last`. By a warp.
+__device__ __forceinline__ void clear_after(const VerifyArgs& args, const Team& team, int64_t last) {
+  const int64_t columns = args.max_drafts + 1;
+  for (int64_t k = last + 1 + team.lane; k < columns; k += 32) {
+    args.tokens[team.task * columns + k] = -1;
+    if (args.logprobs) args.logprobs[team.task * columns + k] = 0.0f;
   }
 }
 
-__device__ __forceinline__ RowLaw broadcast(const RowLaw& law, int lane) {
-  return {__shfl_sync(~0u, law.max, lane), __shfl_sync(~0u, law.slope, lane),
-          __shfl_sync(~0u, law.scale, lane), __shfl_sync(~0u, law.cutoff, lane)};
+// The accepted drafts of [first, end), of the 32 looked at last. By a warp.
+template <class AnyStop>
+__device__ __forceinline__ void write_drafts(const VerifyArgs& args, const Team& team, const AnyStop& stop,
+                                             int64_t first, int64_t end) {
+  const int64_t k = first + team.lane, columns = args.max_drafts + 1;
+  if (k >= end) return;
+  args.tokens[team.task * columns + k] = stop.tokens[team.lane];
+  if (args.logprobs) args.logprobs[team.task * columns + k] = logf(stop.p_tokens[team.lane]);
 }
 
-// The first position that stops, for all lanes. The first block writes what was accepted before it.
-template <class T>
-__device__ Verdict find_stop(const VerifyArgs& args, const Team& team, const Rows& rows, const Parameters& s,
-                             int64_t& accepted, uint32_t& status) {
+// Positions are looked at 32 in one go, one per lane. What is known at once is shared out: the first
+// warp gathers values, the next two find the noise of the drafts and of the token, the fourth looks at
+// the parameters, and whoever is free joins the laws. Then the first one judges.
+template <class T, bool Logits, int Ahead>
+__device__ __forceinline__ void find_stop(const VerifyArgs& args, Stop<T, Logits, Ahead>& stop,
+                                          LawTable& table, const Team& team) {
   const int64_t columns = args.max_drafts + 1;
+  Rows rows{};
+  uint32_t status = 0;
+  Parameters s{};
+  if (Logits || team.warp == 3) {
+    uint32_t bits = 0;
+    s = parameters_of(args.parameters, team.task, args.vocab, bits);
+    if (threadIdx.x == 3 * 32) stop.greedy = s.greedy, stop.temperature = s.temperature, stop.status = bits;
+  }
+#pragma unroll 1
   for (int64_t first = 0;; first += 32) {
     const int64_t k = first + team.lane;
-    const Draft d = gather_draft<T>(args, team.task, rows, k);
-    if (first == 0 && needs_laws(args)) wait_for_previous_kernel();
-    Verdict v = judge(args, team.task, k <= rows.drafts ? k : rows.drafts, d, s);
-    const uint32_t stops = __ballot_sync(~0u, v.stops);
-    const int here = stops ? __ffs(stops) - 1 : 32;
-    status |= __reduce_or_sync(~0u, team.lane <= here ? v.status : 0);
-    if (args.logprobs && team.rank == 0 && team.warp == 0 && team.lane < here)
-      args.logprobs[team.task * columns + k] = logf(v.p_token);
-    accepted = first + here;
-    if (here == 32) continue;
-    v.p_law = broadcast(v.p_law, here), v.q_law = broadcast(v.q_law, here);
-    v.has_draft = __shfl_sync(~0u, static_cast<int>(v.has_draft), here);
-    return v;
+    Draft d{};
+    if (team.warp == 0) {
+      const int64_t token = draft_token(args, team.task, k);  // in the same round trip as cu_rows
+      if (first == 0) rows = rows_of(args, team.task, status);
+      d = gather_values<T>(args, team.task, rows, k, token);
+    } else if (team.warp < 3 && k < columns) {
+      const bool of_draft = team.warp == 1;
+      uint32_t bits = 0;
+      stop.fractions[team.warp - 1][team.lane] =
+          noise_at(args, team.task, of_draft ? k : args.max_drafts, k,
+                   of_draft ? static_cast<uint32_t>(kAcceptDomain) : args.token_domain,
+                   of_draft ? 0 : args.turn, bits);
+      stop.noise_status[team.warp - 1][team.lane] = bits;
+    }
+    if constexpr (Logits) {
+      if (first == 0) {
+        if (needs_laws(args)) wait_for_previous_kernel();
+        let_next_kernel_start();
+      }
+      const int64_t some = columns - first < 32 ? columns - first : 32;
+      fill_laws(args, table, team.task, first, static_cast<int>(some), s.slope);
+    }
+    __syncthreads();
+    if (team.warp == 0) {
+      if (d.valid) d.fraction = stop.fractions[0][team.lane], d.status |= stop.noise_status[0][team.lane];
+      const Verdict v = judge<Logits>(args, table, team.task, k <= rows.drafts ? k : rows.drafts, d, s);
+      const bool judges = rows.drafts >= 0 && !stop.greedy;
+      const uint32_t stops = __ballot_sync(~0u, v.stops);
+      const int here = judges ? (stops ? __ffs(stops) - 1 : 32) : 0;
+      if (judges) status |= __reduce_or_sync(~0u, team.lane <= here ? v.status : 0);
+      stop.tokens[team.lane] = d.token;
+      stop.p_tokens[team.lane] = v.p_token;
+      if (here == 32 && team.rank == 0) write_drafts(args, team, stop, first, first + 32);
+      if (team.lane == (here & 31)) {
+        stop.rows = rows, stop.accepted = here < 32 ? first + here : -1;
+        stop.has_draft = v.has_draft, stop.bad = v.bad;
+        if (here < 32) stop.status |= status;
+        if (here < 32 && judges) {
+          stop.status |= stop.noise_status[1][team.lane];
+          stop.open_row(args, team.task, v.p_law, v.q_law, d.token);
+        }
+      }
+    }
+    __syncthreads();
+    if (stop.accepted >= 0) return;
   }
 }
 
-template <class T, int Ahead>
-__device__ Ending end_sampled(const VerifyArgs& args, Shared& shared, Team& team, const Rows& rows,
-                              const Parameters& s, uint32_t& status) {
-  int64_t accepted = 0;
-  const Verdict last = find_stop<T>(args, team, rows, s, accepted, status);
-  const RowView<T> p = target_row<T>(args, rows.first + accepted);
-  Weights<T, Ahead> weights{p, RowView<T>(nullptr, 0), last.p_law, last.q_law, nullptr, -1, nullptr};
-  if (last.p_law.cutoff != minus_infinity()) {
+// The same without drafts, from a row of logits.
+template <class T, bool Logits, int Ahead>
+__device__ __forceinline__ void find_only_row(const VerifyArgs& args, Stop<T, Logits, Ahead>& stop,
+                                              const Team& team) {
+  uint32_t status = 0, noise_status = 0;
+  const Parameters s = parameters_of(args.parameters, team.task, args.vocab, status);
+  const Rows rows = rows_of(args, team.task, status);
+  const uint64_t fraction = token_noise(args, team.task, 0, noise_status);
+  wait_for_previous_kernel();
+  let_next_kernel_start();
+  RowLaw law = stored_law();
+  int token = -1;
+  if (rows.drafts >= 0 && !s.greedy) {
     const RowScratch scratch = scratch_of(args);
-    weights.group_keys =
-        scratch.group_keys + (team.task * (args.max_drafts + 1) + accepted) * scratch.num_groups;
-  }
-  if (last.has_draft) {
-    if (args.draft != nullptr) {
-      weights.q = draft_row<T>(args, team.task, accepted);
-      weights.map = args.target_to_draft;
+    if (s.truncates()) {
+      const RowView<T> row = target_row<T>(args, rows.first);
+      const LawAndToken found = law_of_row(scratch, team.task, row, s, true, fraction);
+      law = found.law, token = found.token;
     } else {
-      weights.one_hot = static_cast<int>(args.drafts[team.task * args.max_drafts + accepted]);
+      const float2* const strips = scratch.strips + team.task * kMaxStrips;
+      law = join_strips(strips, static_cast<int>(args.vocab), s.slope, team.lane).law;
     }
   }
-  const uint64_t fraction = token_noise(args, team.task, accepted, status);
-  Pieces pieces = weigh(shared, team, weights, status);
-  if (pieces.total == 0 && last.has_draft) {
-    status |= kEmptyResidual;
-    weights.q = RowView<T>(nullptr, 0), weights.one_hot = -1;
-    pieces = weigh(shared, team, weights, status);
+  if (threadIdx.x == 0) {
+    stop.bad = signbit(law.scale), law.scale = fabsf(law.scale);
+    stop.has_draft = false;
+    stop.rows = rows, stop.temperature = s.temperature, stop.greedy = s.greedy;
+    stop.status = status | (stop.bad ? kBadValue : 0), stop.accepted = 0;
+    if (rows.drafts >= 0 && !s.greedy) stop.status |= noise_status;
+    stop.fractions[1][0] = fraction, stop.token = token;
+    if (rows.drafts >= 0 && !s.greedy) stop.open_row(args, team.task, law, law, -1);
   }
-  Ending out{accepted, -1, 0.0f, last.p_law, false};
-  if (pieces.total == 0) {
-    status |= kNoMass;
-    out.token = argmax(shared, team, p, args.target_is_logits, status);
+  __syncthreads();
+}
+
+struct Greedy {
+  int token;
+  float top;
+  int64_t accepted;
+  uint32_t status;
+};
+template <class T>
+__device__ __noinline__ Greedy walk_greedily(const VerifyArgs& args, Shared& shared, Team team, Rows rows) {
+  Greedy out{0, 0.0f, 0, 0};
+#pragma unroll 1
+  for (;; ++out.accepted) {
+    const int64_t k = out.accepted;
+    const RowView<T> row = target_row<T>(args, rows.first + k);
+    out.token = argmax(shared, team, row, args.target_is_logits, out.status);
+    const int64_t token = k < rows.drafts ? args.drafts[team.task * args.max_drafts + k] : -1;
+    if (k >= rows.drafts || token != out.token) {
+      if (token < -1 || token >= args.vocab) out.status |= kBadToken;
+      const float top = row.at(out.token);
+      out.top = args.target_is_logits ? clean_logit(top) : clean_probability(top);
+      if (out.top == (args.target_is_logits ? minus_infinity() : 0.0f)) out.status |= kNoMass;
+      return out;
+    }
+    if (team.rank != 0 || threadIdx.x != 0) continue;
+    args.tokens[team.task * (args.max_drafts + 1) + k] = token;
+    if (args.logprobs) args.logprobs[team.task * (args.max_drafts + 1) + k] = 0.0f;
+  }
+}
+
+template <bool IsRow, class T, bool Logits, int Ahead>
+__device__ __forceinline__ Ending end_sampled(const VerifyArgs& args, Shared& shared,
+                                              Stop<T, Logits, Ahead>& stop, Team& team, uint32_t& status) {
+  auto& weights = stop.weights;
+  const auto noise = [&] { return stop.fractions[1][stop.accepted % 32]; };
+  Ending out;
+  if (IsRow && stop.token >= 0) {
+    out.token = stop.token, out.all_know = true;
   } else {
-    out.token = find_draw<T>(shared, team, weights, pieces, draw(fraction, pieces.total));
-    if (out.token >= 0) out.logprob = logf(probability(p.at(out.token), last.p_law));
+    bool has_draft = stop.has_draft;
+#pragma unroll 1
+    for (;; has_draft = false) {
+      out.token = kNowhere;
+      if (Logits && !has_draft) {
+        const int64_t slot = team.task * (args.max_drafts + 1) + stop.accepted;
+        const float2* const strips = scratch_of(args).strips + slot * kMaxStrips;
+        out.token = find_by_strips<T>(shared, team, weights, weights.p_law, strips, noise());
+      }
+      if (out.token == kNowhere) {
+        const Pieces pieces = weigh(shared, team, weights, status);
+        if (pieces.total != 0)
+          out.token = find_draw<T>(shared, team, weights, pieces, draw(noise(), pieces.total));
+      }
+      if (out.token != kNowhere || !has_draft) break;
+      status |= kEmptyResidual;
+      __syncthreads();
+      if (threadIdx.x == 0) {
+        weights.q.data = nullptr, weights.one_hot = -1;
+        weights.find_common(stop.bad);
+      }
+      __syncthreads();
+    }
+  }
+  out.law = weights.p_law;
+  if (out.token == kNowhere) {
+    status |= kNoMass;
+    out.token = argmax(shared, team, weights.p, args.target_is_logits, status);
+    out.all_know = true;
+  } else if (out.token >= 0) {
+    const float x = weights.p.at(out.token);
+    out.logprob = logf(Logits ? probability(x, out.law) : clean_probability(x));
   }
   return out;
 }
 
+// point: the token of a distribution of one, or -1.
+template <class T>
+__device__ __noinline__ void write_probs(const VerifyArgs& args, Team team, RowView<T> row, RowLaw law,
+                                         int point) {
+  for (int64_t i = team.rank * kThreads + threadIdx.x; i < args.vocab; i += team.ranks * kThreads)
+    args.probs[team.task * args.vocab + i] =
+        point >= 0 ? (i == point ? 1.0f : 0.0f) : probability(row.at(i), law);
+}
+
+// Drafts and the target are probabilities; or logits are among them; or there are only rows of logits.
+enum class Given { kProbabilities, kLogits, kRows };
+
 // grid: ranks blocks (one team) per sequence
-template <class T, int Ahead>
-__global__ void __launch_bounds__(kThreads, Ahead == 4 ? 1 : 2)
+template <class T, Given G, int Ahead>
+__global__ void __launch_bounds__(kThreads, Ahead > 1 ? 1 : 2)
     spec_verify_kernel(const __grid_constant__ VerifyArgs args, int ranks) {
   __shared__ Shared shared;
+  __shared__ LawTable table;
+  constexpr bool kLogits = G != Given::kProbabilities;
+  __shared__ Stop<T, kLogits, Ahead> stop;
   Team team(ranks);
+  prepare(shared, team);
   team.arrive();
-  if (!needs_laws(args)) wait_for_previous_kernel();
-  const int64_t b = team.task, columns = args.max_drafts + 1;
-  uint32_t status = 0;
-  const Parameters s = parameters_of(args.parameters, b, args.vocab, status);
-  const Rows rows = rows_of(args, b, status);
-  team.wait();
-  Ending ending;
-  if (rows.drafts >= 0 && !s.greedy) {
-    ending = end_sampled<T, Ahead>(args, shared, team, rows, s, status);
+  if (!kLogits || !needs_laws(args)) wait_for_previous_kernel();
+  if constexpr (!kLogits) let_next_kernel_start();
+  if constexpr (G == Given::kRows) {
+    find_only_row(args, stop, team);
   } else {
-    wait_for_previous_kernel();
-    if (rows.drafts >= 0) ending = end_greedy<T>(args, shared, team, rows, status);
+    find_stop(args, stop, table, team);
   }
-  if (args.probs != nullptr && rows.drafts >= 0) {
-    const RowView<T> row = target_row<T>(args, rows.first + ending.accepted);
-    for (int64_t i = team.rank * kThreads + threadIdx.x; i < args.vocab; i += ranks * kThreads)
-      args.probs[b * args.vocab + i] =
-          ending.is_point ? (i == ending.token ? 1.0f : 0.0f) : probability(row.at(i), ending.law);
+  team.wait();
+  const int64_t b = team.task, columns = args.max_drafts + 1;
+  uint32_t status = stop.status;
+  int64_t accepted = stop.accepted;
+  Ending ending;
+  if (stop.rows.drafts < 0) {
+    accepted = -1;
+  } else if (stop.greedy) {
+    const Greedy greedy = walk_greedily<T>(args, shared, team, stop.rows);
+    ending = {greedy.token, 0.0f, {greedy.top, 0.0f, 1.0f, greedy.top}, true, true};
+    accepted = greedy.accepted, status |= greedy.status;
+  } else {
+    ending = end_sampled<G == Given::kRows>(args, shared, stop, team, status);
   }
-  const bool all_know = ending.is_point || (status & kNoMass);
-  if (ending.token >= 0 && team.lane == 0 && (!all_know || (team.rank == 0 && team.warp == 0))) {
-    args.tokens[b * columns + ending.accepted] = ending.token;
-    if (args.logprobs) args.logprobs[b * columns + ending.accepted] = ending.logprob;
+  if (args.probs != nullptr && accepted >= 0)
+    write_probs(args, team, target_row<T>(args, stop.rows.first + accepted), ending.law,
+                ending.is_point ? ending.token : -1);
+  if (ending.token >= 0 && team.lane == 0 && (!ending.all_know || (team.rank == 0 && team.warp == 0))) {
+    args.tokens[b * columns + accepted] = ending.token;
+    if (args.logprobs) args.logprobs[b * columns + accepted] = ending.logprob;
   }
-  if (team.rank != 0) return;
-  for (int64_t k = threadIdx.x; k < columns; k += kThreads) {
-    if (k == ending.accepted) continue;
-    const bool is_draft = k < ending.accepted;
-    args.tokens[b * columns + k] = is_draft ? args.drafts[b * args.max_drafts + k] : -1;
-    if (args.logprobs && (!is_draft || s.greedy)) args.logprobs[b * columns + k] = 0.0f;
-  }
-  if (threadIdx.x != 0) return;
-  if (args.counts) args.counts[b] = ending.accepted + 1;
+  if (team.rank != 0 || team.warp != 0) return;
+  if (accepted >= 0 && !stop.greedy) write_drafts(args, team, stop, accepted & ~int64_t{31}, accepted);
+  clear_after(args, team, accepted);
+  if (team.lane != 0) return;
+  if (args.counts) args.counts[b] = accepted + 1;
   args.status[b] = static_cast<int32_t>(status);
   const RowLaw& law = ending.law;
   if (args.cutoff) args.cutoff[b] = law.cutoff;
   if (args.lse) {
-    const float lse = law.scale > 0.0f ? law.max / s.temperature - logf(law.scale) : minus_infinity();
+    const float lse = law.scale > 0.0f ? law.max / stop.temperature - logf(law.scale) : minus_infinity();
     args.lse[b] = ending.is_point ? law.max : lse;
   }
 }
@@ -162,10 +329,20 @@ cudaError_t launch_spec_verify(const VerifyArgs& args, cudaStream_t stream) {
   if (error != cudaSuccess) return error;
   const int ranks = ranks_for(args, device);
   visit_real(args.value_type, [&]<class T>(T) {
-    // One block on a multiprocessor has room for more in flight.
-    error = args.num_sequences * ranks <= device.multiprocessors
-                ? launch_teams(spec_verify_kernel<T, 4>, args, ranks, device, stream)
-                : launch_teams(spec_verify_kernel<T, 2>, args, ranks, device, stream);
+    const auto launch = [&]<Given G>() {
+      // One block on a multiprocessor has room for more in flight.
+      constexpr int kFew = G == Given::kRows ? 1 : kFewAhead;
+      return args.num_sequences * ranks <= device.multiprocessors
+                 ? launch_teams(spec_verify_kernel<T, G, kFew>, args, ranks, device, stream)
+                 : launch_teams(spec_verify_kernel<T, G, 1>, args, ranks, device, stream);
+    };
+    if (args.max_drafts == 0 && args.target_is_logits) {
+      error = launch.template operator()<Given::kRows>();
+    } else if (args.target_is_logits || (args.draft && args.draft_is_logits)) {
+      error = launch.template operator()<Given::kLogits>();
+    } else {
+      error = launch.template operator()<Given::kProbabilities>();
+    }
   });
   return error == cudaSuccess ? cudaGetLastError() : error;
 }

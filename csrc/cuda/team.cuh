@@ -11,24 +11,26 @@ namespace quantgemm {
 
 constexpr int kMaxRanks = 8;
 
+__device__ __forceinline__ int log2_of(int power_of_two) { return 31 - __clz(power_of_two); }
+
 struct Team {
   int64_t task;  // a sequence, or a row
   int rank, ranks, lane, warp;
-  int turn = 0;  // of two buffers
+  int turn = 0;  // of four
 
-  // Blocks of a team follow each other in x.
-  __device__ explicit Team(int num_ranks)
-      : task(blockIdx.x / num_ranks),
-        rank(static_cast<int>(blockIdx.x) % num_ranks),
+  // Blocks of a team, a power of two, follow each other in x.
+  __device__ __forceinline__ explicit Team(int num_ranks)
+      : task(blockIdx.x >> log2_of(num_ranks)),
+        rank(static_cast<int>(blockIdx.x) & (num_ranks - 1)),
         ranks(num_ranks),
         lane(static_cast<int>(threadIdx.x) % 32),
         warp(static_cast<int>(threadIdx.x) / 32) {}
 
-  // A barrier of all threads of all blocks in two halves. Memory written before the first is seen
-  // behind the second. Blocks may write to each other only after they have met once.
+  // All blocks are there, in two halves: they may write to each other only behind the second. Relaxed:
+  // for memory written before, a fence is needed.
   __device__ __forceinline__ void arrive() const {
 #if __CUDA_ARCH__ >= 900
-    if (ranks > 1) asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+    if (ranks > 1) asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 #endif
   }
   __device__ __forceinline__ void wait() const {

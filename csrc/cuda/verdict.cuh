@@ -13,6 +13,35 @@ __host__ __device__ inline bool needs_laws(const VerifyArgs& args) {
   return args.target_is_logits || (args.draft && args.draft_is_logits && !args.draft_lse);
 }
 
+// The laws of some positions of a sequence in shared memory: the target's rows, the draft's rows. As
+// they are stored: scale is negative if there is NaN or +inf in the row.
+struct LawTable {
+  RowLaw laws[2][32];
+};
+
+// Fills the table for `count` positions from `first` on, a row per warp.
+__device__ __forceinline__ void fill_laws(const VerifyArgs& args, LawTable& table, int64_t sequence,
+                                          int64_t first, int count, float slope) {
+  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+  const int num_warps = static_cast<int>(blockDim.x) / 32;
+  const RowScratch scratch = scratch_of(args);
+  const int64_t slot = sequence * (args.max_drafts + 1) + first;
+  const bool stored = laws_are_stored(args), drafts = args.draft && args.draft_is_logits && !args.draft_lse;
+  // The first warp has drafts to look at: it comes last.
+#pragma unroll 1
+  for (int i = num_warps - 1 - warp; i < 2 * count; i += num_warps) {
+    const int is_draft = i >= count, k = is_draft ? i - count : i;
+    if (!(is_draft ? drafts : args.target_is_logits)) continue;
+    const int64_t own = (is_draft ? scratch.slots : 0) + slot + k;
+    const RowLaw law =
+        stored ? scratch.laws[own]
+               : join_strips(scratch.strips + own * kMaxStrips,
+                             static_cast<int>(is_draft ? args.draft_vocab : args.vocab), slope, lane)
+                     .law;
+    if (lane == 0) table.laws[is_draft][k] = law;
+  }
+}
+
 // The law of a row of logits; `bad` if there is NaN or +inf in the row.
 __device__ __forceinline__ RowLaw law_at(const RowScratch& scratch, int64_t slot, bool& bad) {
   RowLaw law = scratch.laws[slot];
@@ -61,12 +90,15 @@ struct Draft {
   uint64_t fraction;
 };
 
+__device__ __forceinline__ int64_t draft_token(const VerifyArgs& args, int64_t sequence, int64_t k) {
+  return k < args.max_drafts ? args.drafts[sequence * args.max_drafts + k] : -1;
+}
+
+// All but the noise, for the drafted token.
 template <class T>
-__device__ __forceinline__ Draft gather_draft(const VerifyArgs& args, int64_t sequence, const Rows& rows,
-                                              int64_t k) {
-  Draft d{-1, 0.0f, 1.0f, false, false, 0, 0};
-  if (k < args.max_drafts) d.token = args.drafts[sequence * args.max_drafts + k];
-  if (k >= rows.drafts) d.token = -1;
+__device__ __forceinline__ Draft gather_values(const VerifyArgs& args, int64_t sequence, const Rows& rows,
+                                               int64_t k, int64_t token) {
+  Draft d{k < rows.drafts ? token : -1, 0.0f, 1.0f, false, false, 0, 0};
   d.valid = d.token >= 0 && d.token < args.vocab;
   if (!d.valid) {
     if (d.token != -1) d.status = kBadToken;
@@ -74,7 +106,13 @@ __device__ __forceinline__ Draft gather_draft(const VerifyArgs& args, int64_t se
   }
   d.x = target_row<T>(args, rows.first + k).at(d.token);
   if (args.draft != nullptr) d.y = draft_value<T>(args, sequence, k, d.token, d.has_q);
-  d.fraction = node_noise(args, sequence, k, k, 0, d.status);
+  return d;
+}
+template <class T>
+__device__ __forceinline__ Draft gather_draft(const VerifyArgs& args, int64_t sequence, const Rows& rows,
+                                              int64_t k) {
+  Draft d = gather_values<T>(args, sequence, rows, k, draft_token(args, sequence, k));
+  if (d.valid) d.fraction = node_noise(args, sequence, k, k, 0, d.status);
   return d;
 }
 
@@ -83,37 +121,40 @@ struct Verdict {
   RowLaw p_law, q_law;
   float p_token;
   uint32_t status;
-  bool stops, has_draft;
+  bool stops, has_draft, bad;  // bad: NaN or +inf in the rows, which matters if one is drawn from
 };
 
-__device__ __forceinline__ Verdict judge(const VerifyArgs& args, int64_t sequence, int64_t k, const Draft& d,
-                                         const Parameters& s) {
-  Verdict v{stored_law(), stored_law(), 0.0f, d.status, true, d.valid};
-  bool bad = false, q_bad = false;  // somewhere in the rows, which matters if one of them is drawn from
-  v.p_law = target_law(args, sequence, k, bad);
+// By the lane of position k. Logits: of either model; their laws are in the table.
+template <bool Logits>
+__device__ __forceinline__ Verdict judge(const VerifyArgs& args, const LawTable& table, int64_t sequence,
+                                         int64_t k, const Draft& d, const Parameters& s) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  Verdict v{stored_law(), stored_law(), 0.0f, d.status, true, d.valid, false};
+  if (Logits && args.target_is_logits) {
+    v.p_law = table.laws[0][lane];
+    v.bad = signbit(v.p_law.scale);
+    v.p_law.scale = fabsf(v.p_law.scale);
+  }
   if (d.valid) {
-    v.q_law = draft_law(args, sequence, k, s, q_bad);
-    if (is_bad_value(d.x, args.target_is_logits) || (d.has_q && is_bad_value(d.y, args.draft_is_logits)))
+    if (Logits && args.draft_is_logits && args.draft_lse) {
+      bool bad = false;
+      v.q_law = draft_law(args, sequence, k, s, bad);
+    } else if (Logits && args.draft_is_logits) {
+      v.q_law = table.laws[1][lane];
+      v.bad |= signbit(v.q_law.scale) && !args.target_to_draft;
+      v.q_law.scale = fabsf(v.q_law.scale);
+    }
+    if (is_bad_value(d.x, Logits && args.target_is_logits) ||
+        (d.has_q && is_bad_value(d.y, Logits && args.draft_is_logits)))
       v.status |= kBadValue;
-    v.p_token = probability(d.x, v.p_law);
-    v.stops = !accepts(d.fraction, v.p_token, d.has_q ? probability(d.y, v.q_law) : d.y);
+    const auto law = [](float x, const RowLaw& how) {
+      return Logits ? probability(x, how) : clean_probability(x);
+    };
+    v.p_token = law(d.x, v.p_law);
+    v.stops = !accepts(d.fraction, v.p_token, d.has_q ? law(d.y, v.q_law) : d.y);
   }
-  if (v.stops && (bad || q_bad)) v.status |= kBadValue;
+  if (v.stops && v.bad) v.status |= kBadValue;
   return v;
-}
-
-// Are the first `count` drafts accepted? By every warp; waits for the kernel that found their laws.
-template <class T>
-__device__ __forceinline__ bool all_accepted(const VerifyArgs& args, const Team& team, const Rows& rows,
-                                             const Parameters& s, int count) {
-  for (int first = 0; first < count; first += 32) {
-    const int k = first + team.lane;
-    const Draft d = gather_draft<T>(args, team.task, rows, k);
-    if (first == 0) wait_for_previous_kernel();
-    const bool accepted = k >= count || !judge(args, team.task, k, d, s).stops;
-    if (!__all_sync(~0u, accepted)) return false;
-  }
-  return true;
 }
 
 }  // namespace quantgemm

@@ -36,6 +36,7 @@ struct LayeredWeights {
   const Taken* taken;
   int num_taken;
   const uint32_t* group_keys;  // of a truncated p, or null
+  const float2* strips;        // of a row of logits
 
   __device__ float mapped_q(const RowView<T>& q, const RowLaw& q_law, int i) const {
     const int64_t j = args.target_to_draft ? args.target_to_draft[i] : i;
@@ -116,18 +117,10 @@ struct Verifier {
   Team& team;
   const Rows& rows;
   const Parameters& s;
-  LayeredWeights<T> weights;
-  Pieces pieces;      // of the weights
+  LayeredWeights<T> weights{args,    team.task, RowView<T>(nullptr, 0), stored_law(), 1.0f, joint.taken, 0,
+                            nullptr, nullptr};
+  Pieces pieces{};    // of the weights
   int64_t count = 0;  // tokens so far
-
-  __device__ Verifier(const VerifyArgs& a, Shared& sh, Joint& j, Team& t, const Rows& r, const Parameters& p)
-      : args(a),
-        shared(sh),
-        joint(j),
-        team(t),
-        rows(r),
-        s(p),
-        weights{a, t.task, RowView<T>(nullptr, 0), stored_law(), 1.0f, j.taken, 0, nullptr} {}
 
   __device__ void note(uint32_t bits) const {
     if (threadIdx.x == 0 && bits) atomicOr(&shared.status, bits);
@@ -170,11 +163,12 @@ struct Verifier {
     weights.share = share;
     weights.num_taken = 0;
     weights.group_keys = nullptr;
-    if (args.target_is_logits && weights.law.cutoff != minus_infinity()) {
-      const RowScratch scratch = scratch_of(args);
-      weights.group_keys =
-          scratch.group_keys + (team.task * (args.max_drafts + 1) + position) * scratch.num_groups;
-    }
+    if (!args.target_is_logits) return;
+    const RowScratch scratch = scratch_of(args);
+    const int64_t slot = team.task * (args.max_drafts + 1) + position;
+    weights.strips = scratch.strips + slot * kMaxStrips;
+    if (weights.law.cutoff != minus_infinity())
+      weights.group_keys = scratch.group_keys + slot * scratch.num_groups;
   }
 
   // q of a drafted token, and what else must be known of its draft.
@@ -202,9 +196,12 @@ struct Verifier {
       note(bits | kNoMass);
       return emit(token, 0.0f, -1);
     }
-    const uint64_t rest = draw(token_noise(args, team.task, count, bits), pieces.total);
+    const uint64_t fraction = token_noise(args, team.task, count, bits);
     note(bits);
-    const int token = find_draw<T>(shared, team, weights, pieces, rest);
+    int token = kNowhere;
+    if (weights.num_taken == 0 && weights.share == 1.0f)  // as a chain does
+      token = find_by_strips<T>(shared, team, weights, weights.law, weights.strips, fraction);
+    if (token == kNowhere) token = find_draw<T>(shared, team, weights, pieces, draw(fraction, pieces.total));
     const float logprob = token >= 0 ? logf(probability(weights.p.at(token), weights.law)) : 0.0f;
     emit(token, logprob, -1, token >= 0 && team.lane == 0);
   }
@@ -341,6 +338,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   __shared__ Shared shared;
   __shared__ Joint joint;
   Team team(ranks);
+  prepare(shared, team);
   team.arrive();
   if (!needs_laws(args)) wait_for_previous_kernel();
   const int64_t b = team.task;
@@ -360,7 +358,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   __syncthreads();
   int64_t count = 0;
   if (rows.drafts >= 0) {
-    Verifier<T> verifier(args, shared, joint, team, rows, s);
+    Verifier<T> verifier{args, shared, joint, team, rows, s};
     if (s.greedy) {
       verifier.walk_greedily();
     } else if (is_tree) {

@@ -1,0 +1,67 @@
+// SPDX-License-Identifier: MIT
+// Waves: which rows a launch of the kernels over rows of logits is about.
+#pragma once
+#include "team.cuh"
+#include "verdict.cuh"
+
+namespace quantgemm {
+
+// Rows of positions [first, end) of all sequences.
+struct Wave {
+  int first, end;
+
+  // Rows of a sequence: the target's, and those of the draft that need a law.
+  __host__ __device__ static bool reads_drafts(const VerifyArgs& args) {
+    return args.draft && args.draft_is_logits && !args.draft_lse;
+  }
+  __host__ __device__ int layers(const VerifyArgs& args) const {
+    return (end - first) * (reads_drafts(args) ? 2 : 1);
+  }
+  // The first positions last: most chains stop at one of them, and its rows are then still in the L2.
+  __device__ __forceinline__ SlotRow row(const VerifyArgs& args, int64_t sequence, int layer) const {
+    const int from_end = layers(args) - 1 - layer, per_position = reads_drafts(args) ? 2 : 1;
+    return row_of_slot(args, sequence, first + from_end / per_position, from_end % per_position == 1);
+  }
+};
+
+cudaError_t launch_row_strips(const VerifyArgs& args, Wave wave, const Device& device, cudaStream_t stream);
+
+// Are the first `count` drafts of its sequence accepted? By all threads of a block, for all.
+template <class T>
+__device__ bool all_accepted(const VerifyArgs& args, LawTable& table, const SlotRow& row, int count) {
+  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+  for (int first = 0; first < count; first += 32) {
+    const int some = count - first < 32 ? count - first : 32;
+    Draft d;
+    if (warp == 0) d = gather_draft<T>(args, row.sequence, row.rows, first + lane);
+    fill_laws(args, table, row.sequence, first, some, row.parameters.slope);
+    __syncthreads();
+    bool accepted = true;
+    if (warp == 0 && lane < some)
+      accepted = !judge<true>(args, table, row.sequence, first + lane, d, row.parameters).stops;
+    if (__syncthreads_or(!accepted)) return false;
+  }
+  return true;
+}
+
+// Does a chain reach the wave? By all threads of a block, for all. The first blocks of a sequence find
+// it out and leave it in `states`, which the first wave has cleared, for those that come later.
+template <class T>
+__device__ __forceinline__ bool is_reached(const VerifyArgs& args, Wave wave, const SlotRow& row) {
+  __shared__ LawTable table;
+  __shared__ uint32_t state;
+  uint32_t* const states = scratch_of(args).states;
+  if (wave.first == 0) {
+    if (threadIdx.x == 0) states[row.sequence] = 0;
+    return true;
+  }
+  if (threadIdx.x == 0) state = *static_cast<volatile uint32_t*>(states + row.sequence);
+  __syncthreads();
+  const uint32_t stopped = static_cast<uint32_t>(wave.first) << 1, reached = stopped | 1;
+  if (state == stopped || state == reached) return state == reached;
+  const bool accepted = all_accepted<T>(args, table, row, wave.first);
+  if (threadIdx.x == 0) states[row.sequence] = accepted ? reached : stopped;
+  return accepted;
+}
+
+}  // namespace quantgemm
