@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, version
 
-from quantgemm import formats, ops, reference, sampling
+from quantgemm import formats, kv, ops, reference, sampling
 from quantgemm.build import BuildInfo, build_info
 from quantgemm.formats import QType
 from quantgemm.gguf import (
@@ -50,6 +50,7 @@ __all__ = [
     "build_info",
     "explain_gemm",
     "formats",
+    "kv",
     "open_gguf",
     "open_whisper_bin",
     "ops",

@@ -28,6 +28,7 @@ def op_cases(device: str) -> dict[str, tuple[Callable, tuple]]:
         "quantize_activations": (Q.quantize_activations.default, (x.half(),)),
         **product_cases(device),
         **sampling_cases(device),
+        **sparse_kv_cases(device),
     }
 
 
@@ -91,6 +92,24 @@ def sampling_cases(device: str) -> dict[str, tuple[Callable, tuple]]:
             Q.draft_sample.default,
             (logits[:4], heat, top_k, None, None, *noise, True),
         ),
+    }
+
+
+def sparse_kv_cases(device: str) -> dict[str, tuple[Callable, tuple]]:
+    generator = torch.Generator().manual_seed(4)
+    x = torch.randn(2, 301, 128, generator=generator).half().to(device)
+    query = torch.randn(8, 1, 128, generator=generator).half().to(device)
+    scores = torch.rand(8, 2, 301, generator=generator).half().to(device)
+    keys = Q.sparse_kv_compress(x, 2, 64, False)[:5]
+    values = Q.sparse_kv_compress(x, 4, 128, True)[:5]
+    plain = (*Q.sparse_kv_compress(x, 16, 40, False)[:3], None, None)
+    return {
+        "sparse_kv_compress": (Q.sparse_kv_compress.default, (x, 2, 64, False)),
+        "sparse_kv_compress values": (Q.sparse_kv_compress.default, (x, 4, 128, True)),
+        "sparse_kv_compress raw": (Q.sparse_kv_compress.default, (x, 16, 40, True)),
+        "sparse_key_spmm": (Q.sparse_key_spmm.default, (query, *keys, 301, 4, 2)),
+        "sparse_key_spmm raw": (Q.sparse_key_spmm.default, (query, *plain, 301, 4, 16)),
+        "sparse_value_spmm": (Q.sparse_value_spmm.default, (scores, *values, 128, 4, 4)),
     }
 
 
