@@ -309,9 +309,10 @@ def test_tiles_one_by_one() -> None:
         c = compress(x, 0.6, bits, value)
         tiles = ref.to_tiles(decode(c, x, bits, value), value)
         for i in range(0, tiles.shape[1], 17):
-            fit = () if c.scales is None or c.zeros is None else (c.scales[0, i], c.zeros[0, i])
+            scale = 1.0 if c.scales is None else float(c.scales[0, i])
+            zero = 0.0 if c.zeros is None else float(c.zeros[0, i])
             words = c.packed[int(c.tile_offsets[0, i]) :]
-            got = kv.dequantize_tile(c.bitmaps[0, i], words, *(fit or (1, 0)), bits, dtype)
+            got = kv.dequantize_tile(c.bitmaps[0, i], words, scale, zero, bits, dtype)
             assert_same(got, tiles[0, i])
     assert ref.from_tiles(ref.to_tiles(x, True), 70, 64, True).equal(x)
 
@@ -446,11 +447,11 @@ def test_mistakes_of_compression_and_of_the_old_names() -> None:
     x = cache(1, 10, 64)
     with pytest.raises(ValueError, match="x: expected a head dimension of 64, 128 or 256, got 80"):
         kv.compress_keys(torch.zeros(1, 4, 80).half(), 0.5)
-    with pytest.raises(TypeError, match="x: .*got torch.float32"):
+    with pytest.raises(TypeError, match=r"x: .*got torch.float32"):
         kv.compress_keys(x.float(), 0.5)
     with pytest.raises(ValueError, match=r"x: expected three dimensions .* got shape \[10, 64\]"):
         kv.compress_keys(x[0], 0.5)
-    with pytest.raises(ValueError, match="sparsity: expected 0 to 1, got 1.5"):
+    with pytest.raises(ValueError, match=r"sparsity: expected 0 to 1, got 1\.5"):
         kv.compress_keys(x, 1.5)
     with pytest.raises(ValueError, match="keep: expected 0 to 64"):
         kv.sparse_kv_compress(x, 2, 65, False)
@@ -458,9 +459,10 @@ def test_mistakes_of_compression_and_of_the_old_names() -> None:
         kv.compress_values(x, 0.5, 8)
     with pytest.raises(ValueError, match="bit: expected 2 or 4, got 16"):
         kv.convert_key_batched_quant(x, 16)
-    bitmaps, offsets, *rest = kv.convert_key_batched_quant(x)
-    args = (bitmaps, rest[0], offsets, *rest[1:])
+    bitmaps, offsets, packed, scales, zeros = kv.convert_key_batched_quant(x)
+    args = (bitmaps, packed, offsets, scales, zeros)
     query = torch.zeros(2, 1, 64).half()
+    sizes: tuple[int, int, int, int, int, int]
     for sizes, message in (
         ((10, 64, 2, 2, 2, 8), "capacity: expected 16, got 8"),
         ((10, 64, 2, 2, 3, 16), "bit: expected 2 or 4, got 3"),

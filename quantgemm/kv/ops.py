@@ -31,7 +31,7 @@ class Container(NamedTuple):
 
 
 def kept_values(sparsity: float, head_dim: int) -> int:
-    """Values that pruning keeps of each token and head: exactly ``round((1 - sparsity)·head_dim)``."""
+    """Values that pruning keeps of each token and head: ``round((1 - sparsity)·head_dim)``."""
     if not 0 <= sparsity <= 1:
         raise ValueError(f"sparsity: expected 0 to 1, got {sparsity}")
     return round((1 - sparsity) * head_dim)
