@@ -377,7 +377,7 @@ def test_mustafar_names_and_arguments(device: str) -> None:
 def test_bytes() -> None:
     """Bits per element of docs/sparse-kv.md: bitmap 1, offset and fit 0.5 each, and the codes."""
     x = torch.randn(2, 4096, 128, generator=torch.Generator().manual_seed(0)).half()
-    most = {(0.5, 2): 3.26, (0.7, 2): 2.9, (0.5, 4): 4.28, (0.7, 4): 3.47, (0.5, 16): 9.77}
+    most = {(0.5, 2): 3.26, (0.7, 2): 2.94, (0.5, 4): 4.28, (0.7, 4): 3.47, (0.5, 16): 9.77}
     for (sparsity, bits), bound in most.items():
         for value in (False, True):
             c = compress(x, sparsity, bits, value)
