@@ -15,7 +15,7 @@ import sys
 
 import torch
 
-from quantgemm import _C, explain_gemm, ops
+from quantgemm import _C, explain_gemm, kv, ops
 from quantgemm.formats import FORMATS
 
 TOOLS = {
@@ -48,6 +48,7 @@ def run_cases() -> None:
     run_gemm_cases(generator)
     run_packed_cases(generator)
     run_sampling_cases(generator)
+    run_sparse_kv_cases(generator)
     torch.cuda.synchronize()
     print("cases done")
 
@@ -117,6 +118,28 @@ def run_sampling_cases(generator: torch.Generator) -> None:
                 }
                 ops.spec_verify(target, drafts, cu_rows, draft, **settings, **noise)
                 ops.draft_sample(target[:5], **settings, **noise, return_probs=True)
+
+
+def run_sparse_kv_cases(generator: torch.Generator) -> None:
+    """Ragged contexts, all head dimensions and widths, one column and several blocks of them."""
+    for heads, groups, n, tokens, dim in (
+        (2, 4, 1, 130, 128),
+        (1, 3, 7, 1, 64),
+        (3, 1, 8, 301, 256),
+        (1, 16, 1, 1000, 128),
+    ):
+        x = torch.randn(heads, tokens, dim, generator=generator)
+        for dtype in (torch.float16, torch.bfloat16):
+            for bits in (2, 4, 16):
+                cache = x.to(dtype).cuda()
+                keys = kv.compress_keys(cache, 0.5, bits)
+                values = kv.compress_values(cache, 0.7, bits)
+                query = torch.randn(heads * groups, n, dim, generator=generator).to(dtype).cuda()
+                logits = kv.sparse_key_spmm(
+                    query, *keys, num_tokens=tokens, groups=groups, bits=bits
+                )
+                scores = logits.softmax(-1)
+                kv.sparse_value_spmm(scores, *values, head_dim=dim, groups=groups, bits=bits)
 
 
 def main() -> int:

@@ -21,99 +21,110 @@ class ProductWarp {
   static constexpr int kFetched = Tile::kWords + 1;
 
  public:
-  // What says where codes are; fetched two steps ahead.
+  // What says where the codes of four tiles are; fetched two steps ahead.
   struct Heads {
     uint64_t bitmaps[4];
     int32_t offsets[4];
     uint64_t scales, zeros;  // four of 16 bits each
   };
-  // The codes as they lie, from a word boundary on; fetched one step ahead.
+  // What this lane decodes of them; fetched one step ahead.
   struct Codes {
-    uint32_t words[4][kFetched];
+    uint32_t words[4][kFetched];  // as they lie, from a word boundary on
+    uint32_t bits[4];             // of the bitmaps, from the top
+    uint32_t shifts;              // a byte each: where in the first word the codes begin
+    int64_t first[Bits == kRawBits ? 4 : 1];
+    uint64_t scales, zeros;
+    uint2 x;  // four neighbouring values of this lane's column
   };
 
   __device__ ProductWarp(const KvProductArgs& a, int64_t head, int64_t row0, int64_t column0)
       : args(a), lane(threadIdx.x % 32) {
     const int r = lane / 4;
     row = row0 + r * Rows;
-    const TileGrid grid = args.is_value ? value_grid(args.channels) : key_grid(args.channels);
-    const int64_t group = row / kTile;
     inside = row < args.m;
-    block_stride = grid.block_stride;
-    first_tile = head * args.blocks * args.channels + (inside ? group * grid.group_stride : 0) + lane % 4 * 4;
     skip = static_cast<int>(row % kTile);
+    const TileGrid grid = args.is_value ? value_grid(args.channels) : key_grid(args.channels);
+    block_stride = static_cast<uint32_t>(grid.block_stride);
+    const int64_t group = inside ? row / kTile : 0;
+    const int64_t tile = head * args.blocks * args.channels + group * grid.group_stride + lane % 4 * 4;
+    bitmaps = args.bitmaps + tile;
+    offsets = args.offsets + tile;
+    scales = static_cast<const uint16_t*>(args.scales) + tile;
+    zeros = static_cast<const uint16_t*>(args.zeros) + tile;
+    // A word's number has 31 bits, as offsets have; anything else is outside.
+    num_words =
+        static_cast<uint32_t>(args.num_words < (int64_t{1} << 31) ? args.num_words : int64_t{1} << 31);
     const int64_t column = column0 + r;
-    has_column = column < args.columns;
-    x = static_cast<const uint16_t*>(args.x) + (head * args.columns + (has_column ? column : 0)) * args.k;
+    first_x = lane % 4 * 4;
+    num_x = column < args.columns ? static_cast<int>(args.k) : 0;
+    x_is_even = args.k % 4 == 0;
+    x = static_cast<const uint16_t*>(args.x) + (head * args.columns + (num_x > 0 ? column : 0)) * args.k +
+        first_x;
   }
 
-  __device__ __forceinline__ Heads fetch_heads(int64_t k) const {
+  __device__ __forceinline__ Heads fetch_heads(int k) const {
     Heads h{};
     if (!inside) return h;
-    const int64_t tile = first_tile + k / kTile * block_stride + k % kTile;  // a multiple of 4
-    const auto* bitmaps = reinterpret_cast<const ulonglong2*>(args.bitmaps + tile);
-    const ulonglong2 b0 = __ldg(bitmaps), b1 = __ldg(bitmaps + 1);
-    const int4 offsets = __ldg(reinterpret_cast<const int4*>(args.offsets + tile));
+    const uint32_t at = static_cast<uint32_t>(k) / kTile * block_stride + static_cast<uint32_t>(k) % kTile;
+    const auto* two = reinterpret_cast<const ulonglong2*>(bitmaps + at);  // tiles are multiples of 4
+    const ulonglong2 b0 = __ldg(two), b1 = __ldg(two + 1);
+    const int4 o = __ldg(reinterpret_cast<const int4*>(offsets + at));
     h.bitmaps[0] = b0.x, h.bitmaps[1] = b0.y, h.bitmaps[2] = b1.x, h.bitmaps[3] = b1.y;
-    h.offsets[0] = offsets.x, h.offsets[1] = offsets.y, h.offsets[2] = offsets.z, h.offsets[3] = offsets.w;
+    h.offsets[0] = o.x, h.offsets[1] = o.y, h.offsets[2] = o.z, h.offsets[3] = o.w;
     if constexpr (Bits != kRawBits) {
-      h.scales = __ldg(
-          reinterpret_cast<const unsigned long long*>(static_cast<const uint16_t*>(args.scales) + tile));
-      h.zeros =
-          __ldg(reinterpret_cast<const unsigned long long*>(static_cast<const uint16_t*>(args.zeros) + tile));
+      h.scales = __ldg(reinterpret_cast<const unsigned long long*>(scales + at));
+      h.zeros = __ldg(reinterpret_cast<const unsigned long long*>(zeros + at));
     }
     return h;
   }
 
-  // Set elements of the tile before this lane's.
-  __device__ __forceinline__ int rank(uint64_t bitmap) const {
-    return skip == 0 ? 0 : __popcll(bitmap >> (kTile - skip));
-  }
-
-  __device__ __forceinline__ Codes fetch_codes(const Heads& h) const {
-    Codes codes{};
-    if constexpr (Bits != kRawBits) {
+  __device__ __forceinline__ Codes fetch_codes(const Heads& h, int k) const {
+    Codes codes;
+    codes.shifts = 0;
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int64_t word = int64_t{h.offsets[i]} + rank(h.bitmaps[i]) * Bits / 32;
-#pragma unroll
-        for (int j = 0; j < kFetched; ++j)  // whatever the offsets say, nothing outside is read
-          codes.words[i][j] = static_cast<uint64_t>(word + j) < static_cast<uint64_t>(args.num_words)
-                                  ? __ldg(args.packed + word + j)
-                                  : 0;
+    for (int i = 0; i < 4; ++i) {
+      codes.bits[i] = static_cast<uint32_t>(h.bitmaps[i] << skip >> 32);
+      // Set elements of the tile before this lane's.
+      const int rank = Rows == 8 || skip != 0 ? __popcll(h.bitmaps[i] >> (63 - skip) >> 1) : 0;
+      if constexpr (Bits == kRawBits) {
+        codes.first[i] = 2 * int64_t{h.offsets[i]} + rank;
+        continue;
       }
+      codes.shifts |= static_cast<uint32_t>(rank * Bits % 32) << (8 * i);
+      const uint32_t word = static_cast<uint32_t>(h.offsets[i]) + static_cast<uint32_t>(rank * Bits / 32);
+#pragma unroll
+      for (int j = 0; j < kFetched; ++j)  // whatever the offsets say, nothing outside is read
+        codes.words[i][j] = word + j < num_words ? __ldg(args.packed + word + j) : 0;
     }
+    codes.scales = h.scales, codes.zeros = h.zeros;
+    codes.x = fetch_x(k);
     return codes;
   }
 
-  // Four neighbouring values of this lane's column of x.
-  __device__ __forceinline__ uint2 fetch_x(int64_t k) const {
-    k += lane % 4 * 4;
-    if (!has_column || k >= args.k) return make_uint2(0, 0);
-    if (args.k % 4 == 0) return __ldg(reinterpret_cast<const uint2*>(x + k));
+  __device__ __forceinline__ uint2 fetch_x(int k) const {
+    const int left = num_x - k - first_x;
+    if (left <= 0) return make_uint2(0, 0);
+    if (x_is_even) return __ldg(reinterpret_cast<const uint2*>(x + k));
     uint32_t v[4];
-    for (int i = 0; i < 4; ++i) v[i] = k + i < args.k ? __ldg(x + k + i) : 0;
+    for (int i = 0; i < 4; ++i) v[i] = i < left ? __ldg(x + k + i) : 0;
     return make_uint2(v[0] | v[1] << 16, v[2] | v[3] << 16);
   }
 
-  __device__ __forceinline__ void multiply(const Heads& h, const Codes& codes, uint2 b,
-                                           const uint32_t* selectors) {
+  __device__ __forceinline__ void multiply(const Codes& codes, const uint32_t* selectors) {
     Tile tiles[4];
-    uint32_t bits[4];  // of this lane's rows, from the top
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      bits[i] = static_cast<uint32_t>(h.bitmaps[i] << skip >> 32);
-      const int before = rank(h.bitmaps[i]);
       if constexpr (Bits == kRawBits) {
-        const int64_t first = 2 * int64_t{h.offsets[i]} + before, end = 2 * args.num_words;
-        const bool good = first >= 0 && first < end;
-        tiles[i].at = reinterpret_cast<const uint16_t*>(args.packed) + (good ? first : 0);
-        tiles[i].left = good ? end - first : 0;
+        const int64_t end = 2 * args.num_words;
+        const bool good = codes.first[i] >= 0 && codes.first[i] < end;
+        tiles[i].at = reinterpret_cast<const uint16_t*>(args.packed) + (good ? codes.first[i] : 0);
+        tiles[i].left = good ? end - codes.first[i] : 0;
       } else {
 #pragma unroll
         for (int j = 0; j + 1 < kFetched; ++j)
-          tiles[i].window[j] = __funnelshift_r(codes.words[i][j], codes.words[i][j + 1], before * Bits);
-        tiles[i].scale = twice(h.scales, i), tiles[i].zero = twice(h.zeros, i);
+          tiles[i].window[j] =
+              __funnelshift_r(codes.words[i][j], codes.words[i][j + 1], codes.shifts >> (8 * i));
+        tiles[i].fit(twice(codes.scales, i), twice(codes.zeros, i));
       }
     }
 #pragma unroll
@@ -121,7 +132,7 @@ class ProductWarp {
       uint32_t v[4][4];  // [tile][elements 2j, 2j + 1]
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const uint32_t eight = bits[i] >> (24 - 8 * byte) & 0xffu;
+        const uint32_t eight = codes.bits[i] >> (24 - 8 * byte) & 0xffu;
         if constexpr (Bits == kRawBits)
           tiles[i].next_of(eight, v[i]);
         else
@@ -131,25 +142,23 @@ class ProductWarp {
       for (int j = 0; j < 4; ++j) {
         const uint32_t a[4] = {__byte_perm(v[0][j], v[1][j], 0x5410), __byte_perm(v[0][j], v[1][j], 0x7632),
                                __byte_perm(v[2][j], v[3][j], 0x5410), __byte_perm(v[2][j], v[3][j], 0x7632)};
-        mma_16x8x16(sums[4 * byte + j], a, b.x, b.y, Real16{});
+        mma_16x8x16(sums[4 * byte + j], a, codes.x.x, codes.x.y, Real16{});
       }
     }
   }
 
-  // Sums of k0 … k1 in steps, everything a step needs being under way before.
-  __device__ __forceinline__ void run(int64_t k0, int64_t k1, int64_t step, const uint32_t* selectors) {
+  // Sums of columns k0 … k1 in steps, what a step needs being under way before.
+  __device__ __forceinline__ void run(int k0, int k1, int step, const uint32_t* selectors) {
     if (k0 >= k1) return;
-    Heads heads = fetch_heads(k0);
-    Codes codes = fetch_codes(heads);
-    uint2 b = fetch_x(k0);
-    Heads next_heads = fetch_heads(k0 + step < k1 ? k0 + step : k0);
-    for (int64_t k = k0; k < k1; k += step) {
-      const int64_t k_next = k + step < k1 ? k + step : k0, k_after = k_next + step < k1 ? k_next + step : k0;
-      const Codes next_codes = fetch_codes(next_heads);
-      const uint2 next_b = fetch_x(k_next);
-      const Heads after = fetch_heads(k_after);
-      multiply(heads, codes, b, selectors);
-      heads = next_heads, codes = next_codes, b = next_b, next_heads = after;
+    Codes codes = fetch_codes(fetch_heads(k0), k0);
+    Heads heads = fetch_heads(k0 + step < k1 ? k0 + step : k0);
+#pragma unroll 2
+    for (int k = k0; k < k1; k += step) {
+      const int next = k + step < k1 ? k + step : k0;
+      const Codes next_codes = fetch_codes(heads, next);
+      heads = fetch_heads(next + step < k1 ? next + step : k0);
+      multiply(codes, selectors);
+      codes = next_codes;
     }
   }
 
@@ -160,13 +169,16 @@ class ProductWarp {
 
  private:
   static __device__ __forceinline__ uint32_t twice(uint64_t four, int i) {
-    return static_cast<uint32_t>(four >> (16 * i) & 0xffffu) * 0x10001u;
+    const auto two = static_cast<uint32_t>(four >> (i / 2 * 32));
+    return __byte_perm(two, 0, i % 2 ? 0x3232 : 0x1010);
   }
 
-  int64_t first_tile, block_stride;
-  int skip;
-  bool inside, has_column;
-  const uint16_t* x;
+  const uint64_t* bitmaps;  // of this lane's tiles, at k = 0
+  const int32_t* offsets;
+  const uint16_t *scales, *zeros, *x;
+  uint32_t block_stride, num_words;
+  int skip, first_x, num_x;
+  bool inside, x_is_even;
 };
 
 // Sums of all warps into the first one's.
@@ -233,14 +245,15 @@ __global__ void __launch_bounds__(kProductThreads, 2)
   const int64_t row0 = 8 * Rows * (share_rows ? part : part * kProductWarps + warp);
   ProductWarp<Real16, Bits, Rows> mine(args, head, row0, column0);
   if (share_rows) {
-    const int64_t steps = (args.k + 15) / 16, each = (steps + args.split - 1) / args.split;
-    const int64_t last = (split + 1) * each < steps ? (split + 1) * each : steps;
-    mine.run(16 * (split * each + warp), 16 * last, 16 * kProductWarps, room);
+    const auto steps = static_cast<int>((args.k + 15) / 16), splits = static_cast<int>(args.split);
+    const int each = (steps + splits - 1) / splits, first = static_cast<int>(split) * each;
+    const int last = first + each < steps ? first + each : steps;
+    mine.run(16 * (first + warp), 16 * last, 16 * kProductWarps, room);
     add_warps(mine.sums, reinterpret_cast<float*>(room), warp, mine.lane);
     if (warp > 0) return;
   } else {
     if (row0 >= args.m) return;
-    mine.run(0, args.k, 16, room);
+    mine.run(0, static_cast<int>(args.k), 16, room);
   }
   store_sums<Real16, Rows>(args, mine.sums, head, mine.row, column0 + mine.lane % 4 * 2, split);
 }

@@ -14,12 +14,6 @@ namespace quantgemm {
 template <class Real16>
 using Pair = std::conditional_t<std::is_same_v<Real16, Half>, __half2, __nv_bfloat162>;
 
-// Both halves of a word through f.
-template <class Real16, class Fn>
-__device__ __forceinline__ uint32_t on_pair(uint32_t word, Fn&& f) {
-  return bit_cast<uint32_t>(f(bit_cast<Pair<Real16>>(word)));
-}
-
 // Every byte with its top bit set becomes 0xff, others 0: two of the four bytes, each doubled.
 template <int First>
 __device__ __forceinline__ uint32_t spread_top_bits(uint32_t bytes) {
@@ -28,55 +22,79 @@ __device__ __forceinline__ uint32_t spread_top_bits(uint32_t bytes) {
   return mask;
 }
 
-// What a lane knows of one tile: kRows elements from a multiple of kRows on, and their codes.
+// What a lane knows of one tile: Rows elements from a multiple of Rows on, and their codes.
 template <class Real16, int Bits, int Rows>
 struct TileCodes {
   static constexpr int kWords = (Rows * Bits + 31) / 32;  // if all are set
-  uint32_t window[kWords];                                // codes that are still to come, lowest first
-  uint32_t scale, zero;                                   // both twice
+  static constexpr bool kHalf = std::is_same_v<Real16, Half>;
+  using P = Pair<Real16>;
+  uint32_t window[kWords];  // codes that are still to come, lowest first
+  uint32_t table[2];        // 2 bits: the values of codes 0 1, 2 3; 4 bits: zero and scale, both twice
+
+  __device__ __forceinline__ void fit(uint32_t scale, uint32_t zero) {
+    if constexpr (Bits == 4) {
+      table[0] = zero, table[1] = scale;
+    } else {
+      table[0] = value_of_codes(kHalf ? 0x3c000000u : 0x3f800000u, zero, scale);  // 0, 1
+      table[1] = value_of_codes(kHalf ? 0x42004000u : 0x40404000u, zero, scale);  // 2, 3
+    }
+  }
 
   // The place in a pool of eight bytes that code number `rank` is spread to by next().
-  static QG_HD int place(int rank) { return Bits == 4 ? rank / 2 + rank % 2 * 4 : rank % 4 * 2 + rank / 4; }
+  static __device__ __forceinline__ int place(int rank) {
+    return Bits == 4 ? rank / 2 + rank % 2 * 4 : rank % 4 * 2 + rank / 4;
+  }
 
   __device__ __forceinline__ void drop(int num_codes) {
     const int shift = num_codes * Bits;  // at most 32, which funnel shifts take as such
 #pragma unroll
     for (int i = 0; i < kWords; ++i)
-      window[i] = __funnelshift_rc(window[i], i + 1 < kWords ? window[i + 1] : 0u, shift);
+      window[i] = i + 1 < kWords ? __funnelshift_rc(window[i], window[i + 1], shift)
+                                 : __funnelshift_rc(window[i], 0u, shift);
   }
 
   // Elements 2j, 2j + 1 of the eight into pairs[j]; what is not set is zero.
   __device__ __forceinline__ void next(uint32_t selectors, int num_codes, uint32_t (&pairs)[4]) {
-    // Codes to bytes, each marked by bit 6, so that a selector of none (a sign bit, 0) is not code 0.
+    // Codes to bytes; each has a bit, kMark, that a selector of none (the sign of a byte, 0) has not.
     uint32_t low, high;
     if constexpr (Bits == 4) {
       low = (window[0] & 0x0f0f0f0fu) | 0x40404040u;
       high = (window[0] >> 4 & 0x0f0f0f0fu) | 0x40404040u;
-    } else {
+    } else {  // code c becomes the selectors of the c-th 16 bits of table: 0x10, 0x32, 0x54, 0x76
       const uint32_t bytes = __byte_perm(window[0], window[0] >> 2, 0x5410);
-      low = (bytes & 0x03030303u) | 0x40404040u;
-      high = (bytes >> 4 & 0x03030303u) | 0x40404040u;
+      low = (bytes & 0x03030303u) * 0x22u + 0x10101010u;
+      high = (bytes >> 4 & 0x03030303u) * 0x22u + 0x10101010u;
     }
     drop(num_codes);
-    const uint32_t first = pick_bytes(low, high, selectors), second = pick_bytes(low, high, selectors >> 16);
-    to_values(first, pairs[0], pairs[1]);
-    to_values(second, pairs[2], pairs[3]);
+    to_values(pick_bytes(low, high, selectors), pairs[0], pairs[1]);
+    to_values(pick_bytes(low, high, selectors >> 16), pairs[2], pairs[3]);
   }
 
+ private:
+  static constexpr int kMark = Bits == 4 ? 6 : 4;
+
   __device__ __forceinline__ void to_values(uint32_t bytes, uint32_t& pair0, uint32_t& pair1) const {
-    // A byte below the exponent of 2^10 (half) or 2^7 (bfloat16) is that number plus the byte.
-    constexpr bool kHalf = std::is_same_v<Real16, Half>;
-    constexpr uint32_t kExponent = kHalf ? 0x64646464u : 0x43434343u;
-    const uint32_t marks = bytes << 1;
-    pair0 = to_value(__byte_perm(bytes, kExponent, 0x4140)) & spread_top_bits<0>(marks);
-    pair1 = to_value(__byte_perm(bytes, kExponent, 0x4342)) & spread_top_bits<2>(marks);
+    const uint32_t marks = bytes << (7 - kMark);
+    if constexpr (Bits == 4) {
+      // A byte below the exponent of 2^10 (half) or 2^7 (bfloat16) is that number plus the byte.
+      constexpr uint32_t kExponent = kHalf ? 0x64646464u : 0x43434343u;
+      constexpr uint32_t kBias = kHalf ? 0xe440e440u : 0xc340c340u;  // -1088, -192
+      const auto value = [&](uint32_t biased) {
+        const P code = __hadd2(bit_cast<P>(biased), bit_cast<P>(kBias));
+        return value_of_codes(bit_cast<uint32_t>(code), table[0], table[1]);
+      };
+      pair0 = value(__byte_perm(bytes, kExponent, 0x4140));
+      pair1 = value(__byte_perm(bytes, kExponent, 0x4342));
+    } else {
+      pair0 = pick_bytes(table[0], table[1], bytes);
+      pair1 = pick_bytes(table[0], table[1], bytes >> 16);
+    }
+    pair0 &= spread_top_bits<0>(marks);
+    pair1 &= spread_top_bits<2>(marks);
   }
-  __device__ __forceinline__ uint32_t to_value(uint32_t biased) const {
-    // Three steps, because code - zero is exact and the bias plus zero is not.
-    constexpr uint32_t kBias = std::is_same_v<Real16, Half> ? 0xe440e440u : 0xc340c340u;  // -1088, -192
-    using P = Pair<Real16>;
-    const P code = __hadd2(bit_cast<P>(biased), bit_cast<P>(kBias));
-    return bit_cast<uint32_t>(__hmul2(__hsub2(code, bit_cast<P>(zero)), bit_cast<P>(scale)));
+  // Code less zero first: exact, where a fused bias would not be.
+  static __device__ __forceinline__ uint32_t value_of_codes(uint32_t codes, uint32_t zero, uint32_t scale) {
+    return bit_cast<uint32_t>(__hmul2(__hsub2(bit_cast<P>(codes), bit_cast<P>(zero)), bit_cast<P>(scale)));
   }
 };
 

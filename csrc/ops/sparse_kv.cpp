@@ -59,6 +59,7 @@ struct Product {
     check_value(x.size(0) % groups == 0, name, ": first dimension ", x.size(0),
                 " (batch x query heads) is not a multiple of groups = ", groups);
     check_value(n <= 8, name, ": expected at most 8 rows per query head, got ", n, " in shape ", shape_of(x));
+    check_value(tokens < int64_t{1} << 31, "tokens: expected fewer than 2^31, got ", tokens);
     const int64_t tiles = blocks_of(tokens) * channels;
     const Tensor bitmap_rows = check_tiles("bitmaps", bitmaps, x, ScalarType::Long, heads, tiles);
     const Tensor offset_rows = check_tiles("tile_offsets", tile_offsets, x, ScalarType::Int, heads, tiles);
