@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The sparse key-value container on the GPU: decode attention beside SDPA, and compression.
+"""The native cache and the sparse container on the GPU: decode attention beside SDPA, compression.
 
     python benchmarks/bench_sparse_kv.py [--quick] [--out FOLDER]
 
@@ -24,7 +24,8 @@ from common import copy_bandwidth, print_table, save, time_gpu
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from quantgemm import kv
+from quantgemm import SparseKVCache, kv
+from quantgemm.kv.cache import FORMATS
 
 QUERY_HEADS, HEADS, DIM = 32, 8, 128
 GROUPS = QUERY_HEADS // HEADS
@@ -124,6 +125,43 @@ def attention_table(
     return rows
 
 
+def native_table(shapes: list[tuple[int, int]]) -> list[dict[str, Any]]:
+    """SparseKVCache: one fused kernel; every layer is another copy."""
+    rows = []
+    for batch, tokens in shapes:
+        sdpa = sdpa_times(batch, tokens)
+        query = torch.randn(batch, QUERY_HEADS, DIM, device="cuda").half()
+        k, v = (dense_cache(batch, tokens, i).view(batch, HEADS, tokens, DIM) for i in (0, 1))
+        for form in FORMATS:
+            bits = FORMATS[form] + 0.375  # of keys and values together
+            layers = num_copies(int(2 * k.numel() * bits / 8))
+            cache = SparseKVCache(
+                layers, HEADS, DIM, form, max_tokens=tokens + 256, batch=batch, device="cuda"
+            )
+            for layer in range(layers):
+                cache.append(layer, k, v)
+            cache.advance(tokens)
+            timing = time_gpu([partial(cache.attend, layer, query) for layer in range(layers)])
+            one = torch.zeros(batch, HEADS, 1, DIM, device="cuda", dtype=torch.float16)
+            appends = [partial(cache.append, layer, one, one) for layer in range(layers)]
+            rows.append(
+                {
+                    "B": batch,
+                    "T": tokens,
+                    "format": form,
+                    "attention_us": timing.median,
+                    "low": timing.low,
+                    "high": timing.high,
+                    **{f"sdpa_{n}_us": t for n, t in sdpa.items()},
+                    "sdpa/ours": min(sdpa.values()) / timing.median,
+                    "TB/s": 2 * k.numel() * bits / 8 / timing.median * 1e-6,
+                    "append_us": time_gpu(appends).median,
+                }
+            )
+            del cache
+    return rows
+
+
 def compression_table(bandwidth: float, shapes: list[tuple[int, int]]) -> list[dict[str, Any]]:
     rows = []
     for batch, tokens in shapes:
@@ -186,8 +224,10 @@ def main() -> int:
     settings = {n: s for n, s in SETTINGS.items() if not options.quick or n in quick}
     bandwidth = copy_bandwidth()
     print(f"copy: {bandwidth / 1e12:.2f} TB/s")
+    shapes = SHAPES[:2] if options.quick else SHAPES
     tables = {
-        "sparse_kv_attention": attention_table(SHAPES[:2] if options.quick else SHAPES, settings),
+        "kv_cache": native_table(shapes),
+        "sparse_kv_attention": attention_table(shapes, settings),
         "sparse_kv_compression": compression_table(bandwidth, SHAPES[1:2]),
     }
     for name, rows in tables.items():

@@ -186,4 +186,37 @@ struct KvProductArgs {
   Real type;
 };
 
+// ---- the native key-value cache of one layer (kv_page.h) ----
+struct KvCacheArgs {
+  uint8_t* key_pages;         // [num_pages, heads, key_page_bytes]
+  uint8_t* value_pages;       // [num_pages, heads, value_page_bytes]
+  const int32_t* page_table;  // [batch, max_pages]
+  void* recent_keys;          // [batch, heads, recent, channels] of type: sinks, then the ring
+  void* recent_values;
+  const int64_t* lens;  // [batch]: tokens
+  int64_t batch, heads, channels, num_pages, max_pages;
+  int64_t recent, sinks, window;
+  int key_bits, value_bits;  // 2 or 4
+  Real type;
+};
+
+struct KvAppendArgs {
+  KvCacheArgs cache;      // with the lengths before
+  const void* keys;       // [batch, heads, count, channels]
+  const void* values;     // like keys
+  const int64_t* counts;  // [batch]: how many of count are there, or null: all
+  int64_t count;
+};
+
+struct KvAttentionArgs {
+  KvCacheArgs cache;
+  const void* query;  // [batch, heads · groups, channels]
+  void* out;          // like query
+  float* lse;         // [batch, heads · groups], natural logarithm
+  float* partial;     // CUDA: [split, batch, heads · groups, channels + 2]: sums, their maximum and mass
+  int64_t groups;
+  int64_t split;
+  float scale;
+};
+
 }  // namespace quantgemm

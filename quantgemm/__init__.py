@@ -26,6 +26,7 @@ from quantgemm.gguf import (
     open_whisper_bin,
     save_gguf,
 )
+from quantgemm.kv.cache import SparseKVCache
 from quantgemm.nn import QuantEmbedding, QuantLinear, ReplaceReport, replace_linear
 from quantgemm.plan import GemmPlan, explain_gemm
 
@@ -46,6 +47,7 @@ __all__ = [
     "QuantEmbedding",
     "QuantLinear",
     "ReplaceReport",
+    "SparseKVCache",
     "__version__",
     "build_info",
     "explain_gemm",

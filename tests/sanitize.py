@@ -15,7 +15,7 @@ import sys
 
 import torch
 
-from quantgemm import _C, explain_gemm, kv, ops
+from quantgemm import _C, SparseKVCache, explain_gemm, kv, ops
 from quantgemm.formats import FORMATS
 
 TOOLS = {
@@ -49,6 +49,7 @@ def run_cases() -> None:
     run_packed_cases(generator)
     run_sampling_cases(generator)
     run_sparse_kv_cases(generator)
+    run_kv_cache_cases(generator)
     torch.cuda.synchronize()
     print("cases done")
 
@@ -140,6 +141,28 @@ def run_sparse_kv_cases(generator: torch.Generator) -> None:
                 )
                 scores = logits.softmax(-1)
                 kv.sparse_value_spmm(scores, *values, head_dim=dim, groups=groups, bits=bits)
+
+
+def run_kv_cache_cases(generator: torch.Generator) -> None:
+    """Sequences of several lengths, pages packed one by one and many at once."""
+    for heads, groups, dim, form in (
+        (2, 4, 128, "dense2"),
+        (1, 9, 64, "dense4"),
+        (1, 1, 256, "dense2"),
+    ):
+        for dtype in (torch.float16, torch.bfloat16):
+            cache = SparseKVCache(
+                1, heads, dim, form, window=64, max_tokens=402, batch=3, device="cuda", dtype=dtype
+            )
+            x = torch.randn(3, heads, 400, dim, generator=generator).to(dtype).cuda()
+            query = torch.randn(3, heads * groups, dim, generator=generator).to(dtype).cuda()
+            counts = torch.tensor([400, 0, 131], device="cuda")
+            cache.append(0, x, x, counts)
+            cache.advance(400, counts)
+            for _ in range(2):
+                cache.append(0, x[:, :, :1], x[:, :, :1])
+                cache.advance(1)
+                cache.attend(0, query)
 
 
 def main() -> int:

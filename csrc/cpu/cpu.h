@@ -33,4 +33,8 @@ void kv_pack_cpu(const KvCompressArgs& args, int64_t first_block, int64_t last_b
 // Groups of 64 rows of y, counted head by head.
 void kv_product_cpu(const KvProductArgs& args, int64_t first_group, int64_t last_group);
 
+// The native cache: pairs of sequence and key-value head.
+void kv_append_cpu(const KvAppendArgs& args, int64_t first_row, int64_t last_row);
+void kv_attention_cpu(const KvAttentionArgs& args, int64_t first_row, int64_t last_row);
+
 }  // namespace quantgemm

@@ -43,4 +43,9 @@ cudaError_t launch_sparse_kv_compress(const KvCompressArgs& args, cudaStream_t s
 int64_t sparse_kv_product_split(const KvProductArgs& args);
 cudaError_t launch_sparse_kv_product(const KvProductArgs& args, cudaStream_t stream);
 
+// The native cache (kv_page.h). Attention says how many parts of the context it wants.
+cudaError_t launch_sparse_kv_append(const KvAppendArgs& args, cudaStream_t stream);
+int64_t sparse_kv_attention_split(const KvAttentionArgs& args);
+cudaError_t launch_sparse_kv_attention(const KvAttentionArgs& args, cudaStream_t stream);
+
 }  // namespace quantgemm

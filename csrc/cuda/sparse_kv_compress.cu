@@ -46,8 +46,8 @@ __device__ int words_before(Scratch* scratch, int64_t index, int total, int lane
   return sum;
 }
 
-// The keep-th largest of the magnitudes in pairs[Words] of two neighbouring lanes, and how many of those
-// equal to it are kept. keep is at least 1.
+// A magnitude that exactly `keep` of those in pairs[Words] of two neighbouring lanes reach, or else the
+// keep-th largest; then num_equal of those equal to it are kept. keep is at least 1.
 template <int Words>
 __device__ __forceinline__ uint32_t cutoff_of(const uint32_t (&pairs)[Words], int keep, int& num_equal) {
   const auto count_from = [&](uint32_t key) {  // of both lanes
@@ -59,11 +59,14 @@ __device__ __forceinline__ uint32_t cutoff_of(const uint32_t (&pairs)[Words], in
     return static_cast<int>((count & 0xffffu) + (count >> 16));
   };
   uint32_t cutoff = 0;
-  for (int bit = 14; bit >= 0; --bit) {
+  bool is_exact = false;
+  for (int bit = 14; bit >= 0 && !__all_sync(~0u, is_exact); --bit) {
     const uint32_t key = cutoff | 1u << bit;
-    if (count_from(key) >= keep) cutoff = key;
+    const int count = count_from(key);
+    if (!is_exact && count >= keep) cutoff = key, is_exact = count == keep;
   }
-  num_equal = keep - (cutoff == 0x7fffu ? 0 : count_from(cutoff + 1));
+  // All of those equal to an exact one stay.
+  num_equal = __all_sync(~0u, is_exact) ? -1 : keep - (cutoff == 0x7fffu ? 0 : count_from(cutoff + 1));
   return cutoff;
 }
 
@@ -72,6 +75,21 @@ template <int Words>
 __device__ __forceinline__ void prune(uint32_t (&pairs)[Words], int keep, int half) {
   int num_equal = 0;
   const uint32_t cutoff = cutoff_of(pairs, keep > 0 ? keep : 1, num_equal);
+  if (keep == 0) {
+#pragma unroll
+    for (int i = 0; i < Words; ++i) pairs[i] = 0;
+    return;
+  }
+  if (num_equal < 0) {  // the whole warp
+#pragma unroll
+    for (int i = 0; i < Words; ++i) {
+      const uint32_t stays = ((pairs[i] & kNoSigns) | kSigns) - cutoff * 0x10001u;
+      uint32_t mask;  // the top bit of each half all over it. PTX ISA 9.7.9.7 (prmt)
+      asm("prmt.b32 %0, %1, 0, 0xbb99;" : "=r"(mask) : "r"(stays));
+      pairs[i] &= mask;
+    }
+    return;
+  }
 #pragma unroll
   for (int i = 0; i < Words; i += 4) {
     uint32_t equal = 0;
@@ -86,8 +104,7 @@ __device__ __forceinline__ void prune(uint32_t (&pairs)[Words], int keep, int ha
     for (int j = 0; j < 8; ++j) {
       const uint32_t key = pairs[i + j / 2] >> (16 * (j % 2)) & 0x7fffu;
       const bool is_equal = key == cutoff;
-      if (keep == 0 || key < cutoff || (is_equal && left <= 0))
-        pairs[i + j / 2] &= j % 2 ? 0xffffu : ~0xffffu;
+      if (key < cutoff || (is_equal && left <= 0)) pairs[i + j / 2] &= j % 2 ? 0xffffu : ~0xffffu;
       left -= is_equal;
     }
   }

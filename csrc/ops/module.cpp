@@ -42,6 +42,14 @@ STABLE_TORCH_LIBRARY(quantgemm, m) {
   m.def(
       "sparse_value_spmm(Tensor scores, Tensor bitmaps, Tensor tile_offsets, Tensor packed, Tensor? scales, "
       "Tensor? zeros, int head_dim, int groups, int bits) -> Tensor");
+  m.def(
+      "sparse_kv_append(Tensor keys, Tensor values, Tensor(a!) key_pages, Tensor(b!) value_pages, "
+      "Tensor page_table, Tensor(c!) recent_keys, Tensor(d!) recent_values, Tensor lens, Tensor? counts, "
+      "int sinks, int window, int key_bits, int value_bits) -> ()");
+  m.def(
+      "sparse_kv_attention(Tensor query, Tensor key_pages, Tensor value_pages, Tensor page_table, "
+      "Tensor recent_keys, Tensor recent_values, Tensor lens, int sinks, int window, int key_bits, "
+      "int value_bits, float scale) -> (Tensor out, Tensor lse)");
 }
 
 namespace {
@@ -62,6 +70,8 @@ void register_backend(torch::stable::detail::StableLibrary& m) {
   m.impl("sparse_kv_compress", TORCH_BOX(&quantgemm::sparse_kv_compress));
   m.impl("sparse_key_spmm", TORCH_BOX(&quantgemm::sparse_key_spmm));
   m.impl("sparse_value_spmm", TORCH_BOX(&quantgemm::sparse_value_spmm));
+  m.impl("sparse_kv_append", TORCH_BOX(&quantgemm::sparse_kv_append));
+  m.impl("sparse_kv_attention", TORCH_BOX(&quantgemm::sparse_kv_attention));
 }
 
 }  // namespace

@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+from quantgemm.kv.cache import SparseKVCache, sparse_kv_attention
 from quantgemm.kv.mustafar import (
     convert_key_batched,
     convert_key_batched_quant,
@@ -41,6 +42,7 @@ from quantgemm.kv.reference import (
 
 __all__ = [
     "Container",
+    "SparseKVCache",
     "compress_keys",
     "compress_values",
     "convert_key_batched",
@@ -57,6 +59,7 @@ __all__ = [
     "prune_values",
     "reconstruct_sparse_matrix",
     "sparse_key_spmm",
+    "sparse_kv_attention",
     "sparse_kv_compress",
     "sparse_matmul_reference",
     "sparse_value_spmm",
