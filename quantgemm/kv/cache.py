@@ -282,5 +282,5 @@ def unpack_pages(pages: Tensor, head_dim: int, bits: int, value: bool) -> Tensor
     fits = pages[..., end:].contiguous().view(torch.float16).float()
     place = (k % 8 // 2 * (num_k // 4) + k // 8 * 2 + k % 2)[0]
     scale, lift = fits[..., place], 1 + fits[..., num_k + place]
-    x = (codes / 2**bits + lift[..., None, :]) * scale[..., None, :]
+    x: Tensor = (codes / 2**bits + lift[..., None, :]) * scale[..., None, :]
     return x.transpose(-1, -2) if value else x
