@@ -126,7 +126,9 @@ def test_pages_hold_what_was_appended(form: str, device: str) -> None:
             old = want[:, 4 : 4 + pages * 64].view(2, pages, 64, 128)
             step = (old.amax(groups, True) - old.amin(groups, True)) / (2**bits - 1)
             error = (got[:, 4 : 4 + pages * 64].view_as(old) - old).abs()
-            assert (error <= step * 0.5 + 0.004 * step * 2**bits + 1e-3 * old.abs()).all()
+            # With 2 bits the range may be narrowed by 0.225 at either end.
+            most = 0.5 if bits == 4 else 0.225 * 3
+            assert (error <= step * most + 0.004 * step * 2**bits + 1e-3 * old.abs()).all()
     dense_k, _ = caches[-1].dense(0, 0)
     assert (dense_k[1, 68:132, 3] == torch.tensor(0.4).half().float()).all()
     _, dense_v = caches[-1].dense(0, 1)

@@ -42,13 +42,7 @@ struct Page {
   void pack(Fn&& x) const {
     std::fill_n(codes, int64_t{rows} * num_k * bits / 8, uint8_t{0});
     for (int k = 0; k < num_k; ++k) {
-      float lo = x(0, k), hi = lo;
-      for (int row = 0; row < rows; ++row) {
-        const float v = x(row, k);
-        lo = v < lo || v != v ? v : lo, hi = v > hi || v != v ? v : hi;
-      }
-      if (lo != lo || hi != hi) lo = hi = bit_cast<float>(0x7fc00000u);
-      const PageFit fit = fit_page_group(lo, hi, bits);
+      const PageFit fit = fit_page_group([&](int row) { return x(row, k); }, rows, bits);
       const int place = fit_place(k, num_k);
       fits()[place] = fit.scale, fits()[num_k + place] = fit.shift;
       for (int row = 0; row < rows; ++row) {

@@ -19,13 +19,7 @@ __device__ void pack_page(const uint16_t* x, int stride, int channels, int bits,
   };
   auto* fits = reinterpret_cast<uint16_t*>(page + page_codes_bytes(channels, bits));
   for (int k = static_cast<int>(threadIdx.x); k < num_k; k += kThreads) {
-    float lo = at(0, k), hi = lo;
-    for (int row = 1; row < rows; ++row) {
-      const float v = at(row, k);
-      lo = v < lo || v != v ? v : lo, hi = v > hi || v != v ? v : hi;
-    }
-    if (lo != lo || hi != hi) lo = hi = bit_cast<float>(0x7fc00000u);
-    const PageFit fit = fit_page_group(lo, hi, bits);
+    const PageFit fit = fit_page_group([&](int row) { return at(row, k); }, rows, bits);
     fits[fit_place(k, num_k)] = fit.scale, fits[num_k + fit_place(k, num_k)] = fit.shift;
   }
   __syncthreads();  // fits
