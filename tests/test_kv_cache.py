@@ -181,6 +181,38 @@ def test_sequences_join_and_leave(device: str) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("window", [0, 64, 100])
+def test_fork_and_crop(window: int, device: str) -> None:
+    """A copy goes its own way; what is left after cropping reads as before, also out of pages."""
+    k, v = (x.to(device) for x in tokens_of(2, 2, 500, 64, seed=5))
+    cache = SparseKVCache(2, 2, 64, window=window, max_tokens=500, batch=2, device=device)
+    for layer in range(2):
+        cache.append(layer, k, v, torch.tensor([400, 70], device=device))
+    cache.advance(400, torch.tensor([400, 70], device=device))
+    cache.fork(0, 1)
+    before = cache.dense(1, 0)
+    for length in (400, 391, 300, 261, 66, 2, 0):
+        cache.crop(1, length)
+        for a, w in zip(cache.dense(1, 1), before, strict=True):
+            if length:  # packed values are rounded to the ring's dtype
+                torch.testing.assert_close(a, w[:, :length], rtol=1e-3, atol=1e-3)
+        for a, w in zip(cache.dense(1, 0), before, strict=True):
+            assert_same(a, w)
+    cache.fork(0, 1)
+    cache.crop(1, 350)
+    for layer in range(2):
+        cache.append(layer, k[:, :, 400:], v[:, :, 400:], torch.tensor([0, 100], device=device))
+    cache.advance(100, torch.tensor([0, 100], device=device))
+    for a, w, x in zip(cache.dense(1, 1), before, (k, v), strict=True):
+        # What was packed, unpacked and packed again may have moved by a step.
+        assert ((a[:, :350] - w[:, :350]).norm() <= 0.05 * w[:, :350].norm()).all()
+        recent = x[1, :, 500 - window : 500].float() if window else x[1, :, :0].float()
+        assert_same(a[:, 450 - window :][:, : recent.shape[1]], recent)
+    with pytest.raises(ValueError, match="tokens: the sequence has 450, got 451"):
+        cache.crop(1, 451)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_nan_reaches_the_output_of_its_head(device: str) -> None:
     k, v = tokens_of(1, 2, 300, 64)
     v[0, 1, 20, 5] = torch.nan

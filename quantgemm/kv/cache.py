@@ -231,6 +231,48 @@ class SparseKVCache:
         self.lens.copy_(self.lens[index])
         self._most = [self._most[i] for i in order]
 
+    def fork(self, source: int, target: int) -> None:
+        """The sequence `target` becomes a copy of `source`."""
+        for recent in (self.recent_keys, self.recent_values):
+            recent[:, target] = recent[:, source]
+        for pages in (self.key_pages, self.value_pages):
+            pages[:, self.page_table[target].long()] = pages[:, self.page_table[source].long()]
+        self.lens[target] = self.lens[source]
+        self._most[target] = self._most[source]
+
+    def crop(self, sequence: int, tokens: int) -> None:
+        """Forgets all but the first `tokens`, as rejected drafts want it; waits for the GPU.
+
+        Tokens that had been packed and belong to the window again keep what the packing made of
+        them.
+        """
+        before = int(self.lens[sequence])
+        if not 0 <= tokens <= before:
+            raise ValueError(f"tokens: the sequence has {before}, got {tokens}")
+        old, new = self._num_pages(before), self._num_pages(tokens)
+        end = max(new * PAGE, min(old * PAGE, tokens - self.sinks))
+        positions = torch.arange(new * PAGE, end)
+        if len(positions) > 0:
+            positions = positions.to(self.lens.device)
+            slots = positions % (self.recent_keys.shape[3] - self.sinks) + self.sinks
+            used = self.page_table[sequence, new:old].long()
+            for stored, recent, bits, value in self._stores():
+                values = unpack_pages(stored[:, used], self.head_dim, bits, value)
+                values = values.transpose(1, 2).flatten(2, 3)  # [layers, heads, tokens, head_dim]
+                recent[:, sequence, :, slots] = values[:, :, : len(positions)].to(recent.dtype)
+        self.lens[sequence] = tokens
+        self._most[sequence] = tokens
+
+    def _num_pages(self, tokens: int) -> int:
+        rest = max(0, tokens - self.sinks)
+        return min(max(0, rest - self.window) // PAGE, self.page_table.shape[1])
+
+    def _stores(self) -> tuple[tuple[Tensor, Tensor, int, bool], ...]:
+        return (
+            (self.key_pages, self.recent_keys, self.key_bits, False),
+            (self.value_pages, self.recent_values, self.value_bits, True),
+        )
+
     def reset(self, sequence: int) -> None:
         """Empties a sequence, so that another one can begin in its place."""
         self.lens[sequence] = 0
@@ -250,15 +292,12 @@ class SparseKVCache:
         tokens = int(self.lens[sequence])
         sinks = min(tokens, self.sinks)
         rest = tokens - sinks
-        pages = min(max(0, rest - self.window) // PAGE, self.page_table.shape[1])
+        pages = self._num_pages(tokens)
         ring = self.recent_keys.shape[3] - self.sinks
         at = torch.arange(pages * PAGE, rest, device=self.lens.device) % ring + self.sinks
         used = self.page_table[sequence, :pages].long()
         both = []
-        for stored, recent, bits, value in (
-            (self.key_pages, self.recent_keys, self.key_bits, False),
-            (self.value_pages, self.recent_values, self.value_bits, True),
-        ):
+        for stored, recent, bits, value in self._stores():
             own = recent[layer, sequence].float()
             old = unpack_pages(stored[layer, used], self.head_dim, bits, value)  # [p, h, 64, d]
             old = old.transpose(0, 1).reshape(self.num_kv_heads, pages * PAGE, self.head_dim)
