@@ -25,6 +25,20 @@ struct Table {
   }
 };
 
+template <class F>
+concept Planar = PlanarTable<F> || PlanarStrides<F>;
+template <class F>
+int unit() {
+  if constexpr (Planar<F>) return F::kPlanes.unit;
+  return 1;
+}
+template <class F>
+int above(int i) {  // what the planes above quad i's multiply it by
+  if constexpr (Planar<F>)
+    return 1 << F::kPlanes.bits * (F::kPlanes.count - 1 - i % F::kPlanes.count);
+  return 1;
+}
+
 int main() {
   std::mt19937 random(1);
   BlockFormats::for_each([&]<class F>(F) {
@@ -33,14 +47,24 @@ int main() {
       alignas(16) uint8_t block[512];
       for (uint8_t& byte : block) byte = static_cast<uint8_t>(random());
       for (int i = 0; i < F::kElems / 4; ++i) {
-        if constexpr (TableFormat<F>)
-          ++checked, wrong += F::quad(block, i, Table<F>{}) != F::quad(block, i);
-        if constexpr (StridedFormat<F>)
-          for (int r = 0; r < 4; ++r) {
-            const int weight = i / 8 * 32 + i % 8 + 8 * r;
-            ++checked, wrong += byte_at(F::strided_codes(block, i), r) !=
-                                byte_at(codes_of<F>(block, weight / 4), weight % 4);
+        for (int j = 0; j < 4; ++j) {
+          if constexpr (PlanarTable<F>) {
+            const int weight = 4 * i + j, part = F::kGroup < 32 ? F::kGroup : 32;
+            const int half = weight % part / (part / 2);
+            const int zero = byte_at(F::zeros(block, weight / part), half);
+            const int got = byte_at(F::planar_codes(block, i, Table<F>{}), j) * above<F>(i) + zero;
+            ++checked, wrong += got != F::kPlanes.unit * byte_at(F::quad(block, i), j);
+          } else if constexpr (TableFormat<F>) {
+            const uint32_t quad = F::quad(block, i, Table<F>{});
+            ++checked, wrong += byte_at(quad, j) != byte_at(F::quad(block, i), j);
           }
+          if constexpr (StridedFormat<F>) {
+            const int weight = i / 8 * 32 + i % 8 + 8 * j;
+            const int code = byte_at(codes_of<F>(block, weight / 4), weight % 4);
+            const int got = static_cast<int8_t>(byte_at(F::strided_codes(block, i), j));
+            ++checked, wrong += got * above<F>(i) != unit<F>() * code;
+          }
+        }
       }
     }
     if (checked > 0) std::printf("%s %d\\n", F::kName, wrong);

@@ -9,6 +9,7 @@
 
 #include <climits>
 
+#include "device.h"
 #include "launch.h"
 #include "units.cuh"
 
@@ -166,11 +167,9 @@ cudaError_t launch_tiles(const GemmArgs& args, cudaStream_t stream) {
 cudaError_t launch_gemm_tiled(const GemmArgs& args, cudaStream_t stream) {
   if (args.k > INT_MAX) return cudaErrorInvalidValue;  // places in a row are 32-bit
   if (args.m <= kFewTokens) return launch_gemm_few_tokens(args, stream);
-  int device = 0, num_sms = 0;
-  if (const cudaError_t status = cudaGetDevice(&device); status != cudaSuccess) return status;
-  cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device);
   const int64_t large_tiles = ((args.m + 127) / 128) * ((args.n + 127) / 128);
-  return large_tiles < num_sms ? launch_tiles<64>(args, stream) : launch_tiles<128>(args, stream);
+  return large_tiles < current_device().multiprocessors ? launch_tiles<64>(args, stream)
+                                                        : launch_tiles<128>(args, stream);
 }
 
 }  // namespace quantgemm

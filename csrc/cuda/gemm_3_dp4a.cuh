@@ -28,11 +28,11 @@ __device__ __forceinline__ int dot4(uint32_t a, uint32_t b, int sum) {
 }
 
 __device__ __forceinline__ void store_real(void* y, int64_t i, float value, Real type) {
-  switch (type) {
-    case Real::kFloat32: return store1(static_cast<float*>(y) + i, value);
-    case Real::kFloat16: return store1(static_cast<Half*>(y) + i, value);
-    case Real::kBFloat16: return store1(static_cast<BFloat16*>(y) + i, value);
-  }
+  const uint16_t half = type == Real::kFloat16 ? float_to_half(value) : float_to_bfloat16(value);
+  if (type == Real::kFloat32)
+    static_cast<float*>(y)[i] = value;
+  else
+    static_cast<uint16_t*>(y)[i] = half;
 }
 
 // For m up to Tokens: 1, 2, 4 or 8, each compiled in a file of its own.

@@ -8,6 +8,7 @@
 #pragma once
 #include <bit>
 
+#include "dependent_launch.cuh"
 #include "gemm_3_dp4a_staging.cuh"
 
 namespace quantgemm::dp4a {
@@ -16,7 +17,6 @@ namespace quantgemm::dp4a {
 struct Split {
   int rows_per_block, slices, panel;  // a panel: slices whose activations fit in shared memory
   int lanes, log2_lanes, rows;        // lanes · rows = 32, and that as often as Plan::kDepth
-  int64_t safe_rows;                  // so far before w's end that 16-byte copies stay inside
 };
 
 // sums[r][t] += weights of window r · token t, for the span's first `groups` groups.
@@ -39,12 +39,18 @@ __device__ __forceinline__ void multiply_span(
 #pragma unroll
     for (int p = 0; p < P::kGroupParts; ++p) {
       const int e = g * kGroup + p * kPart<F>, within = e % F::kElems, at = e / F::kElems * F::kBytes;
-      int dots[P::kDepth][Tokens];
+      constexpr int kPlanes = P::kPlanes.count, kLast = kPlanes - 1;
+      int dots[P::kDepth][Tokens][kPlanes] = {};
 #pragma unroll
       for (int r = 0; r < P::kDepth; ++r)
 #pragma unroll
-        for (int t = 0; t < Tokens; ++t)
-          dots[r][t] = P::kStarts > 0 ? static_cast<int>(records[t][1 + p]) : kMagicBits;
+        for (int t = 0; t < Tokens; ++t) {
+          int& start = dots[r][t][kLast];
+          start = P::kStarts > 0 ? static_cast<int>(records[t][1 + p]) : kMagicBits;
+          if constexpr (P::kHalves)
+            start = __dp2a_lo(start, static_cast<int>(F::zeros(windows[r].bytes + at, within / kPart<F>)),
+                              kMagicBits);
+        }
 #pragma unroll
       for (int v = 0; v < kPart<F>; v += 16) {
         uint32_t codes[P::kDepth][4];
@@ -59,10 +65,11 @@ __device__ __forceinline__ void multiply_span(
           const uint4 a = *reinterpret_cast<const uint4*>(x + t * P::kTokenBytes + e + v);
 #pragma unroll
           for (int r = 0; r < P::kDepth; ++r) {
-            dots[r][t] = dot4(codes[r][0], a.x, dots[r][t]);
-            dots[r][t] = dot4(codes[r][1], a.y, dots[r][t]);
-            dots[r][t] = dot4(codes[r][2], a.z, dots[r][t]);
-            dots[r][t] = dot4(codes[r][3], a.w, dots[r][t]);
+            int (&planes)[kPlanes] = dots[r][t];
+            planes[0] = dot4(codes[r][0], a.x, planes[0]);
+            planes[1 % kPlanes] = dot4(codes[r][1], a.y, planes[1 % kPlanes]);
+            planes[2 % kPlanes] = dot4(codes[r][2], a.z, planes[2 % kPlanes]);
+            planes[3 % kPlanes] = dot4(codes[r][3], a.w, planes[3 % kPlanes]);
           }
         }
       }
@@ -71,8 +78,10 @@ __device__ __forceinline__ void multiply_span(
         const Affine affine = F::affine(windows[r].bytes + at, within / F::kGroup);
 #pragma unroll
         for (int t = 0; t < Tokens; ++t) {
-          added[r][t] +=
-              affine.scale * __uint_as_float(records[t][0]) * (__int_as_float(dots[r][t]) - kMagic);
+          int dot = dots[r][t][0];
+#pragma unroll
+          for (int plane = 1; plane < kPlanes; ++plane) dot = (dot << P::kPlanes.bits) + dots[r][t][plane];
+          added[r][t] += affine.scale * __uint_as_float(records[t][0]) * (__int_as_float(dot) - kMagic);
           if constexpr (F::kOffset)
             added[r][t] += affine.offset * __uint_as_float(records[t][1 + P::kStarts + p]);
         }
@@ -90,22 +99,11 @@ __device__ __forceinline__ void multiply_span(
     for (int t = 0; t < Tokens; ++t) sums[r][t] = groups > 0 ? sums[r][t] : 0.0f;
 }
 
-__device__ __forceinline__ void wait_for_previous_kernel() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
-__device__ __forceinline__ void allow_next_kernel() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;");
-#endif
-}
-
 // Block b owns rows b · rows_per_block …; panel by panel, its warps share the items, slice by slice,
-// evenly. Partial sums lie in shared memory, [slices of a panel][rows][Tokens].
+// evenly. Partial sums lie in shared memory, [slices of a panel][rows][Tokens]; a single token's rows that
+// are one slice have none.
 template <BlockFormat F, int Tokens, bool Tabled>
-__global__ void __launch_bounds__(32 * Plan<F, Tokens, Tabled>::kWarps, 1)
+__global__ void __launch_bounds__(32 * Plan<F, Tokens, Tabled>::kWarps, Plan<F, Tokens, Tabled>::kBlocks)
     few_tokens_kernel(const GemmArgs args, const Split split) {
   using P = Plan<F, Tokens, Tabled>;
   extern __shared__ uint4 shared[];
@@ -121,8 +119,7 @@ __global__ void __launch_bounds__(32 * Plan<F, Tokens, Tabled>::kWarps, 1)
   const int rows = left < split.rows_per_block ? static_cast<int>(left) : split.rows_per_block;
   const int item_rows = P::kDepth * split.rows, chunks = (rows + item_rows - 1) / item_rows;
   const int row_in_item = lane >> split.log2_lanes, span = lane & (split.lanes - 1);
-  const int slice_bytes = split.lanes * P::kSpanBytes;
-  uint8_t* const slot = ring + row_in_item * ((slice_bytes + 30) / 16 * 16);
+  const int slice_bytes = split.lanes * P::kSpanBytes, slot_bytes = (slice_bytes + 30) / 16 * 16;
   // Items go round the warps, slice by slice.
   struct Item {
     int slice, chunk;
@@ -131,57 +128,79 @@ __global__ void __launch_bounds__(32 * Plan<F, Tokens, Tabled>::kWarps, 1)
     while (item.chunk >= chunks) item.chunk -= chunks, ++item.slice;
   };
 
-  // The lanes of a row copy its piece, from and to multiples of 16 bytes.
+  // Copies go from and to multiples of 16 bytes. Where a slice is a whole row, an item's rows are neighbours
+  // and one copy brings them; else the lanes of a row copy its piece.
+  const bool whole = Tokens == 1 && split.slices == 1;
+  const int copies = whole ? 1 : P::kDepth, copy_row = whole ? 0 : row_in_item,
+            copy_lane = whole ? lane : span, copy_lanes = whole ? 32 : split.lanes;
   const uint8_t *const w_end = args.w + args.n * row_bytes, *const w_block = args.w + first_row * row_bytes;
-  const int64_t piece_step = split.rows * row_bytes, safe = split.safe_rows - first_row;
-  const int safe_rows = safe < rows ? static_cast<int>(safe) : rows;
-  Arrivals arrivals(barriers + warp * P::kStages, P::kStages, item_rows, lane);
+  Arrivals arrivals(barriers + warp * P::kStages, P::kStages, whole ? 1 : item_rows, lane);
   Item ahead{0, warp};
   settle(ahead);
   const auto fetch = [&](int stage) {
     if (ahead.slice < split.slices) {
       const int64_t at = static_cast<int64_t>(ahead.slice) * slice_bytes, rest = row_bytes - at;
-      const int piece = rest < slice_bytes ? static_cast<int>(rest) : slice_bytes;
-      int row = ahead.chunk * item_rows + row_in_item;
-      const uint8_t* next = w_block + row * row_bytes + at;
-#pragma unroll
-      for (int r = 0; r < P::kDepth; ++r) {
-        const int shift = static_cast<int>(reinterpret_cast<uintptr_t>(next) & 15), last = shift + piece;
-        const uint8_t* const from = next - shift;
-        uint8_t* const to = slot + stage * P::kItemBytes + r * P::kPieceBytes;
-        int bytes = row < rows ? (last + 15) & ~15 : 0;
-        if (row >= safe_rows && row < rows && bytes > w_end - from) {  // w ends inside the last 16
+#pragma unroll 1
+      for (int r = 0; r < copies; ++r) {
+        const int row = ahead.chunk * item_rows + r * split.rows + copy_row, below = rows - row;
+        const uint8_t* const piece = w_block + row * row_bytes + at;
+        const int shift = static_cast<int>(reinterpret_cast<uintptr_t>(piece) & 15),
+                  length = whole ? (below < item_rows ? below : item_rows) * static_cast<int>(row_bytes)
+                                 : static_cast<int>(rest < slice_bytes ? rest : slice_bytes),
+                  last = shift + length;
+        const uint8_t* const from = piece - shift;
+        uint8_t* const to = ring + stage * P::kItemBytes + r * P::kPieceBytes + copy_row * slot_bytes;
+        int bytes = below > 0 ? (last + 15) & ~15 : 0;
+        if (below > 0 && bytes > w_end - from) {  // w ends inside the last 16
           bytes = static_cast<int>(w_end - from) & ~15;
-          for (int i = bytes + span; i < last; i += split.lanes) to[i] = from[i];
+          for (int i = bytes + copy_lane; i < last; i += copy_lanes) to[i] = from[i];
         }
-        arrivals.start(stage, shared_address(to), from, bytes, span, split.lanes);
-        row += split.rows, next += piece_step;
+        arrivals.start(stage, shared_address(to), from, bytes, copy_lane, copy_lanes);
       }
       ahead.chunk += warps;
       settle(ahead);
     }
     arrivals.close();
   };
+  // A block that begins while the kernel before is busy has the L2 fetch its weights meanwhile.
+  if (P::kBlocks > 1 && whole && lane == 0) {
+#pragma unroll 1
+    for (int s = 0, chunk = warp; s < P::kStages && chunk < chunks; ++s, chunk += warps) {
+      const int row = chunk * item_rows, below = rows - row;
+      const uint8_t* const from = w_block + row * row_bytes;
+      const auto shift = reinterpret_cast<uintptr_t>(from) & 15;
+      const auto bytes = static_cast<int>((below < item_rows ? below : item_rows) * row_bytes + shift);
+      prefetch_to_l2(from - shift, bytes & ~15);
+    }
+  }
+  if (P::kFolds) let_next_kernel_start();
   LaneTable<F, Tabled>::fill(shared);
   const LaneTable<F, Tabled> table(shared, lane);
   // What quantises activations writes no weights, any other kernel before this one may have done so.
-  if (P::kFolds) {
-    allow_next_kernel();
+  const int most = split.panel * split.lanes * P::kSpan;  // activations of a panel
+  Rounding<F, Tokens, Tabled> rounding;
+  if constexpr (P::kFolds) {
     wait_for_previous_kernel();
+    rounding.ask(args, 0, args.k < most ? static_cast<int>(args.k) : most);
   }
 #pragma unroll 1
   for (int s = 0; s < P::kStages - 1; ++s) fetch(s);
-  if (!P::kFolds) wait_for_previous_kernel();
+  if constexpr (!P::kFolds) wait_for_previous_kernel();
   int stage = 0;
   Item item{0, warp};
   settle(item);
 #pragma unroll 1
   for (int first_slice = 0; first_slice < split.slices; first_slice += split.panel) {
     const int64_t first = static_cast<int64_t>(first_slice) * split.lanes * P::kSpan, rest = args.k - first;
-    const int most = split.panel * split.lanes * P::kSpan,
-              count = rest < most ? static_cast<int>(rest) : most;
-    __syncthreads();  // the previous panel's activations were used
-    dp4a::stage<F, Tokens, Tabled>(staged, args, first, count);
+    const int count = rest < most ? static_cast<int>(rest) : most;
+    if (first_slice > 0) {
+      __syncthreads();  // the previous panel's activations were used
+      if constexpr (P::kFolds) rounding.ask(args, first, count);
+    }
+    if constexpr (P::kFolds)
+      rounding.stage(staged, args, first, count);
+    else
+      stage_activations<F, Tokens, Tabled>(staged, args, first, count);
     __syncthreads();
     const int end = first_slice + split.panel < split.slices ? first_slice + split.panel : split.slices;
 #pragma unroll 1
@@ -191,13 +210,19 @@ __global__ void __launch_bounds__(32 * Plan<F, Tokens, Tabled>::kWarps, 1)
 
       const int slice = item.slice - first_slice;
       const int row = item.chunk * item_rows + row_in_item;
-      const uint32_t low = static_cast<uint32_t>(first_row + row) * static_cast<uint32_t>(row_bytes) +
-                           static_cast<uint32_t>(item.slice) * static_cast<uint32_t>(slice_bytes);
-      const uint8_t* const bytes = slot + stage * P::kItemBytes + span * P::kSpanBytes;
+      const uint8_t* const slot = ring + stage * P::kItemBytes + span * P::kSpanBytes;
+      const auto place = [&](int of_row) {  // modulo 16
+        return (static_cast<uint32_t>(first_row + of_row) * static_cast<uint32_t>(row_bytes) +
+                static_cast<uint32_t>(item.slice) * static_cast<uint32_t>(slice_bytes)) %
+               16;
+      };
       Window<P::kSpanBytes> windows[P::kDepth];
 #pragma unroll
       for (int r = 0; r < P::kDepth; ++r)
-        windows[r].load(bytes + r * P::kPieceBytes + (low + r * static_cast<uint32_t>(piece_step)) % 16);
+        windows[r].load(whole ? slot + place(item.chunk * item_rows) +
+                                    (row_in_item + r * split.rows) * static_cast<int>(row_bytes)
+                              : slot + place(row + r * split.rows) + row_in_item * slot_bytes +
+                                    r * P::kPieceBytes);
       const int inside = count - (slice * split.lanes + span) * P::kSpan;
       float sums[P::kDepth][Tokens] = {};
       multiply_span<F, Tokens, Tabled>(sums, windows, staged + (slice * split.lanes + span) * P::kPitch,
@@ -213,6 +238,13 @@ __global__ void __launch_bounds__(32 * Plan<F, Tokens, Tabled>::kWarps, 1)
 #pragma unroll
       for (int r = 0; r < P::kDepth; ++r) {
         if (span != 0 || row + r * split.rows >= rows) continue;
+        if (whole) {
+#pragma unroll
+          for (int t = 0; t < Tokens; ++t)
+            if (t < args.m)
+              store_real(args.y, t * args.n + first_row + row + r * split.rows, sums[r][t], args.type);
+          continue;
+        }
         float* to = partial + (slice * rows + row + r * split.rows) * Tokens;
 #pragma unroll
         for (int t = 0; t < Tokens; ++t) to[t] = first_slice == 0 ? sums[r][t] : to[t] + sums[r][t];
@@ -220,6 +252,7 @@ __global__ void __launch_bounds__(32 * Plan<F, Tokens, Tabled>::kWarps, 1)
       stage = stage + 1 == P::kStages ? 0 : stage + 1;
     }
   }
+  if (whole) return;
   __syncthreads();
 
   const int parts = split.slices < split.panel ? split.slices : split.panel;
@@ -234,26 +267,10 @@ __global__ void __launch_bounds__(32 * Plan<F, Tokens, Tabled>::kWarps, 1)
     }
 }
 
-struct Device {
-  int sms, shared, major;
-};
-
-inline cudaError_t describe(Device& device) {
-  int id = 0;
-  cudaError_t status = cudaGetDevice(&id);
-  const auto ask = [&](int& value, cudaDeviceAttr attribute) {
-    if (status == cudaSuccess) status = cudaDeviceGetAttribute(&value, attribute, id);
-  };
-  ask(device.sms, cudaDevAttrMultiProcessorCount);
-  ask(device.shared, cudaDevAttrMaxSharedMemoryPerBlockOptin);
-  ask(device.major, cudaDevAttrComputeCapabilityMajor);
-  device.shared -= kReserved;
-  return status;
-}
-
 template <BlockFormat F, int Tokens, bool Tabled>
 cudaError_t launch(const GemmArgs& args, const Device& device, cudaStream_t stream) {
   using P = Plan<F, Tokens, Tabled>;
+  const int shared = device.shared_per_block - kReserved;
   Split split{};
   // As many lanes to a row as leave fewest of them without weights.
   const int64_t spans = (args.k + P::kSpan - 1) / P::kSpan;
@@ -265,54 +282,44 @@ cudaError_t launch(const GemmArgs& args, const Device& device, cudaStream_t stre
   }
   split.log2_lanes = std::countr_zero(static_cast<unsigned>(split.lanes));
   split.rows = 32 / split.lanes;
-  const int64_t w_row_bytes = args.k / F::kElems * F::kBytes;
-  split.safe_rows = (args.n * w_row_bytes - 15) / w_row_bytes;
 
   int warps = P::kWarps;
-  const int most_bytes = Tokens == 1 ? device.shared / 8 * 7 : device.shared / 4 * 3;
+  const int most_bytes = Tokens == 1 ? shared / 8 * 7 : shared / 4 * 3;
   while (warps > 1 && LaneTable<F, Tabled>::kBytes + warps * P::kStages * P::kItemBytes > most_bytes)
     warps /= 2;
   int bytes = LaneTable<F, Tabled>::kBytes + warps * P::kStages * P::kItemBytes + kSlack;
   // Of what is left, two thirds for activations, the rest for partial sums: one block for each
   // multiprocessor, or as many waves of blocks as the partial sums need.
-  const int most_slices = (device.shared - bytes) * 2 / 3 / (split.lanes * P::kPitch);
+  const int most_slices = (shared - bytes) * 2 / 3 / (split.lanes * P::kPitch);
   split.panel = most_slices < 1 ? 1 : most_slices < kMostSlices ? most_slices : kMostSlices;
   if (split.slices < split.panel) split.panel = split.slices;
   bytes += split.panel * split.lanes * P::kPitch;
   const int row_bytes = split.panel * Tokens * static_cast<int>(sizeof(float));
-  const int64_t most_rows = (device.shared - bytes) / row_bytes * device.sms;
-  const int64_t blocks = (args.n + most_rows - 1) / most_rows * device.sms;
+  const int64_t most_rows = (shared - bytes) / row_bytes * device.multiprocessors;
+  const int64_t blocks = (args.n + most_rows - 1) / most_rows * device.multiprocessors;
   split.rows_per_block = static_cast<int>((args.n + blocks - 1) / blocks);
   bytes += split.rows_per_block * row_bytes;
 
   const auto kernel = few_tokens_kernel<F, Tokens, Tabled>;
   const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (status != cudaSuccess) return status;
-  cudaLaunchConfig_t config{};
-  config.gridDim = static_cast<unsigned>((args.n + split.rows_per_block - 1) / split.rows_per_block);
-  config.blockDim = 32 * warps;
-  config.dynamicSmemBytes = bytes;
-  config.stream = stream;
   // The first weights are on their way while the launch before this one still quantises activations
   // (it must not write w): the kernel waits for that launch before it reads them.
-  cudaLaunchAttribute overlap{};
-  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlap.val.programmaticStreamSerializationAllowed = 1;
-  config.attrs = &overlap;
-  config.numAttrs = device.major >= 9 ? 1 : 0;
-  return cudaLaunchKernelEx(&config, kernel, args, split);
+  const auto grid = static_cast<unsigned>((args.n + split.rows_per_block - 1) / split.rows_per_block);
+  const DependentLaunch launch(grid, 32 * warps, device, stream, bytes);
+  return cudaLaunchKernelEx(&launch.config, kernel, args, split);
 }
 
 // m up to Tokens.
 template <int Tokens>
 cudaError_t launch_few_tokens(const GemmArgs& args, cudaStream_t stream) {
-  Device device{};
-  cudaError_t status = describe(device);
+  Device device;
+  cudaError_t status = device.read();
   if (status != cudaSuccess) return status;
   BlockFormats::visit(args.qtype, [&]<class F>(F) {
     if constexpr (kServes<F>) {
       if constexpr (Tokens == 1 && TableFormat<F>)
-        if (2 * LaneTable<F, true>::kBytes <= device.shared) {
+        if (2 * LaneTable<F, true>::kBytes <= device.shared_per_block - kReserved) {
           status = launch<F, Tokens, true>(args, device, stream);
           return;
         }

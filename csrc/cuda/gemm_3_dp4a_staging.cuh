@@ -30,7 +30,10 @@ struct Plan {
   static constexpr int kPieceBytes = 32 * kSpanBytes + 32 / kFewestLanes * 32,
                        kItemBytes = kDepth * kPieceBytes;
   static constexpr int kWarps = kItemBytes <= 5120 && Tokens < 8 ? 16 : kItemBytes <= 7168 ? 12 : 8;
-  static constexpr int kFits = (160 * 1024 - LaneTable<F, Tabled>::kBytes) / (kWarps * kItemBytes),
+  // Blocks that a multiprocessor can hold: of two the second may be the next kernel's, and begin early.
+  static constexpr int kBlocks = Tokens == 1 && !Tabled && kSpanBytes <= 40 ? 2 : 1;
+  static constexpr int kFits = ((kBlocks > 1 ? 90 : 160) * 1024 - LaneTable<F, Tabled>::kBytes) /
+                               (kWarps * kItemBytes),
                        kStages = kFits < 2   ? 2
                                  : kFits < 4 ? kFits
                                              : 4;
@@ -38,7 +41,14 @@ struct Plan {
   // accumulator's first value (or one per part) and the sum of activations (or one per part).
   static constexpr int kGroupParts = kGroup / kPart<F>;
   static constexpr bool kFolds = Tokens <= kRoundedInside, kStrided = kFolds && StridedFormat<F>;
-  static constexpr int kStarts = kZeroOf<F> != 0 ? kGroupParts : 0, kSums = F::kOffset ? kGroupParts : 0;
+  static constexpr bool kHalves =
+      Tabled && PlanarTable<F>;  // for zeros(): sums of half a part, two to a word
+  static constexpr Planes kPlanes = [] {
+    if constexpr (kHalves || (kStrided && PlanarStrides<F>)) return F::kPlanes;
+    return Planes{1, 0, 1};
+  }();
+  static constexpr int kStarts = kZeroOf<F> != 0 || kHalves ? kGroupParts : 0,
+                       kSums = F::kOffset ? kGroupParts : 0;
   static constexpr int kRecord = 4 * static_cast<int>(std::bit_ceil(1u + kStarts + kSums));
   static constexpr int kTokenBytes = (kSpan + kGroups * kRecord + 15) / 16 * 16;
   static constexpr int kPitch = (Tokens * kTokenBytes / 16 | 1) * 16;  // odd, against bank conflicts
@@ -47,8 +57,9 @@ struct Plan {
 template <BlockFormat F, int Tokens, bool Tabled>
 __device__ __forceinline__ void write_record(uint32_t* record, int part, float scale, int integers) {
   using P = Plan<F, Tokens, Tabled>;
-  record[0] = __float_as_uint(scale);
-  if constexpr (P::kStarts > 0) record[1 + part] = kMagicBits - kZeroOf<F> * integers;
+  record[0] = __float_as_uint(scale * (1.0f / P::kPlanes.unit));
+  if constexpr (P::kStarts > 0 && !P::kHalves)
+    record[1 + part] = kMagicBits - kZeroOf<F> * P::kPlanes.unit * integers;
   if constexpr (P::kSums > 0)
     record[1 + P::kStarts + part] = __float_as_uint(scale * static_cast<float>(integers));
 }
@@ -86,48 +97,67 @@ __device__ __forceinline__ void stage_activations(uint8_t* staged, const GemmArg
   }
 }
 
-// The same from x itself.
-template <BlockFormat F, int Tokens, bool Tabled, class X>
-__device__ __forceinline__ void quantize_into_stage(uint8_t* staged, const GemmArgs& args, int64_t first,
-                                                    int count) {
-  using P = Plan<F, Tokens, Tabled>;
-  const int units = count / 8, all = static_cast<int>(args.m) * units, lane = threadIdx.x % 32;
-#pragma unroll 1
-  for (int v = threadIdx.x; v - lane < all; v += blockDim.x) {
-    const int inside = v < all ? v : 0, token = Tokens > 1 ? inside / units : 0,
-              unit = inside - token * units, group = unit / 4, quarter = v % 4;
-    float values[8];
-    load8(values, static_cast<const X*>(args.x) + token * args.k + first + 8 * (4 * group + quarter));
-    const EightActivations eight = quantize_eight(values);
-    int sum = eight.sum + __shfl_xor_sync(~0u, eight.sum, 1);
-    if (P::kGroupParts == 1) sum += __shfl_xor_sync(~0u, sum, 2);
-    if (v >= all) continue;
-    uint8_t* const span = staged + group / P::kGroups * P::kPitch + token * P::kTokenBytes;
-    uint8_t* const codes = span + group % P::kGroups * kGroup;
-    if constexpr (P::kStrided) {
-#pragma unroll
-      for (int j = 0; j < 8; ++j)
-        codes[4 * j + quarter] = static_cast<uint8_t>(eight.codes[j / 4] >> (8 * (j % 4)));
-    } else {
-      *reinterpret_cast<uint2*>(codes + 8 * quarter) = make_uint2(eight.codes[0], eight.codes[1]);
-    }
-    auto* record = reinterpret_cast<uint32_t*>(span + P::kSpan + group % P::kGroups * P::kRecord);
-    write_record<F, Tokens, Tabled>(record, P::kGroupParts == 2 ? quarter / 2 : 0, eight.scale, sum);
-  }
-}
-
+// The same from x itself, in two steps: a thread asks for its first eight values before it needs them.
 template <BlockFormat F, int Tokens, bool Tabled>
-__device__ __forceinline__ void stage(uint8_t* staged, const GemmArgs& args, int64_t first, int count) {
-  if constexpr (Plan<F, Tokens, Tabled>::kFolds) {
-    switch (args.type) {
-      case Real::kFloat32: return quantize_into_stage<F, Tokens, Tabled, float>(staged, args, first, count);
-      case Real::kFloat16: return quantize_into_stage<F, Tokens, Tabled, Half>(staged, args, first, count);
-      case Real::kBFloat16:
-        return quantize_into_stage<F, Tokens, Tabled, BFloat16>(staged, args, first, count);
+struct Rounding {
+  using P = Plan<F, Tokens, Tabled>;
+  uint4 asked[2] = {};
+
+  __device__ __forceinline__ void ask(const GemmArgs& args, int64_t first, int count, int v) {
+    const int units = count / 8, token = Tokens > 1 ? v / units : 0;
+    if (v >= static_cast<int>(args.m) * units) return;
+    const int64_t at = token * args.k + first + 8 * (v - token * units);
+    if (args.type == Real::kFloat32) {
+      const auto* x = reinterpret_cast<const uint4*>(static_cast<const float*>(args.x) + at);
+      asked[0] = x[0], asked[1] = x[1];
+    } else {
+      asked[0] = *reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(args.x) + at);
     }
-  } else {
-    stage_activations<F, Tokens, Tabled>(staged, args, first, count);
   }
-}
+  __device__ __forceinline__ void ask(const GemmArgs& args, int64_t first, int count) {
+    ask(args, first, count, threadIdx.x);
+  }
+  __device__ __forceinline__ void answer(float (&values)[8], Real type) const {
+    const uint32_t words[8] = {asked[0].x, asked[0].y, asked[0].z, asked[0].w,
+                               asked[1].x, asked[1].y, asked[1].z, asked[1].w};
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      const auto half = static_cast<uint16_t>(words[j / 2] >> (16 * (j % 2)));
+      values[j] = type == Real::kFloat32   ? __uint_as_float(words[j])
+                  : type == Real::kFloat16 ? half_to_float(half)
+                                           : bfloat16_to_float(half);
+    }
+  }
+
+  __device__ __forceinline__ void stage(uint8_t* staged, const GemmArgs& args, int64_t first, int count) {
+    const int units = count / 8, all = static_cast<int>(args.m) * units, lane = threadIdx.x % 32;
+#pragma unroll 1
+    for (int v = threadIdx.x; v - lane < all; v += blockDim.x) {
+      const int inside = v < all ? v : 0, token = Tokens > 1 ? inside / units : 0,
+                unit = inside - token * units, group = unit / 4, quarter = v % 4;
+      float values[8];
+      answer(values, args.type);
+      ask(args, first, count, v + blockDim.x);
+      const EightActivations eight = quantize_eight(values);
+      const int pair = eight.sum + __shfl_xor_sync(~0u, eight.sum, 1);
+      const int sum = P::kGroupParts == 1 ? pair + __shfl_xor_sync(~0u, pair, 2) : pair;
+      if (v >= all) continue;
+      uint8_t* const span = staged + group / P::kGroups * P::kPitch + token * P::kTokenBytes;
+      uint8_t* const codes = span + group % P::kGroups * kGroup;
+      if constexpr (P::kStrided) {
+#pragma unroll
+        for (int j = 0; j < 8; ++j)
+          codes[4 * j + quarter] = static_cast<uint8_t>(eight.codes[j / 4] >> (8 * (j % 4)));
+      } else {
+        *reinterpret_cast<uint2*>(codes + 8 * quarter) = make_uint2(eight.codes[0], eight.codes[1]);
+      }
+      auto* record = reinterpret_cast<uint32_t*>(span + P::kSpan + group % P::kGroups * P::kRecord);
+      write_record<F, Tokens, Tabled>(record, P::kGroupParts == 2 ? quarter / 2 : 0, eight.scale, sum);
+      if constexpr (P::kHalves)
+        reinterpret_cast<int16_t*>(record + 1)[P::kGroupParts == 2 ? quarter : quarter / 2] =
+            static_cast<int16_t>(P::kGroupParts == 2 ? eight.sum : pair);
+    }
+  }
+};
 
 }  // namespace quantgemm::dp4a

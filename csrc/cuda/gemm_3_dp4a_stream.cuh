@@ -10,6 +10,15 @@
 
 namespace quantgemm::dp4a {
 
+// The L2 asks for these bytes, a multiple of 16 at such an address. Whoever writes them meanwhile, it has
+// what they wrote: what is asked for early is never stale.
+__device__ __forceinline__ void prefetch_to_l2(const void* from, int bytes) {
+#if __CUDA_ARCH__ >= 900
+  if (bytes > 0)
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+#endif
+}
+
 // How pieces of rows arrive in a warp's ring. A row's first lane calls start(); wait() returns to
 // all lanes when the stage's rows are there. `bytes` is a multiple of 16, as are both addresses.
 #if __CUDA_ARCH__ >= 900

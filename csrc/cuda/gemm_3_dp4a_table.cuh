@@ -22,12 +22,15 @@ struct LaneTable<F, true> {
 
   __device__ LaneTable(const void* table, int lane)
       : words(static_cast<const uint8_t*>(table)), copy(4 * (lane % kCopies)) {}
-  __device__ __forceinline__ uint32_t operator()(uint32_t i, uint32_t more = 0) const {
+  __device__ __forceinline__ uint32_t operator()(uint32_t i) const {  // as a multiply-add
+    return *reinterpret_cast<const uint32_t*>(words + (i * (4 * kCopies) + copy));
+  }
+  __device__ __forceinline__ uint32_t operator()(uint32_t i, uint32_t more) const {
     return *reinterpret_cast<const uint32_t*>(words + (i * (4 * kCopies) | more * (4 * kCopies) | copy));
   }
   __device__ static void fill(void* table) {  // by all threads of the block
     constexpr int kVectors = kCopies / 4;
-#pragma unroll 1
+#pragma unroll 4
     for (int i = threadIdx.x; i < F::kTableWords; i += blockDim.x) {
       const uint32_t word = F::table_word(i);
 #pragma unroll
@@ -39,7 +42,9 @@ struct LaneTable<F, true> {
 
 template <BlockFormat F, bool Strided, bool Tabled>
 __device__ __forceinline__ uint32_t few_codes(bytes_ptr block, int i, const LaneTable<F, Tabled>& table) {
-  if constexpr (Tabled)
+  if constexpr (Tabled && PlanarTable<F>)
+    return F::planar_codes(block, i, table);
+  else if constexpr (Tabled)
     return F::quad(block, i, table);
   else if constexpr (Strided)
     return F::strided_codes(block, i);

@@ -20,14 +20,6 @@ extern template cudaError_t launch_gemm_mma_tile<BFloat16, Tokens128>(const Gemm
 
 namespace {
 
-int shared_memory_limit() {
-  int device = 0, bytes = 0;
-  if (cudaGetDevice(&device) != cudaSuccess ||
-      cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess)
-    return 0;
-  return bytes;
-}
-
 // What the four tiles have in common, to choose among them.
 template <class Tile>
 struct TileKernel {
@@ -59,7 +51,8 @@ template <class Kernel>
 bool suits(const GemmArgs& args) {
   bool fits = false;
   BlockFormats::visit(args.qtype, [&]<class F>(F) {
-    if constexpr (F::kElems % 32 == 0) fits = Kernel::template Layout<F>::kBytes <= shared_memory_limit();
+    if constexpr (F::kElems % 32 == 0)
+      fits = Kernel::template Layout<F>::kBytes <= current_device().shared_per_block;
   });
   return fits;
 }

@@ -7,6 +7,7 @@
 // Limit: decoding.
 #pragma once
 #include "../formats/gguf_formats.h"
+#include "device.h"
 #include "gemm_fragments.cuh"
 #include "gemm_tiles.cuh"
 
@@ -171,7 +172,7 @@ TileSchedule mma_schedule(const GemmArgs& args) {
   using L = MmaLayout<F, Tile>;
   return schedule_tiles((args.n + L::kRows - 1) / L::kRows, (args.m + L::kTokens - 1) / L::kTokens,
                         (args.k + L::kChunk - 1) / L::kChunk,
-                        int64_t{multiprocessors()} * Tile::kBlocksPerSm);
+                        int64_t{current_device().multiprocessors} * Tile::kBlocksPerSm);
 }
 
 // Explicitly instantiated in gemm_4_mma_<type>_<tile>.cu, which the compiler can build side by side.

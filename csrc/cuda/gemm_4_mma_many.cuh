@@ -6,6 +6,7 @@
 // begin the next one while sums are stored. Limit: the rate of mma.sync.
 #pragma once
 #include "../formats/gguf_formats.h"
+#include "device.h"
 #include "gemm_fragments.cuh"
 #include "gemm_tiles.cuh"
 
@@ -255,7 +256,7 @@ template <class F>
 TileSchedule mma_many_schedule(const GemmArgs& args) {
   using L = ManyLayout<F>;
   return schedule_tiles((args.n + L::kRows - 1) / L::kRows, (args.m + L::kTokens - 1) / L::kTokens,
-                        (args.k + L::kChunk - 1) / L::kChunk, multiprocessors(), true);
+                        (args.k + L::kChunk - 1) / L::kChunk, current_device().multiprocessors, true);
 }
 
 // Explicitly instantiated in gemm_4_mma_<type>_256.cu, which the compiler can build side by side.

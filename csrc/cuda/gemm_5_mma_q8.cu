@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: MIT
 // Launcher of the int8 tensor-core product: the tile by the number of tokens, the grid by the number of
 // tiles. Few tiles are cut along k, in equal shares for all the blocks the device runs at once.
+#include "device.h"
 #include "gemm_5_mma_q8.cuh"
+#include "gemm_5_mma_q8_many.h"
 
 namespace quantgemm {
 namespace mma_q8 {
@@ -13,20 +15,6 @@ extern template cudaError_t launch_tiles<8>(const GemmArgs&, const Work&, int64_
 
 namespace {
 
-struct Device {
-  int multiprocessors = 0, shared_per_block = 0, shared_per_sm = 0;
-};
-
-Device current_device() {
-  Device d;
-  int id = 0;
-  cudaGetDevice(&id);
-  cudaDeviceGetAttribute(&d.multiprocessors, cudaDevAttrMultiProcessorCount, id);
-  cudaDeviceGetAttribute(&d.shared_per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, id);
-  cudaDeviceGetAttribute(&d.shared_per_sm, cudaDevAttrMaxSharedMemoryPerMultiprocessor, id);
-  return d;
-}
-
 struct Plan {
   int pairs = 0;  // of 8 tokens; 0: no such format
   Work work{};
@@ -34,12 +22,10 @@ struct Plan {
   int64_t scratch_bytes() const { return grid == tiles ? 0 : partial_bytes + tiles * 4; }
 };
 
-constexpr int kReservedBytes = 1024;  // of shared memory, by the system for each block
-
 template <BlockFormat F, int kPairs>
 Plan plan_for(const GemmArgs& args, const Device& device) {
   using L = Layout<F, kPairs>;
-  const int fit = device.shared_per_sm / (L::kBytes + kReservedBytes);
+  const int fit = device.shared_per_multiprocessor / (L::kBytes + kReservedShared);
   const int per_sm = fit < 1 ? 1 : fit < L::kBlocksPerSm ? fit : L::kBlocksPerSm;
   const int64_t slots = static_cast<int64_t>(device.multiprocessors) * per_sm;
   Plan p;
@@ -68,8 +54,8 @@ Plan plan_for(const GemmArgs& args) {
   BlockFormats::visit(args.qtype, [&]<class F>(F) {
     if constexpr (F::kElems % ActivationRow::kGroup == 0) {
       constexpr int kLargest = Layout<F, 8>::kBytes;
-      const bool large_fits =
-          kLargest <= device.shared_per_block && 2 * (kLargest + kReservedBytes) <= device.shared_per_sm;
+      const bool large_fits = kLargest <= device.shared_per_block &&
+                              2 * (kLargest + kReservedShared) <= device.shared_per_multiprocessor;
       const int64_t rest = args.m % 128;  // 64 tokens waste less of the last tile
       const bool prefer_64 = args.m <= 64 || (args.m < 512 && rest > 0 && rest <= 64);
       plan = args.m <= 16               ? plan_for<F, 1>(args, device)
@@ -84,10 +70,14 @@ Plan plan_for(const GemmArgs& args) {
 }  // namespace
 }  // namespace mma_q8
 
-int64_t gemm_mma_q8_scratch_bytes(const GemmArgs& args) { return mma_q8::plan_for(args).scratch_bytes(); }
+int64_t gemm_mma_q8_scratch_bytes(const GemmArgs& args) {
+  return mma_q8::serves_many(args) ? mma_q8::many_scratch_bytes(args)
+                                   : mma_q8::plan_for(args).scratch_bytes();
+}
 
 cudaError_t launch_gemm_mma_q8(const GemmArgs& args, cudaStream_t stream) {
   if (args.m == 0 || args.n == 0) return cudaSuccess;
+  if (mma_q8::serves_many(args)) return mma_q8::launch_many(args, stream);
   mma_q8::Plan plan = mma_q8::plan_for(args);
   if (plan.scratch_bytes() > 0) {
     uint8_t* scratch = static_cast<uint8_t*>(args.scratch);

@@ -6,6 +6,7 @@
 // activations fit in shared memory, laid there as B fragments, with − kBias · Σ x of each group.
 // Products are of bare codes; float32 scales meet the sums of groups. Limit: reading the weights.
 #pragma once
+#include "dependent_launch.cuh"
 #include "launch.h"
 #include "packed_stage.cuh"
 
@@ -13,17 +14,6 @@ namespace quantgemm::packed_gemm {
 
 constexpr int kReserved = 1024;   // of shared memory, for the system
 constexpr int kFewestTiles = 16;  // of a panel, where shared memory is small
-
-__device__ __forceinline__ void wait_for_previous_kernel() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-__device__ __forceinline__ void let_next_kernel_start() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
 
 // sums += batch · x, tiles `tile` … of the panel.
 template <class P, int TokenTiles>
@@ -238,22 +228,6 @@ __global__ void __launch_bounds__(Plan<F, X, TokenTiles>::kThreads, 1)
   }
 }
 
-struct Device {
-  int sms, shared, major;
-};
-inline cudaError_t describe(Device& device) {
-  int id = 0;
-  cudaError_t status = cudaGetDevice(&id);
-  const auto ask = [&](int& value, cudaDeviceAttr attribute) {
-    if (status == cudaSuccess) status = cudaDeviceGetAttribute(&value, attribute, id);
-  };
-  ask(device.sms, cudaDevAttrMultiProcessorCount);
-  ask(device.shared, cudaDevAttrMaxSharedMemoryPerBlockOptin);
-  ask(device.major, cudaDevAttrComputeCapabilityMajor);
-  device.shared -= kReserved;
-  return status;
-}
-
 // args.m up to Plan::kTokens.
 template <PackableFormat F, class X, int TokenTiles>
 cudaError_t launch(const GemmPackedArgs& args, const Device& device, cudaStream_t stream) {
@@ -263,7 +237,7 @@ cudaError_t launch(const GemmPackedArgs& args, const Device& device, cudaStream_
   split.tiles = static_cast<int>(P::L::tiles(args.k));
   split.columns = static_cast<int>(args.m) * P::kPerToken;
   const auto tiles_beside = [&](int strips) {  // whole batches that fit in shared memory with so many strips
-    const int left = device.shared - 64 * P::kPlannedColumns -
+    const int left = device.shared_per_block - kReserved - 64 * P::kPlannedColumns -
                      (2 * strips + P::kWarps - 1) * P::kStripBytes * P::kPlannedColumns;
     return left / ((P::kTileBytes + P::kTileSumBytes) * P::kPlannedColumns) / P::Batch::kTiles *
            P::Batch::kTiles;
@@ -277,33 +251,24 @@ cudaError_t launch(const GemmPackedArgs& args, const Device& device, cudaStream_
     split.panel_tiles = (split.tiles + split.panels - 1) / split.panels;
     split.panel_tiles = (split.panel_tiles + P::Batch::kTiles - 1) / P::Batch::kTiles * P::Batch::kTiles;
   }
-  int blocks = split.strips < device.sms ? split.strips : device.sms;
-  while ((split.strips + blocks - 1) / blocks > most_strips) blocks += device.sms;
+  int blocks = split.strips < device.multiprocessors ? split.strips : device.multiprocessors;
+  while ((split.strips + blocks - 1) / blocks > most_strips) blocks += device.multiprocessors;
   const auto bytes = static_cast<int>(Shared<P>::bytes(split, (split.strips + blocks - 1) / blocks));
 
   const auto kernel = packed_kernel<F, X, TokenTiles>;
   const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (status != cudaSuccess) return status;
-  cudaLaunchConfig_t config{};
-  config.gridDim = static_cast<unsigned>(blocks);
-  config.blockDim = P::kThreads;
-  config.dynamicSmemBytes = bytes;
-  config.stream = stream;
   // The first weights are on their way while the launch before this one ends; the kernel waits for that
   // launch before it reads x or writes y.
-  cudaLaunchAttribute overlap{};
-  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlap.val.programmaticStreamSerializationAllowed = 1;
-  config.attrs = &overlap;
-  config.numAttrs = device.major >= 9 ? 1 : 0;
-  return cudaLaunchKernelEx(&config, kernel, args, split);
+  const DependentLaunch launch(static_cast<unsigned>(blocks), P::kThreads, device, stream, bytes);
+  return cudaLaunchKernelEx(&launch.config, kernel, args, split);
 }
 
 // Any m, in passes of Plan::kTokens tokens.
 template <class X, int TokenTiles>
 cudaError_t launch_passes(const GemmPackedArgs& args, cudaStream_t stream) {
-  Device device{};
-  cudaError_t status = describe(device);
+  Device device;
+  cudaError_t status = device.read();
   if (status != cudaSuccess) return status;
   status = cudaErrorNotSupported;
   BlockFormats::visit(args.qtype, [&]<class F>(F) {

@@ -65,13 +65,15 @@ struct MmaProblem {
   PartialTiles partial;
   TileSchedule schedule;
   int64_t m, n, k, row_bytes;
+  Real type;  // of y
 };
 
 template <class Kernel>
 cudaError_t launch_tiles(Kernel kernel, int threads, int shared_bytes, const GemmArgs& args,
                          int64_t row_bytes, const TileSchedule& schedule, cudaStream_t stream) {
   MmaProblem problem{
-      static_cast<bytes_ptr>(args.x), args.w, args.y, {}, schedule, args.m, args.n, args.k, row_bytes};
+      static_cast<bytes_ptr>(args.x), args.w, args.y, {}, schedule, args.m, args.n, args.k, row_bytes, {}};
+  problem.type = args.type;
   cudaError_t status =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
   if (status != cudaSuccess) return status;
@@ -156,16 +158,6 @@ __device__ __forceinline__ bool combine_parts(float (&sums)[A][B][4], const MmaP
       }
   }
   return true;
-}
-
-inline int multiprocessors() {
-  static int counts[64] = {};  // per device; racing threads write the same number
-  int device = 0, count = 0;
-  if (cudaGetDevice(&device) != cudaSuccess) return 1;
-  if (device < 64 && counts[device] > 0) return counts[device];
-  if (cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) != cudaSuccess) return 1;
-  if (device < 64) counts[device] = count;
-  return count;
 }
 
 // ---- rows of weights, as they are in the file ----

@@ -4,6 +4,7 @@
 // and its integer sum, and each lane writes 8 codes. Maxima and integer sums do not depend on the
 // order, so the bytes equal the CPU's. Limit: DRAM.
 #include "activation_group.cuh"
+#include "dependent_launch.cuh"
 #include "launch.h"
 
 namespace quantgemm {
@@ -15,9 +16,7 @@ constexpr int kLanesPerGroup = ActivationRow::kGroup / kPerThread;
 // grid (tiles of a row, rows), the rows wrapping around in y
 template <class In>
 __global__ void __launch_bounds__(kThreads) quantize_activations_kernel(ActivationArgs args) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;");  // a product may start to fetch its weights
-#endif
+  let_next_kernel_start();  // a product may start to fetch its weights
   const int64_t col = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * kPerThread;
   const bool inside = col < args.num_cols;  // whole groups are inside or outside: shuffles stay full
   for (int64_t r = blockIdx.y; r < args.num_rows; r += gridDim.y) {

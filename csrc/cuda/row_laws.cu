@@ -243,10 +243,10 @@ cudaError_t launch_waves(const VerifyArgs& args, const Device& device, cudaStrea
     int ranks = 1;
     const int64_t blocks = args.num_sequences * (end - wave.first) * layers;
     while (device.major >= 9 && ranks < kMaxRanks && num_strips > ranks * kLawWarps &&
-           blocks * ranks <= device.processors)
+           blocks * ranks <= device.multiprocessors)
       ranks *= 2;
     const dim3 grid(static_cast<unsigned>(args.num_sequences * ranks), rows);
-    Launch launch(grid, kLawThreads, ranks, device, stream);
+    DependentLaunch launch(grid, kLawThreads, device, stream, 0, ranks);
     error = cudaLaunchKernelEx(&launch.config, row_laws_kernel<T>, args, wave, ranks);
   }
   return error;

@@ -190,7 +190,7 @@ __device__ __noinline__ int argmax(Shared& shared, Team& team, const RowView<T>&
 inline int ranks_for(const VerifyArgs& args, const Device& device) {
   int ranks = 1;
   if (device.major >= 9)
-    while (ranks < kMaxTeam && args.num_sequences * ranks * 2 <= device.processors &&
+    while (ranks < kMaxTeam && args.num_sequences * ranks * 2 <= device.multiprocessors &&
            args.vocab >= ranks * 2 * 4096)
       ranks *= 2;
   return ranks;
@@ -198,7 +198,8 @@ inline int ranks_for(const VerifyArgs& args, const Device& device) {
 
 inline cudaError_t launch_teams(void (*kernel)(VerifyArgs, int), const VerifyArgs& args, int ranks,
                                 const Device& device, cudaStream_t stream) {
-  Launch launch(static_cast<unsigned>(args.num_sequences * ranks), kThreads, ranks, device, stream);
+  DependentLaunch launch(static_cast<unsigned>(args.num_sequences * ranks), kThreads, device, stream, 0,
+                         ranks);
   return cudaLaunchKernelEx(&launch.config, kernel, args, ranks);
 }
 

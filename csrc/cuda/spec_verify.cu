@@ -163,7 +163,7 @@ cudaError_t launch_spec_verify(const VerifyArgs& args, cudaStream_t stream) {
   const int ranks = ranks_for(args, device);
   visit_real(args.value_type, [&]<class T>(T) {
     // One block on a multiprocessor has room for more in flight.
-    error = args.num_sequences * ranks <= device.processors
+    error = args.num_sequences * ranks <= device.multiprocessors
                 ? launch_teams(spec_verify_kernel<T, 4>, args, ranks, device, stream)
                 : launch_teams(spec_verify_kernel<T, 2>, args, ranks, device, stream);
   });

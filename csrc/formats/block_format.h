@@ -58,7 +58,7 @@ concept SmallLevels = LevelFormat<F> && requires { requires F::kLargest <= 63; }
 
 // Where codes are points of a codebook, a format may have them looked up in a table that a kernel keeps
 // in fast memory: word i of kTableWords is table_word(i), and quad(block, i, table) = quad(block, i) reads
-// word j | k, of disjoint bits, as table(j, k), or as table(j).
+// word j | k, of disjoint bits, as table(j, k), or as table(j). (Or planar_codes, see below.)
 template <class F>
 concept TableFormat =
     BlockFormat<F> && requires(bytes_ptr block, int i, uint32_t (&table)(uint32_t, uint32_t)) {
@@ -71,6 +71,23 @@ concept TableFormat =
 template <class F>
 concept StridedFormat = BlockFormat<F> && requires(bytes_ptr block, int i) {
   { F::strided_codes(block, i) } -> std::same_as<uint32_t>;
+};
+
+// Integer products may want codes that are not shifted to the lowest bits of their bytes. Those of quad i
+// belong to plane i % count: a product sums each plane by itself, then the planes, each 2^bits of the next,
+// and has `unit` times what it wants. Eight fields of a word cost eight masks, but two or four shifts less.
+struct Planes {
+  int count, bits, unit;
+};
+// strided_codes in planes.
+template <class F>
+concept PlanarStrides = StridedFormat<F> && requires { Planes{F::kPlanes}; };
+// Look-ups in planes, planar_codes(block, i, table), of codes unit · q − zero. Byte 0 of zeros(block, g)
+// is that (negative) zero in the first half of group g, byte 1 in the second; groups are of 16 or 32.
+template <class F>
+concept PlanarTable = TableFormat<F> && requires(bytes_ptr block, int i) {
+  { Planes{F::kPlanes} };
+  { F::zeros(block, i) } -> std::same_as<uint32_t>;
 };
 
 // Where groups have integer scales, a format may give eight of them at once, a signed byte each (one of

@@ -58,7 +58,7 @@ struct IQ2_XXS {
   QG_HD static uint32_t quad(bytes_ptr b, int i, const Table& table) {
     const int g = i >> 3, point = (i >> 1) & 3;
     const uint32_t signs = (signs_and_scale(b, g) >> (7 * point)) & 127;
-    return iq2_point(table(b[2 + 8 * g + point]) | table(256, signs), i & 1);
+    return iq2_point(table(byte_of(load<uint32_t, 2>(b + 2 + 8 * g), point)) | table(256, signs), i & 1);
   }
 };
 
@@ -185,8 +185,11 @@ QG_HD uint32_t iq1_codes(uint16_t entry, int half, bool minus) {
   return sub_bytes(level * 8 + (minus ? 0u : 0x02020202u), 0x09090909u);
 }
 
-QG_HD uint32_t iq1_point(uint32_t nibbles, int half, bool minus) {
-  return pick_bytes(minus ? 0x0007fff7u : 0x000901f9u, 0, nibbles >> (16 * half));
+// The levels of a point for integer products: of its first four weights in low nibbles, of the others in high
+// ones. In planes: 16 · level = 2 · (q + 7) or, of a negative ⅛, 2 · (q + 9).
+QG_HD uint32_t iq1_levels(int i) { return spread_pairs(kGridIQ1[i]) | spread_pairs(kGridIQ1[i] >> 8) << 4; }
+QG_HD uint32_t iq1_plane(uint32_t levels, int half) {
+  return levels & (half != 0 ? 0xf0f0f0f0u : 0x0f0f0f0fu);
 }
 
 // | d f16 | 32 index low bytes | 8 × u16: 4 × index bits 8-10, scale s, sign of ⅛ |   groups of 32
@@ -205,13 +208,19 @@ struct IQ1_S {
     return iq1_codes(kGridIQ1[index], i & 1, (high & 0x8000u) != 0);
   }
   static constexpr int kTableWords = 2048;
-  QG_HD static uint32_t table_word(int i) { return pairs_to_nibbles(kGridIQ1[i]); }
+  static constexpr Planes kPlanes{2, 4, 2};
+  QG_HD static uint32_t table_word(int i) { return iq1_levels(i); }
   template <class Table>
-  QG_HD static uint32_t quad(bytes_ptr b, int i, const Table& table) {
-    const int point = i >> 1;
-    const uint32_t high = load<uint16_t, 2>(b + 34 + 2 * (i >> 3));
-    return iq1_point(table(b[2 + point], ((high >> (3 * (point & 3))) & 7) << 8), i & 1,
-                     (high & 0x8000u) != 0);
+  QG_HD static uint32_t planar_codes(bytes_ptr b, int i, const Table& table) {
+    const int g = i >> 3, point = (i >> 1) & 3;
+    const uint32_t high = load<uint16_t, 2>(b + 34 + 2 * g);
+    const uint32_t pairs = (high & 0x003fu) | ((high << 10) & 0x003f0000u);
+    const uint32_t top =
+        (pairs & 0x00070007u) | ((pairs << 5) & 0x07000700u);  // index bits 8-10 of four points
+    return iq1_plane(table(two_bytes_of(load<uint32_t, 2>(b + 2 + 4 * g), point, top, point)), i & 1);
+  }
+  QG_HD static uint32_t zeros(bytes_ptr b, int g) {
+    return 0xf2f2u - ((load<uint16_t, 2>(b + 34 + 2 * g) >> 13) & 4) * 0x0101u;
   }
 };
 
@@ -234,12 +243,20 @@ struct IQ1_M {
     return iq1_codes(kGridIQ1[b[point] | (high & 7) << 8], i & 1, (high & 8) != 0);
   }
   static constexpr int kTableWords = 2048;
-  QG_HD static uint32_t table_word(int i) { return pairs_to_nibbles(kGridIQ1[i]); }
+  static constexpr Planes kPlanes{2, 4, 2};
+  QG_HD static uint32_t table_word(int i) { return iq1_levels(i); }
   template <class Table>
-  QG_HD static uint32_t quad(bytes_ptr b, int i, const Table& table) {
+  QG_HD static uint32_t planar_codes(bytes_ptr b, int i, const Table& table) {
     const int point = i >> 1;
-    const uint32_t high = b[32 + (point >> 1)] >> (4 * (point & 1));
-    return iq1_point(table(b[point], (high & 7) << 8), i & 1, (high & 8) != 0);
+    const uint32_t high = load<uint32_t, 4>(b + 32 + 4 * (point >> 3)) >> (4 * (point & 1));
+    const uint32_t low = load<uint32_t, 4>(b + 4 * (point >> 2));
+    return iq1_plane(table(two_bytes_of(low, point & 3, high & 0x07070707u, (point >> 1) & 3)), i & 1);
+  }
+  QG_HD static uint32_t zeros(bytes_ptr b, int g) {
+    const uint32_t signs = load<uint32_t, 4>(b + 32 + 4 * (g >> 2));
+    const uint32_t even = 0xf2f2f2f2u - ((signs >> 1) & 0x04040404u);
+    const uint32_t odd = 0xf2f2f2f2u - ((signs >> 5) & 0x04040404u);
+    return pick_bytes(even, odd, 0x0040u + (g & 3) * 0x0011u);
   }
 };
 

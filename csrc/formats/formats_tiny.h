@@ -87,9 +87,9 @@ struct Q1_0 {
     return spread_bits(b[2 + (i >> 1)] >> (4 * (i & 1))) * 2;
   }
   QG_HD static uint32_t quad(bytes_ptr b, int i) { return sub_bytes(codes(b, i), broadcast_byte(kZero)); }
+  static constexpr Planes kPlanes{4, 1, 4};  // 8 · bit = 4 · (q + 1)
   QG_HD static uint32_t strided_codes(bytes_ptr b, int i) {
-    const auto bits = load<uint32_t, 2>(b + 2 + 4 * (i >> 3));
-    return ((i & 7) == 0 ? bits << 1 : bits >> ((i & 7) - 1)) & 0x02020202u;
+    return (load<uint32_t, 2>(b + 2 + 4 * (i >> 3)) >> (i & 4)) & (0x01010101u << (i & 3));
   }
 };
 

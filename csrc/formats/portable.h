@@ -132,7 +132,7 @@ QG_HD float rounded_product(float a, float b) {
 QG_HD uint32_t broadcast_byte(uint32_t b) { return (b & 0xffu) * 0x01010101u; }
 
 // Bytewise a - b for bytes a in 0…127 and b in 0…128, without a carry between bytes.
-QG_HD uint32_t sub_bytes(uint32_t a, uint32_t b) { return ((a | 0x80808080u) - b) ^ 0x80808080u; }
+QG_HD uint32_t sub_bytes(uint32_t a, uint32_t b) { return (a + (0x80808080u - b)) ^ 0x80808080u; }
 
 // Bytewise x negated where the matching bit of mask (bits 0…3) is set; bytes of x in 1…127.
 QG_HD uint32_t negate_bytes(uint32_t x, uint32_t mask) {
@@ -160,6 +160,22 @@ QG_HD uint32_t pick_bytes(uint32_t low, uint32_t high, uint32_t selectors) {
   return picked;
 }
 #endif
+
+// Byte j of a word. The same with byte k of another, one of 0…127, above it.
+QG_HD uint32_t byte_of(uint32_t word, int j) {
+#ifdef __CUDA_ARCH__
+  return pick_bytes(word, 0, 0x4440u + j);
+#else
+  return (word >> (8 * j)) & 0xffu;
+#endif
+}
+QG_HD uint32_t two_bytes_of(uint32_t word, int j, uint32_t above, int k) {
+#ifdef __CUDA_ARCH__
+  return pick_bytes(word, above, 0xcc40u + j + k * 0x1110u);  // nibbles of 8 and more: that byte's sign, 0
+#else
+  return byte_of(word, j) | byte_of(above, k) << 8;
+#endif
+}
 
 QG_HD int byte_at(uint32_t quad, int j) { return static_cast<int8_t>(quad >> (8 * j)); }
 

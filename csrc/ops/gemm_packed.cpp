@@ -62,9 +62,13 @@ void multiply_on_cpu(const GemmPackedArgs& args, const PackedShape& shape) {
 }
 
 void add_bias_on_cpu(const GemmPackedArgs& args) {
-  float* y = static_cast<float*>(args.y);
-  for (int64_t i = 0; i < args.m; ++i)
-    for (int64_t j = 0; j < args.n; ++j) y[i * args.n + j] += static_cast<const float*>(args.bias)[j];
+  const float* bias = static_cast<const float*>(args.bias);
+  torch::stable::parallel_for(0, args.m, 32768 / args.n + 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      float* y = static_cast<float*>(args.y) + i * args.n;
+      for (int64_t j = 0; j < args.n; ++j) y[j] += bias[j];
+    }
+  });
 }
 
 }  // namespace
