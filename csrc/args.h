@@ -151,4 +151,72 @@ struct VerifyArgs {
   Real value_type;
 };
 
+// ---- the sparse key-value container (kv.h) ----
+struct KvCompressArgs {
+  const void* x;                          // [heads, tokens, channels] of type (16 bits)
+  uint64_t* bitmaps;                      // [heads, blocks, channels], blocks = ceil(tokens / 64)
+  int32_t* offsets;                       // like bitmaps: a tile's first word
+  uint32_t* packed;                       // room for the words of all tiles
+  void* scales;                           // like bitmaps, of type; with zeros null if bits is 16
+  void* zeros;                            // like bitmaps, of type
+  int64_t* num_words;                     // [1]: words used
+  void* scratch;                          // CUDA: of as many bytes as its launcher wants
+  int64_t heads, tokens, channels, room;  // room: words in packed
+  int64_t keep;   // values kept of each token and head, the largest ones; ties: the first ones
+  int bits;       // 2, 4 or 16
+  bool is_value;  // how tiles lie
+  Real type;
+};
+
+// y[heads, columns, m] = x[heads, columns, k] · aᵀ, a[m, k] sparse; a key's m are tokens, a value's channels
+struct KvProductArgs {
+  const void* x;            // of type
+  const uint64_t* bitmaps;  // [heads, blocks · channels]
+  const int32_t* offsets;   // like bitmaps
+  const uint32_t* packed;   // [num_words]
+  const void* scales;       // like bitmaps, of type; with zeros null if bits is 16
+  const void* zeros;        // like bitmaps, of type
+  void* y;                  // of type
+  float* partial;           // CUDA: [split, heads, columns, m] if split > 1
+  int64_t heads, columns, m, k;
+  int64_t num_words, channels, blocks;
+  int64_t split;  // CUDA: parts of k summed by different thread blocks
+  int bits;       // 2, 4 or 16
+  bool is_value;
+  Real type;
+};
+
+// ---- the native key-value cache of one layer (kv_page.h) ----
+struct KvCacheArgs {
+  uint8_t* key_pages;         // [num_pages, heads, key_page_bytes]
+  uint8_t* value_pages;       // [num_pages, heads, value_page_bytes]
+  const int32_t* page_table;  // [batch, max_pages]
+  void* recent_keys;          // [batch, heads, recent, channels] of type: sinks, then the ring
+  void* recent_values;
+  const int64_t* lens;  // [batch]: tokens
+  int64_t batch, heads, channels, num_pages, max_pages;
+  int64_t recent, sinks, window;
+  int key_bits, value_bits;  // 2 or 4
+  Real type;
+};
+
+struct KvAppendArgs {
+  KvCacheArgs cache;      // with the lengths before
+  const void* keys;       // [batch, heads, count, channels]
+  const void* values;     // like keys
+  const int64_t* counts;  // [batch]: how many of count are there, or null: all
+  int64_t count;
+};
+
+struct KvAttentionArgs {
+  KvCacheArgs cache;
+  const void* query;  // [batch, heads · groups, channels]
+  void* out;          // like query
+  float* lse;         // [batch, heads · groups], natural logarithm
+  float* partial;     // CUDA: [split, batch, heads · groups, channels + 2]: sums, their maximum and mass
+  int64_t groups;
+  int64_t split;
+  float scale;
+};
+
 }  // namespace quantgemm

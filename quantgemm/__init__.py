@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, version
 
-from quantgemm import formats, ops, reference, sampling
+from quantgemm import formats, kv, ops, reference, sampling
 from quantgemm.build import BuildInfo, build_info
 from quantgemm.formats import QType
 from quantgemm.gguf import (
@@ -26,6 +26,7 @@ from quantgemm.gguf import (
     open_whisper_bin,
     save_gguf,
 )
+from quantgemm.kv.cache import SparseKVCache
 from quantgemm.nn import QuantEmbedding, QuantLinear, ReplaceReport, replace_linear
 from quantgemm.plan import GemmPlan, explain_gemm
 
@@ -46,10 +47,12 @@ __all__ = [
     "QuantEmbedding",
     "QuantLinear",
     "ReplaceReport",
+    "SparseKVCache",
     "__version__",
     "build_info",
     "explain_gemm",
     "formats",
+    "kv",
     "open_gguf",
     "open_whisper_bin",
     "ops",

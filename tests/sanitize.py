@@ -15,7 +15,7 @@ import sys
 
 import torch
 
-from quantgemm import _C, explain_gemm, ops
+from quantgemm import _C, SparseKVCache, explain_gemm, kv, ops
 from quantgemm.formats import FORMATS
 
 TOOLS = {
@@ -48,6 +48,8 @@ def run_cases() -> None:
     run_gemm_cases(generator)
     run_packed_cases(generator)
     run_sampling_cases(generator)
+    run_sparse_kv_cases(generator)
+    run_kv_cache_cases(generator)
     torch.cuda.synchronize()
     print("cases done")
 
@@ -117,6 +119,50 @@ def run_sampling_cases(generator: torch.Generator) -> None:
                 }
                 ops.spec_verify(target, drafts, cu_rows, draft, **settings, **noise)
                 ops.draft_sample(target[:5], **settings, **noise, return_probs=True)
+
+
+def run_sparse_kv_cases(generator: torch.Generator) -> None:
+    """Ragged contexts, all head dimensions and widths, one column and several blocks of them."""
+    for heads, groups, n, tokens, dim in (
+        (2, 4, 1, 130, 128),
+        (1, 3, 7, 1, 64),
+        (3, 1, 8, 301, 256),
+        (1, 16, 1, 1000, 128),
+    ):
+        x = torch.randn(heads, tokens, dim, generator=generator)
+        for dtype in (torch.float16, torch.bfloat16):
+            for bits in (2, 4, 16):
+                cache = x.to(dtype).cuda()
+                keys = kv.compress_keys(cache, 0.5, bits)
+                values = kv.compress_values(cache, 0.7, bits)
+                query = torch.randn(heads * groups, n, dim, generator=generator).to(dtype).cuda()
+                logits = kv.sparse_key_spmm(
+                    query, *keys, num_tokens=tokens, groups=groups, bits=bits
+                )
+                scores = logits.softmax(-1)
+                kv.sparse_value_spmm(scores, *values, head_dim=dim, groups=groups, bits=bits)
+
+
+def run_kv_cache_cases(generator: torch.Generator) -> None:
+    """Sequences of several lengths, pages packed one by one and many at once."""
+    for heads, groups, dim, form in (
+        (2, 4, 128, "dense2"),
+        (1, 9, 64, "dense4"),
+        (1, 1, 256, "dense2"),
+    ):
+        for dtype in (torch.float16, torch.bfloat16):
+            cache = SparseKVCache(
+                1, heads, dim, form, window=64, max_tokens=402, batch=3, device="cuda", dtype=dtype
+            )
+            x = torch.randn(3, heads, 400, dim, generator=generator).to(dtype).cuda()
+            query = torch.randn(3, heads * groups, dim, generator=generator).to(dtype).cuda()
+            counts = torch.tensor([400, 0, 131], device="cuda")
+            cache.append(0, x, x, counts)
+            cache.advance(400, counts)
+            for _ in range(2):
+                cache.append(0, x[:, :, :1], x[:, :, :1])
+                cache.advance(1)
+                cache.attend(0, query)
 
 
 def main() -> int:

@@ -28,6 +28,7 @@ def op_cases(device: str) -> dict[str, tuple[Callable, tuple]]:
         "quantize_activations": (Q.quantize_activations.default, (x.half(),)),
         **product_cases(device),
         **sampling_cases(device),
+        **sparse_kv_cases(device),
     }
 
 
@@ -94,7 +95,47 @@ def sampling_cases(device: str) -> dict[str, tuple[Callable, tuple]]:
     }
 
 
-def outputs(result: torch.Tensor | tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+def sparse_kv_cases(device: str) -> dict[str, tuple[Callable, tuple]]:
+    generator = torch.Generator().manual_seed(4)
+    x = torch.randn(2, 301, 128, generator=generator).half().to(device)
+    query = torch.randn(8, 1, 128, generator=generator).half().to(device)
+    scores = torch.rand(8, 2, 301, generator=generator).half().to(device)
+    keys = Q.sparse_kv_compress(x, 2, 64, False)[:5]
+    values = Q.sparse_kv_compress(x, 4, 128, True)[:5]
+    plain = (*Q.sparse_kv_compress(x, 16, 40, False)[:3], None, None)
+    return {
+        "sparse_kv_compress": (Q.sparse_kv_compress.default, (x, 2, 64, False)),
+        "sparse_kv_compress values": (Q.sparse_kv_compress.default, (x, 4, 128, True)),
+        "sparse_kv_compress raw": (Q.sparse_kv_compress.default, (x, 16, 40, True)),
+        "sparse_key_spmm": (Q.sparse_key_spmm.default, (query, *keys, 301, 4, 2)),
+        "sparse_key_spmm raw": (Q.sparse_key_spmm.default, (query, *plain, 301, 4, 16)),
+        "sparse_value_spmm": (Q.sparse_value_spmm.default, (scores, *values, 128, 4, 4)),
+        **kv_cache_cases(device),
+    }
+
+
+def kv_cache_cases(device: str) -> dict[str, tuple[Callable, tuple]]:
+    generator = torch.Generator().manual_seed(5)
+    cache = quantgemm.SparseKVCache(1, 2, 64, "dense2", max_tokens=500, batch=2, device=device)
+    new = torch.randn(2, 2, 300, 64, generator=generator).half().to(device)
+    query = torch.randn(2, 8, 64, generator=generator).half().to(device)
+    stored = (cache.key_pages[0], cache.value_pages[0], cache.page_table)
+    recent = (cache.recent_keys[0], cache.recent_values[0])
+    one = new[:, :, :1].clone()
+    before = cache.lens.clone()
+    append = (Q.sparse_kv_append.default, (one, one, *stored, *recent, before, None, 4, 128, 2, 2))
+    cache.append(0, new, new)
+    cache.advance(300)
+    attend = (query, *stored, *recent, cache.lens, 4, 128, 2, 2, 0.125)
+    return {
+        "sparse_kv_append": append,
+        "sparse_kv_attention": (Q.sparse_kv_attention.default, attend),
+    }
+
+
+def outputs(result: torch.Tensor | tuple[torch.Tensor, ...] | None) -> tuple[torch.Tensor, ...]:
+    if result is None:  # the op writes to its arguments
+        return ()
     return (result,) if isinstance(result, torch.Tensor) else tuple(result)
 
 

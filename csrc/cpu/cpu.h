@@ -25,4 +25,16 @@ void unpack_cpu(const PackArgs& args, int64_t first_strip, int64_t last_strip);
 void embedding_cpu(const EmbeddingArgs& args, int64_t first_id, int64_t last_id);
 void spec_verify_cpu(const VerifyArgs& args, int64_t first_sequence, int64_t last_sequence);
 
+// Compression of 64-token blocks of all heads, counted head by head: bitmaps and fits of a range, then
+// all offsets, then the codes of a range.
+void kv_fit_cpu(const KvCompressArgs& args, int64_t first_block, int64_t last_block);
+void kv_offsets_cpu(const KvCompressArgs& args);
+void kv_pack_cpu(const KvCompressArgs& args, int64_t first_block, int64_t last_block);
+// Groups of 64 rows of y, counted head by head.
+void kv_product_cpu(const KvProductArgs& args, int64_t first_group, int64_t last_group);
+
+// The native cache: pairs of sequence and key-value head.
+void kv_append_cpu(const KvAppendArgs& args, int64_t first_row, int64_t last_row);
+void kv_attention_cpu(const KvAttentionArgs& args, int64_t first_row, int64_t last_row);
+
 }  // namespace quantgemm

@@ -37,4 +37,15 @@ cudaError_t launch_spec_verify(const VerifyArgs& args, cudaStream_t stream);
 cudaError_t launch_verify_modes(const VerifyArgs& args,
                                 cudaStream_t stream);  // its part for trees and blocks
 
+// The sparse key-value container (kv.h). The product says how many parts of k it wants.
+int64_t sparse_kv_compress_scratch_bytes(const KvCompressArgs& args);
+cudaError_t launch_sparse_kv_compress(const KvCompressArgs& args, cudaStream_t stream);
+int64_t sparse_kv_product_split(const KvProductArgs& args);
+cudaError_t launch_sparse_kv_product(const KvProductArgs& args, cudaStream_t stream);
+
+// The native cache (kv_page.h). Attention says how many parts of the context it wants.
+cudaError_t launch_sparse_kv_append(const KvAppendArgs& args, cudaStream_t stream);
+int64_t sparse_kv_attention_split(const KvAttentionArgs& args);
+cudaError_t launch_sparse_kv_attention(const KvAttentionArgs& args, cudaStream_t stream);
+
 }  // namespace quantgemm

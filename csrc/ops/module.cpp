@@ -33,6 +33,23 @@ STABLE_TORCH_LIBRARY(quantgemm, m) {
       "Tensor? min_p=None, Tensor? seed=None, Tensor? position=None, Tensor? uniforms=None, "
       "bool return_probs=False, int turn=0) -> (Tensor tokens, Tensor lse, Tensor cutoff, Tensor probs, "
       "Tensor status)");
+  m.def(
+      "sparse_kv_compress(Tensor x, int bits, int keep, bool value) -> (Tensor bitmaps, Tensor tile_offsets, "
+      "Tensor packed, Tensor scales, Tensor zeros, Tensor num_words)");
+  m.def(
+      "sparse_key_spmm(Tensor query, Tensor bitmaps, Tensor tile_offsets, Tensor packed, Tensor? scales, "
+      "Tensor? zeros, int num_tokens, int groups, int bits) -> Tensor");
+  m.def(
+      "sparse_value_spmm(Tensor scores, Tensor bitmaps, Tensor tile_offsets, Tensor packed, Tensor? scales, "
+      "Tensor? zeros, int head_dim, int groups, int bits) -> Tensor");
+  m.def(
+      "sparse_kv_append(Tensor keys, Tensor values, Tensor(a!) key_pages, Tensor(b!) value_pages, "
+      "Tensor page_table, Tensor(c!) recent_keys, Tensor(d!) recent_values, Tensor lens, Tensor? counts, "
+      "int sinks, int window, int key_bits, int value_bits) -> ()");
+  m.def(
+      "sparse_kv_attention(Tensor query, Tensor key_pages, Tensor value_pages, Tensor page_table, "
+      "Tensor recent_keys, Tensor recent_values, Tensor lens, int sinks, int window, int key_bits, "
+      "int value_bits, float scale) -> (Tensor out, Tensor lse)");
 }
 
 namespace {
@@ -50,6 +67,11 @@ void register_backend(torch::stable::detail::StableLibrary& m) {
   m.impl("spec_verify", TORCH_BOX(&quantgemm::spec_verify));
   m.impl("sample", TORCH_BOX(&quantgemm::sample));
   m.impl("draft_sample", TORCH_BOX(&quantgemm::draft_sample));
+  m.impl("sparse_kv_compress", TORCH_BOX(&quantgemm::sparse_kv_compress));
+  m.impl("sparse_key_spmm", TORCH_BOX(&quantgemm::sparse_key_spmm));
+  m.impl("sparse_value_spmm", TORCH_BOX(&quantgemm::sparse_value_spmm));
+  m.impl("sparse_kv_append", TORCH_BOX(&quantgemm::sparse_kv_append));
+  m.impl("sparse_kv_attention", TORCH_BOX(&quantgemm::sparse_kv_attention));
 }
 
 }  // namespace

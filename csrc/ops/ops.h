@@ -32,6 +32,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> draft_sample(Tensor logits, O
                                                                 OptTensor min_p, OptTensor seed,
                                                                 OptTensor position, OptTensor uniforms,
                                                                 bool return_probs, int64_t turn);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sparse_kv_compress(Tensor x, int64_t bits,
+                                                                              int64_t keep, bool value);
+Tensor sparse_key_spmm(Tensor query, Tensor bitmaps, Tensor tile_offsets, Tensor packed_codes,
+                       OptTensor scales, OptTensor zeros, int64_t num_tokens, int64_t groups, int64_t bits);
+Tensor sparse_value_spmm(Tensor scores, Tensor bitmaps, Tensor tile_offsets, Tensor packed_codes,
+                         OptTensor scales, OptTensor zeros, int64_t head_dim, int64_t groups, int64_t bits);
+void sparse_kv_append(Tensor keys, Tensor values, Tensor key_pages, Tensor value_pages, Tensor page_table,
+                      Tensor recent_keys, Tensor recent_values, Tensor lens, OptTensor counts, int64_t sinks,
+                      int64_t window, int64_t key_bits, int64_t value_bits);
+std::tuple<Tensor, Tensor> sparse_kv_attention(Tensor query, Tensor key_pages, Tensor value_pages,
+                                               Tensor page_table, Tensor recent_keys, Tensor recent_values,
+                                               Tensor lens, int64_t sinks, int64_t window, int64_t key_bits,
+                                               int64_t value_bits, double scale);
 
 bool can_quantize(int64_t qtype);
 

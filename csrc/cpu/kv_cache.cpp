@@ -1,0 +1,179 @@
+// SPDX-License-Identifier: MIT
+// The native key-value cache on the CPU: new tokens into the ring and, when they leave it, into pages;
+// attention of one new token of each head over pages, sinks and ring. Layout is kv_page.h.
+#include "../kv_page.h"
+
+#include <algorithm>
+#include <vector>
+
+#include "cpu.h"
+
+namespace quantgemm {
+namespace {
+
+float load_any(const void* x, int64_t i, Real type) {
+  const uint16_t bits = static_cast<const uint16_t*>(x)[i];
+  return type == Real::kFloat16 ? half_to_float(bits) : bfloat16_to_float(bits);
+}
+uint16_t store_any(float x, Real type) {
+  return type == Real::kFloat16 ? float_to_half(x) : float_to_bfloat16(x);
+}
+
+// One page of keys or of values. Fits belong to k: a channel of keys, a token of values.
+struct Page {
+  uint8_t* codes;
+  int rows, num_k, bits;
+
+  uint16_t* fits() const { return reinterpret_cast<uint16_t*>(codes + int64_t{rows} * num_k * bits / 8); }
+  PageFit fit(int k) const {
+    const int at = fit_place(k, num_k);
+    return {fits()[at], fits()[num_k + at]};
+  }
+
+  float value(int row, int k) const {
+    const CodePlace at = code_place(row, k, num_k, bits);
+    uint32_t word;
+    std::memcpy(&word, codes + 4 * at.word, 4);
+    return page_value(word >> at.shift & ((1u << bits) - 1), fit(k), bits);
+  }
+
+  // x(row, k)
+  template <class Fn>
+  void pack(Fn&& x) const {
+    std::fill_n(codes, int64_t{rows} * num_k * bits / 8, uint8_t{0});
+    for (int k = 0; k < num_k; ++k) {
+      const PageFit fit = fit_page_group([&](int row) { return x(row, k); }, rows, bits);
+      const int place = fit_place(k, num_k);
+      fits()[place] = fit.scale, fits()[num_k + place] = fit.shift;
+      for (int row = 0; row < rows; ++row) {
+        const CodePlace at = code_place(row, k, num_k, bits);
+        or_into<4>(codes + 4 * at.word, page_code(x(row, k), fit, bits) << at.shift);
+      }
+    }
+  }
+};
+
+Page key_page(const KvCacheArgs& c, int64_t page, int64_t head) {
+  const int64_t bytes = key_page_bytes(c.channels, c.key_bits);
+  return {c.key_pages + (page * c.heads + head) * bytes, kPageTokens, static_cast<int>(c.channels),
+          c.key_bits};
+}
+Page value_page(const KvCacheArgs& c, int64_t page, int64_t head) {
+  const int64_t bytes = value_page_bytes(c.channels, c.value_bits);
+  return {c.value_pages + (page * c.heads + head) * bytes, static_cast<int>(c.channels), kPageTokens,
+          c.value_bits};
+}
+// -1 for an entry that is no page.
+int64_t page_of(const KvCacheArgs& c, int64_t sequence, int64_t index) {
+  const int64_t page = c.page_table[sequence * c.max_pages + index];
+  return page >= 0 && page < c.num_pages ? page : -1;
+}
+
+// ---- one new token of a group of query heads, online over tokens ----
+struct Sums {
+  float maximum = -INFINITY, mass = 0;
+  std::vector<float> out;
+
+  void add(float logit, const float* value, int64_t channels) {
+    if (logit > maximum || logit != logit) {
+      const float factor = maximum == -INFINITY ? 0.0f : std::exp(maximum - logit);
+      maximum = logit, mass *= factor;
+      for (float& o : out) o *= factor;
+    }
+    const float weight = std::exp(logit - maximum);
+    mass += weight;
+    for (int64_t d = 0; d < channels; ++d) out[static_cast<size_t>(d)] += weight * value[d];
+  }
+};
+
+void attend(const KvAttentionArgs& args, int64_t sequence, int64_t head) {
+  const KvCacheArgs& c = args.cache;
+  const int64_t first_query = (sequence * c.heads + head) * args.groups;
+  std::vector<Sums> sums(static_cast<size_t>(args.groups));
+  for (Sums& s : sums) s.out.assign(static_cast<size_t>(c.channels), 0.0f);
+  std::vector<float> key(static_cast<size_t>(c.channels)), value(key.size());
+  const auto add_token = [&] {
+    for (int64_t g = 0; g < args.groups; ++g) {
+      float logit = 0;
+      for (int64_t d = 0; d < c.channels; ++d)
+        logit +=
+            load_any(args.query, (first_query + g) * c.channels + d, c.type) * key[static_cast<size_t>(d)];
+      sums[static_cast<size_t>(g)].add(logit * args.scale, value.data(), c.channels);
+    }
+  };
+  const SequenceParts parts = parts_of(c, c.lens[sequence]);
+  for (int64_t i = 0; i < parts.pages; ++i) {
+    const int64_t page = page_of(c, sequence, i);
+    if (page < 0) continue;
+    const Page keys = key_page(c, page, head), values = value_page(c, page, head);
+    for (int t = 0; t < kPageTokens; ++t) {
+      for (int d = 0; d < c.channels; ++d) {
+        key[static_cast<size_t>(d)] = keys.value(t, d);
+        value[static_cast<size_t>(d)] = values.value(d, t);
+      }
+      add_token();
+    }
+  }
+  const auto add_recent = [&](int64_t slot) {
+    const int64_t at = ((sequence * c.heads + head) * c.recent + slot) * c.channels;
+    for (int64_t d = 0; d < c.channels; ++d) {
+      key[static_cast<size_t>(d)] = load_any(c.recent_keys, at + d, c.type);
+      value[static_cast<size_t>(d)] = load_any(c.recent_values, at + d, c.type);
+    }
+    add_token();
+  };
+  for (int64_t t = 0; t < parts.sinks; ++t) add_recent(t);
+  for (int64_t t = parts.ring_first; t < parts.ring_end; ++t) add_recent(recent_slot(c, c.sinks + t));
+  for (int64_t g = 0; g < args.groups; ++g) {
+    const Sums& s = sums[static_cast<size_t>(g)];
+    args.lse[first_query + g] = s.maximum + std::log(s.mass);
+    for (int64_t d = 0; d < c.channels; ++d) {
+      const float out = s.mass == 0 ? 0.0f : s.out[static_cast<size_t>(d)] / s.mass;
+      static_cast<uint16_t*>(args.out)[(first_query + g) * c.channels + d] = store_any(out, c.type);
+    }
+  }
+}
+
+void append(const KvAppendArgs& args, int64_t sequence, int64_t head) {
+  const KvCacheArgs& c = args.cache;
+  const int64_t before = c.lens[sequence];
+  const int64_t count = args.counts ? std::clamp<int64_t>(args.counts[sequence], 0, args.count) : args.count;
+  const SequenceParts old = parts_of(c, before), now = parts_of(c, before + count);
+  const int64_t row = sequence * c.heads + head;
+  // Where the token at a position is before anything has moved.
+  const auto at = [&](const void* recent, const void* added, int64_t position, int64_t d) {
+    const int64_t index = position - before;
+    return index < 0 ? load_any(recent, (row * c.recent + recent_slot(c, position)) * c.channels + d, c.type)
+                     : load_any(added, (row * args.count + index) * c.channels + d, c.type);
+  };
+  for (int64_t i = old.pages; i < now.pages; ++i) {
+    const int64_t page = page_of(c, sequence, i), first = c.sinks + i * kPageTokens;
+    if (page < 0) continue;
+    key_page(c, page, head).pack([&](int t, int d) { return at(c.recent_keys, args.keys, first + t, d); });
+    value_page(c, page, head).pack([&](int d, int t) {
+      return at(c.recent_values, args.values, first + t, d);
+    });
+  }
+  for (int64_t index = 0; index < count; ++index) {
+    const int64_t position = before + index;
+    if (position >= c.sinks && position - c.sinks < now.ring_first) continue;
+    const int64_t to = (row * c.recent + recent_slot(c, position)) * c.channels;
+    const int64_t from = (row * args.count + index) * c.channels;
+    std::copy_n(static_cast<const uint16_t*>(args.keys) + from, c.channels,
+                static_cast<uint16_t*>(c.recent_keys) + to);
+    std::copy_n(static_cast<const uint16_t*>(args.values) + from, c.channels,
+                static_cast<uint16_t*>(c.recent_values) + to);
+  }
+}
+
+}  // namespace
+
+void kv_append_cpu(const KvAppendArgs& args, int64_t first_row, int64_t last_row) {
+  for (int64_t i = first_row; i < last_row; ++i) append(args, i / args.cache.heads, i % args.cache.heads);
+}
+
+void kv_attention_cpu(const KvAttentionArgs& args, int64_t first_row, int64_t last_row) {
+  for (int64_t i = first_row; i < last_row; ++i) attend(args, i / args.cache.heads, i % args.cache.heads);
+}
+
+}  // namespace quantgemm

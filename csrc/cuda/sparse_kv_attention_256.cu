@@ -1,0 +1,6 @@
+// SPDX-License-Identifier: MIT
+#include "sparse_kv_attention.cuh"
+
+namespace quantgemm {
+template cudaError_t launch_attention_of<256>(const KvAttentionArgs&, cudaStream_t);
+}

@@ -1,0 +1,119 @@
+// SPDX-License-Identifier: MIT
+// The native key-value cache: pages of 64 tokens of one head, quantised where tensor cores want them.
+//
+//   sequence   sinks | pages of 64 tokens ... | the recent ones, in a ring of ring() slots
+//   page       codes, scale [n] half, shift [n] half; n = channels for keys, 64 tokens for values
+//   value      (code/2^bits + 1 + shift) · scale: code/2^bits + 1 is a half made of the code's bits alone
+//
+// Codes of a key page are rows = tokens, columns k = channels; of a value page the other way round.
+#pragma once
+#include <cmath>
+
+#include "args.h"
+#include "formats/portable.h"
+
+namespace quantgemm {
+
+inline constexpr int kPageTokens = 64;
+
+QG_HD int64_t page_codes_bytes(int64_t channels, int bits) { return kPageTokens * channels * bits / 8; }
+QG_HD int64_t key_page_bytes(int64_t channels, int bits) {
+  return page_codes_bytes(channels, bits) + 4 * channels;
+}
+QG_HD int64_t value_page_bytes(int64_t channels, int bits) {
+  return page_codes_bytes(channels, bits) + 4 * kPageTokens;
+}
+
+// Where the code of (row, k) lies: lane 4r + c of a warp holds rows r + 8i of columns 2c, 2c + 1 of
+// every 8, eight codes i of an even column in the lower half of its words, of the odd one in the upper.
+struct CodePlace {
+  int word, shift;
+};
+QG_HD CodePlace code_place(int row, int k, int num_k, int bits) {
+  const int per_half = 16 / bits, i = row / 8 % 8;
+  const int own = ((row / 64 * (num_k / 16) + k / 16) * 2 + k / 8 % 2) * (8 / per_half) + i / per_half;
+  const int lane = row % 8 * 4 + k % 8 / 2;
+  return {(own / 4 * 32 + lane) * 4 + own % 4, i % per_half * bits + 16 * (k % 2)};
+}
+
+// The inverse: row and column of code 0 of a word's lower half; the others are 8 rows further each.
+struct CodeOrigin {
+  int row, k;
+};
+QG_HD CodeOrigin code_origin(int word, int num_k, int bits) {
+  const int per_half = 16 / bits, own = word / 128 * 4 + word % 4, lane = word / 4 % 32;
+  const int pair = own / (8 / per_half), half = pair % 2, step = pair / 2 % (num_k / 16);
+  const int row = pair / 2 / (num_k / 16) * 64 + own % (8 / per_half) * per_half * 8 + lane / 4;
+  return {row, 16 * step + 8 * half + 2 * (lane % 4)};
+}
+
+// Where the fit of column k lies: those that lane 4r + c needs are neighbours.
+QG_HD int fit_place(int k, int num_k) { return k % 8 / 2 * (num_k / 4) + k / 8 * 2 + k % 2; }
+
+struct PageFit {
+  uint16_t scale, shift;  // half
+};
+QG_HD float page_value(uint32_t code, PageFit fit, int bits) {
+  const float steps = static_cast<float>(1 << bits);
+  return rounded_product(static_cast<float>(code) / steps + (1.0f + half_to_float(fit.shift)),
+                         half_to_float(fit.scale));
+}
+QG_HD uint32_t page_code(float x, PageFit fit, int bits) {
+  const float steps = static_cast<float>(1 << bits);
+  const float code = rintf((x / half_to_float(fit.scale) - (1.0f + half_to_float(fit.shift))) * steps);
+  return static_cast<uint32_t>(code >= 0.0f ? (code < steps ? code : steps - 1.0f) : 0.0f);  // 0 for NaN
+}
+
+// lo is code 0 and hi the largest one.
+QG_HD PageFit fit_page_range(float lo, float hi, int bits) {
+  const float levels = static_cast<float>((1 << bits) - 1), steps = levels + 1.0f;
+  if (lo == hi) return {float_to_half(lo), 0};  // exactly: code 0
+  uint16_t scale = float_to_half((hi - lo) / levels * steps);
+  if (scale == 0) scale = 1;
+  return {scale, float_to_half(lo / half_to_float(scale) - 1.0f)};
+}
+
+// The fit of x(0) … x(count - 1). With four levels the extremes are worth less than the middle: the range
+// is narrowed while the squared error falls. Sums are in order and nothing is fused: CPU and CUDA agree.
+template <class X>
+QG_HD PageFit fit_page_group(X&& x, int count, int bits) {
+  float lo = x(0), hi = lo;
+  for (int i = 1; i < count; ++i) {
+    const float v = x(i);
+    lo = v < lo || v != v ? v : lo, hi = v > hi || v != v ? v : hi;
+  }
+  if (lo != lo || hi != hi) lo = hi = bit_cast<float>(0x7fc00000u);
+  PageFit best = fit_page_range(lo, hi, bits);
+  if (bits > 2) return best;
+  float best_error = -1.0f;
+  for (int step = 0; step < 6; ++step) {
+    const float cut = rounded_product(0.045f * static_cast<float>(step), hi - lo);
+    const PageFit fit = fit_page_range(lo + cut, hi - cut, bits);
+    float error = 0.0f;
+    for (int i = 0; i < count; ++i) {
+      const float d = x(i) - page_value(page_code(x(i), fit, bits), fit, bits);
+      error += rounded_product(d, d);
+    }
+    if (step > 0 && !(error < best_error)) break;
+    best = fit, best_error = error;
+  }
+  return best;
+}
+
+// What a sequence of so many tokens consists of; pages leave the ring as soon as they may.
+struct SequenceParts {
+  int64_t sinks, pages, ring_first, ring_end;  // positions of the ring's tokens, counted after the sinks
+};
+QG_HD int64_t ring_slots(const KvCacheArgs& c) { return c.recent - c.sinks; }
+QG_HD SequenceParts parts_of(const KvCacheArgs& c, int64_t tokens) {
+  const int64_t sinks = tokens < c.sinks ? tokens : c.sinks, rest = tokens - sinks;
+  int64_t pages = rest > c.window ? (rest - c.window) / kPageTokens : 0;
+  if (pages > c.max_pages) pages = c.max_pages;
+  return {sinks, pages, pages * kPageTokens, rest};
+}
+// The slot of a token's position.
+QG_HD int64_t recent_slot(const KvCacheArgs& c, int64_t position) {
+  return position < c.sinks ? position : c.sinks + (position - c.sinks) % ring_slots(c);
+}
+
+}  // namespace quantgemm

@@ -1,0 +1,157 @@
+// SPDX-License-Identifier: MIT
+// sparse_kv_append: new tokens [batch, heads, count, channels] into a cache of kv_page.h, in place
+// sparse_kv_attention(query [batch, heads · groups, channels], cache) -> out like query, lse
+#include "../cpu/cpu.h"
+#include "../kv_page.h"
+#include "launch_scope.h"
+#include "ops.h"
+
+namespace quantgemm {
+namespace {
+
+// The cache's tensors are used in place, so nothing may be copied on the way.
+void check_cache_tensor(const char* name, const Tensor& t, const Tensor& like, ScalarType type,
+                        const std::vector<int64_t>& sizes) {
+  check_type(t.scalar_type() == type, name, ": expected ", dtype_name(type), ", got ",
+             dtype_name(t.scalar_type()));
+  bool fits = t.dim() == static_cast<int64_t>(sizes.size());
+  std::string wanted;
+  for (size_t i = 0; i < sizes.size(); ++i) {
+    fits = fits && t.size(static_cast<int64_t>(i)) == sizes[i];
+    wanted += concat(i ? ", " : "", sizes[i]);
+  }
+  check_value(fits, name, ": expected shape [", wanted, "], got ", shape_of(t));
+  check_value(device_of(t) == device_of(like), name, ": expected a tensor on ", device_of(like), ", got ",
+              device_of(t));
+  check_value(t.is_contiguous() && reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0, name,
+              ": expected a contiguous tensor that starts on a 16-byte boundary");
+}
+
+struct Cache {
+  const Tensor &key_pages, &value_pages, &page_table, &recent_keys, &recent_values, &lens;
+  int64_t sinks, window, key_bits, value_bits;
+
+  KvCacheArgs check() const {
+    check_device("recent_keys", recent_keys);
+    const Tensor& like = recent_keys;
+    const auto type = real_of(like.scalar_type());
+    check_type(type.has_value() && *type != Real::kFloat32,
+               "recent_keys: expected torch.float16 or torch.bfloat16, got ", dtype_name(like.scalar_type()));
+    check_value(like.dim() == 4, "recent_keys: expected [batch, heads, slots, head_dim], got shape ",
+                shape_of(like));
+    KvCacheArgs c{};
+    c.batch = like.size(0), c.heads = like.size(1), c.recent = like.size(2), c.channels = like.size(3);
+    check_value(c.channels == 64 || c.channels == 128 || c.channels == 256,
+                "recent_keys: expected a head dimension of 64, 128 or 256, got ", c.channels);
+    for (auto [name, bits] : {std::pair{"key_bits", key_bits}, {"value_bits", value_bits}})
+      check_value(bits == 2 || bits == 4, name, ": expected 2 or 4, got ", bits);
+    check_value(sinks >= 0 && window >= 0, "window: expected sinks and window of at least 0, got ", sinks,
+                " and ", window);
+    const int64_t ring = c.recent - sinks;
+    check_value(ring % kPageTokens == 0 && ring >= window + kPageTokens, "recent_keys: expected ", sinks,
+                " slots for sinks and a multiple of 64 for at least window + 64 = ", window + kPageTokens,
+                " tokens, got ", c.recent, " slots");
+    c.sinks = sinks, c.window = window, c.type = *type;
+    c.key_bits = static_cast<int>(key_bits), c.value_bits = static_cast<int>(value_bits);
+    check_value(page_table.dim() == 2, "page_table: expected [batch, pages], got shape ",
+                shape_of(page_table));
+    c.max_pages = page_table.size(1), c.num_pages = key_pages.dim() > 0 ? key_pages.size(0) : 0;
+    check_cache_tensor("recent_keys", recent_keys, like, like.scalar_type(),
+                       {c.batch, c.heads, c.recent, c.channels});
+    check_cache_tensor("recent_values", recent_values, like, like.scalar_type(),
+                       {c.batch, c.heads, c.recent, c.channels});
+    check_cache_tensor("key_pages", key_pages, like, ScalarType::Byte,
+                       {c.num_pages, c.heads, key_page_bytes(c.channels, c.key_bits)});
+    check_cache_tensor("value_pages", value_pages, like, ScalarType::Byte,
+                       {c.num_pages, c.heads, value_page_bytes(c.channels, c.value_bits)});
+    check_cache_tensor("page_table", page_table, like, ScalarType::Int, {c.batch, c.max_pages});
+    check_cache_tensor("lens", lens, like, ScalarType::Long, {c.batch});
+    c.key_pages = const_cast<uint8_t*>(key_pages.const_data_ptr<uint8_t>());
+    c.value_pages = const_cast<uint8_t*>(value_pages.const_data_ptr<uint8_t>());
+    c.page_table = page_table.const_data_ptr<int32_t>();
+    c.recent_keys = const_cast<void*>(recent_keys.const_data_ptr());
+    c.recent_values = const_cast<void*>(recent_values.const_data_ptr());
+    c.lens = lens.const_data_ptr<int64_t>();
+    return c;
+  }
+};
+
+}  // namespace
+
+void sparse_kv_append(Tensor keys, Tensor values, Tensor key_pages, Tensor value_pages, Tensor page_table,
+                      Tensor recent_keys, Tensor recent_values, Tensor lens, OptTensor counts, int64_t sinks,
+                      int64_t window, int64_t key_bits, int64_t value_bits) {
+  // check
+  const Cache cache{key_pages, value_pages, page_table, recent_keys, recent_values,
+                    lens,      sinks,       window,     key_bits,    value_bits};
+  KvAppendArgs args{};
+  args.cache = cache.check();
+  const KvCacheArgs& c = args.cache;
+  check_value(keys.dim() == 4, "keys: expected [batch, heads, count, head_dim], got shape ", shape_of(keys));
+  args.count = keys.size(2);
+  const Tensor key_rows = packed(keys), value_rows = packed(values);
+  const std::vector<int64_t> sizes{c.batch, c.heads, args.count, c.channels};
+  check_cache_tensor("keys", key_rows, recent_keys, recent_keys.scalar_type(), sizes);
+  check_cache_tensor("values", value_rows, recent_keys, recent_keys.scalar_type(), sizes);
+  if (counts) check_cache_tensor("counts", *counts, recent_keys, ScalarType::Long, {c.batch});
+  args.keys = key_rows.const_data_ptr(), args.values = value_rows.const_data_ptr();
+  args.counts = counts ? counts->const_data_ptr<int64_t>() : nullptr;
+  if (key_rows.numel() == 0) return;
+
+  // run
+  if (recent_keys.is_cuda()) {
+    QG_RUN_ON_GPU(sparse_kv_append, key_rows, args);
+  } else {
+    torch::stable::parallel_for(0, c.batch * c.heads, 1,
+                                [&](int64_t begin, int64_t end) { kv_append_cpu(args, begin, end); });
+  }
+}
+
+std::tuple<Tensor, Tensor> sparse_kv_attention(Tensor query, Tensor key_pages, Tensor value_pages,
+                                               Tensor page_table, Tensor recent_keys, Tensor recent_values,
+                                               Tensor lens, int64_t sinks, int64_t window, int64_t key_bits,
+                                               int64_t value_bits, double scale) {
+  // check
+  const Cache cache{key_pages, value_pages, page_table, recent_keys, recent_values,
+                    lens,      sinks,       window,     key_bits,    value_bits};
+  KvAttentionArgs args{};
+  args.cache = cache.check();
+  const KvCacheArgs& c = args.cache;
+  check_value(query.dim() == 3, "query: expected [batch, query heads, head_dim], got shape ",
+              shape_of(query));
+  const int64_t heads = query.size(1);
+  args.groups = c.heads == 0 ? 0 : heads / c.heads;
+  check_value(c.heads > 0 && heads % c.heads == 0 && args.groups >= 1 && args.groups <= 16,
+              "query: expected 1 to 16 query heads for each of ", c.heads, " key-value heads, got ", heads);
+  const Tensor rows = packed(query);
+  check_cache_tensor("query", rows, recent_keys, recent_keys.scalar_type(), {c.batch, heads, c.channels});
+
+  // arguments and output
+  Tensor out = new_output("sparse_kv_attention", rows, {c.batch, heads, c.channels}, rows.scalar_type());
+  Tensor lse = new_output("sparse_kv_attention", rows, {c.batch, heads}, ScalarType::Float);
+  args.query = rows.const_data_ptr(), args.out = out.mutable_data_ptr();
+  args.lse = lse.mutable_data_ptr<float>();
+  args.scale = static_cast<float>(scale), args.split = 1;
+  if (out.numel() == 0) return {out, lse};
+
+  // run
+  if (rows.is_cuda()) {
+    OptTensor partial;
+#ifdef QG_WITH_CUDA
+    {
+      const torch::stable::accelerator::DeviceGuard guard(rows.get_device());
+      args.split = sparse_kv_attention_split(args);
+    }
+    partial = new_output("sparse_kv_attention", rows, {args.split, c.batch, heads, c.channels + 2},
+                         ScalarType::Float);
+    args.partial = partial->mutable_data_ptr<float>();
+#endif
+    QG_RUN_ON_GPU(sparse_kv_attention, rows, args);
+  } else {
+    torch::stable::parallel_for(0, c.batch * c.heads, 1,
+                                [&](int64_t begin, int64_t end) { kv_attention_cpu(args, begin, end); });
+  }
+  return {out, lse};
+}
+
+}  // namespace quantgemm

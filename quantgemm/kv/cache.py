@@ -1,0 +1,325 @@
+# SPDX-License-Identifier: MIT
+"""The native key-value cache: pages of 64 quantised tokens, the latest ones as they are.
+
+    cache = SparseKVCache(num_layers, num_kv_heads, head_dim, format="dense4", max_tokens=8192)
+    cache.append(layer, k, v)  # [batch, num_kv_heads, tokens, head_dim]
+    cache.advance(tokens)  # after the last layer
+    out, lse = cache.attend(layer, query)  # query [batch, query heads, head_dim]
+
+Appending and attending never wait for the GPU: lengths live on the device, and the host only keeps
+an upper bound of them to say when the cache is full.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from quantgemm.ops import register_fake
+
+Tensor = torch.Tensor
+
+PAGE = 64
+FORMATS = {"dense2": 2, "dense4": 4}
+
+
+def key_page_bytes(head_dim: int, bits: int) -> int:
+    """Codes, and for each channel a scale and a shift."""
+    return PAGE * head_dim * bits // 8 + 4 * head_dim
+
+
+def value_page_bytes(head_dim: int, bits: int) -> int:
+    """Codes, and for each token a scale and a shift."""
+    return PAGE * head_dim * bits // 8 + 4 * PAGE
+
+
+def sparse_kv_attention(
+    query: Tensor,
+    key_pages: Tensor,
+    value_pages: Tensor,
+    page_table: Tensor,
+    recent_keys: Tensor,
+    recent_values: Tensor,
+    lens: Tensor,
+    sinks: int,
+    window: int,
+    key_bits: int,
+    value_bits: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Softmax attention of one new token: query ``[batch, query heads, head_dim]``.
+
+    lens: int64 ``[batch]``, tokens of each sequence, on the device. Returns out like query and lse
+    float32 ``[batch, query heads]``; an empty sequence gives zeros and minus infinity. The other
+    tensors are those of a `SparseKVCache`.
+    """
+    return torch.ops.quantgemm.sparse_kv_attention(  # type: ignore[no-any-return]
+        query,
+        key_pages,
+        value_pages,
+        page_table,
+        recent_keys,
+        recent_values,
+        lens,
+        sinks,
+        window,
+        key_bits,
+        value_bits,
+        scale,
+    )
+
+
+@register_fake("quantgemm::sparse_kv_attention")
+def _(
+    query: Tensor,
+    key_pages: Tensor,
+    value_pages: Tensor,
+    page_table: Tensor,
+    recent_keys: Tensor,
+    recent_values: Tensor,
+    lens: Tensor,
+    sinks: int,
+    window: int,
+    key_bits: int,
+    value_bits: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(query), query.new_empty(query.shape[:2], dtype=torch.float32)
+
+
+@register_fake("quantgemm::sparse_kv_append")
+def _(
+    keys: Tensor,
+    values: Tensor,
+    key_pages: Tensor,
+    value_pages: Tensor,
+    page_table: Tensor,
+    recent_keys: Tensor,
+    recent_values: Tensor,
+    lens: Tensor,
+    counts: Tensor | None,
+    sinks: int,
+    window: int,
+    key_bits: int,
+    value_bits: int,
+) -> None:
+    return None
+
+
+class SparseKVCache:
+    """Keys and values of all layers: sinks and the latest tokens as they are, the rest in pages.
+
+    format: ``dense2`` or ``dense4``, codes of 2 or 4 bits with a scale and a shift for each channel
+    of 64 keys and for each token of values; key_format and value_format differ from it where
+    given. window: tokens that stay as they are, at least; sinks: the first tokens, which always
+    do. max_tokens: of a sequence, all pages are allocated for them at once.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        num_kv_heads: int,
+        head_dim: int,
+        format: str = "dense4",
+        *,
+        key_format: str | None = None,
+        value_format: str | None = None,
+        window: int = 128,
+        sinks: int = 4,
+        page: int = PAGE,
+        max_tokens: int,
+        batch: int = 1,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float16,
+    ) -> None:
+        key_format, value_format = key_format or format, value_format or format
+        for name, chosen in (("key_format", key_format), ("value_format", value_format)):
+            if chosen not in FORMATS:
+                known = ", ".join(FORMATS)
+                raise NotImplementedError(f"{name}: expected one of {known}, got {chosen!r}")
+        if page != PAGE:
+            raise NotImplementedError(f"page: expected {PAGE} tokens, got {page}")
+        if head_dim not in (64, 128, 256):
+            raise ValueError(f"head_dim: expected 64, 128 or 256, got {head_dim}")
+        if min(num_layers, num_kv_heads, batch, max_tokens) < 1 or min(window, sinks) < 0:
+            raise ValueError("num_layers, num_kv_heads, batch and max_tokens start at 1")
+        self.key_bits, self.value_bits = FORMATS[key_format], FORMATS[value_format]
+        self.window, self.sinks, self.max_tokens = window, sinks, max_tokens
+        self.batch, self.head_dim, self.num_kv_heads = batch, head_dim, num_kv_heads
+        slots = sinks + (window + PAGE - 1) // PAGE * PAGE + PAGE
+        pages = max(0, max_tokens - sinks - window) // PAGE
+
+        def new(*sizes: int, dtype: torch.dtype) -> Tensor:
+            return torch.zeros(sizes, dtype=dtype, device=device)
+
+        total = (num_layers, batch * pages, num_kv_heads)
+        self.key_pages = new(*total, key_page_bytes(head_dim, self.key_bits), dtype=torch.uint8)
+        bytes_of_value = value_page_bytes(head_dim, self.value_bits)
+        self.value_pages = new(*total, bytes_of_value, dtype=torch.uint8)
+        recent = (num_layers, batch, num_kv_heads, slots, head_dim)
+        self.recent_keys, self.recent_values = new(*recent, dtype=dtype), new(*recent, dtype=dtype)
+        self.lens = new(batch, dtype=torch.int64)
+        self.page_table = torch.arange(batch * pages, dtype=torch.int32, device=device).view(
+            batch, pages
+        )
+        self._most = [0] * batch  # no sequence is longer than this
+
+    def append(
+        self, layer: int, keys: Tensor, values: Tensor, counts: Tensor | None = None
+    ) -> None:
+        """New tokens ``[batch, num_kv_heads, tokens, head_dim]`` behind those of each sequence.
+
+        counts: int64 ``[batch]`` on the device, how many of the tokens a sequence takes, the first
+        ones; None takes all. Lengths change with `advance`, once for all layers.
+        """
+        if keys.dim() == 4 and max(self._most) + keys.shape[2] > self.max_tokens:
+            raise ValueError(
+                f"keys: the cache holds {self.max_tokens} tokens of a sequence; up to "
+                f"{max(self._most)} are there, got {keys.shape[2]} more"
+            )
+        torch.ops.quantgemm.sparse_kv_append(
+            keys,
+            values,
+            self.key_pages[layer],
+            self.value_pages[layer],
+            self.page_table,
+            self.recent_keys[layer],
+            self.recent_values[layer],
+            self.lens,
+            counts,
+            self.sinks,
+            self.window,
+            self.key_bits,
+            self.value_bits,
+        )
+
+    def advance(self, tokens: int, counts: Tensor | None = None) -> None:
+        """The tokens that all layers were given become part of the sequences."""
+        self.lens += tokens if counts is None else counts.clamp(0, tokens)
+        self._most = [most + tokens for most in self._most]
+
+    def attend(
+        self, layer: int, query: Tensor, scale: float | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """`sparse_kv_attention` over the tokens so far; scale is ``1/sqrt(head_dim)`` if None."""
+        return sparse_kv_attention(
+            query,
+            self.key_pages[layer],
+            self.value_pages[layer],
+            self.page_table,
+            self.recent_keys[layer],
+            self.recent_values[layer],
+            self.lens,
+            self.sinks,
+            self.window,
+            self.key_bits,
+            self.value_bits,
+            self.head_dim**-0.5 if scale is None else scale,
+        )
+
+    def reorder(self, order: Sequence[int]) -> None:
+        """Sequence i becomes what sequence ``order[i]`` was, as beam search wants it; copies."""
+        if len(order) != self.batch or not all(0 <= i < self.batch for i in order):
+            raise ValueError(f"order: expected {self.batch} sequences, got {list(order)}")
+        index = torch.tensor(order, device=self.lens.device)
+        for recent in (self.recent_keys, self.recent_values):
+            recent.copy_(recent[:, index])
+        for pages in (self.key_pages, self.value_pages):
+            old = pages[:, self.page_table[index].flatten().long()]
+            pages[:, self.page_table.flatten().long()] = old
+        self.lens.copy_(self.lens[index])
+        self._most = [self._most[i] for i in order]
+
+    def fork(self, source: int, target: int) -> None:
+        """The sequence `target` becomes a copy of `source`."""
+        for recent in (self.recent_keys, self.recent_values):
+            recent[:, target] = recent[:, source]
+        for pages in (self.key_pages, self.value_pages):
+            pages[:, self.page_table[target].long()] = pages[:, self.page_table[source].long()]
+        self.lens[target] = self.lens[source]
+        self._most[target] = self._most[source]
+
+    def crop(self, sequence: int, tokens: int) -> None:
+        """Forgets all but the first `tokens`, as rejected drafts want it; waits for the GPU.
+
+        Tokens that had been packed and belong to the window again keep what the packing made of
+        them.
+        """
+        before = int(self.lens[sequence])
+        if not 0 <= tokens <= before:
+            raise ValueError(f"tokens: the sequence has {before}, got {tokens}")
+        old, new = self._num_pages(before), self._num_pages(tokens)
+        end = max(new * PAGE, min(old * PAGE, tokens - self.sinks))
+        positions = torch.arange(new * PAGE, end)
+        if len(positions) > 0:
+            positions = positions.to(self.lens.device)
+            slots = positions % (self.recent_keys.shape[3] - self.sinks) + self.sinks
+            used = self.page_table[sequence, new:old].long()
+            for stored, recent, bits, value in self._stores():
+                values = unpack_pages(stored[:, used], self.head_dim, bits, value)
+                values = values.transpose(1, 2).flatten(2, 3)  # [layers, heads, tokens, head_dim]
+                recent[:, sequence, :, slots] = values[:, :, : len(positions)].to(recent.dtype)
+        self.lens[sequence] = tokens
+        self._most[sequence] = tokens
+
+    def _num_pages(self, tokens: int) -> int:
+        rest = max(0, tokens - self.sinks)
+        return min(max(0, rest - self.window) // PAGE, self.page_table.shape[1])
+
+    def _stores(self) -> tuple[tuple[Tensor, Tensor, int, bool], ...]:
+        return (
+            (self.key_pages, self.recent_keys, self.key_bits, False),
+            (self.value_pages, self.recent_values, self.value_bits, True),
+        )
+
+    def reset(self, sequence: int) -> None:
+        """Empties a sequence, so that another one can begin in its place."""
+        self.lens[sequence] = 0
+        self._most[sequence] = 0
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all tensors, used or not."""
+        tensors = (self.key_pages, self.value_pages, self.recent_keys, self.recent_values)
+        return sum(t.numel() * t.element_size() for t in (*tensors, self.page_table, self.lens))
+
+    def dense(self, layer: int, sequence: int) -> tuple[Tensor, Tensor]:
+        """The keys and values that attention sees, float32 ``[num_kv_heads, tokens, head_dim]``.
+
+        In plain PyTorch and waiting for the GPU: for tests and for learners.
+        """
+        tokens = int(self.lens[sequence])
+        sinks = min(tokens, self.sinks)
+        rest = tokens - sinks
+        pages = self._num_pages(tokens)
+        ring = self.recent_keys.shape[3] - self.sinks
+        at = torch.arange(pages * PAGE, rest, device=self.lens.device) % ring + self.sinks
+        used = self.page_table[sequence, :pages].long()
+        both = []
+        for stored, recent, bits, value in self._stores():
+            own = recent[layer, sequence].float()
+            old = unpack_pages(stored[layer, used], self.head_dim, bits, value)  # [p, h, 64, d]
+            old = old.transpose(0, 1).reshape(self.num_kv_heads, pages * PAGE, self.head_dim)
+            both.append(torch.cat([own[:, :sinks], old, own[:, at]], 1))
+        return both[0], both[1]
+
+
+def unpack_pages(pages: Tensor, head_dim: int, bits: int, value: bool) -> Tensor:
+    """uint8 ``[..., page bytes]`` to float32 ``[..., 64 tokens, head_dim]``: csrc/kv_page.h."""
+    rows, num_k = (head_dim, PAGE) if value else (PAGE, head_dim)
+    row = torch.arange(rows, device=pages.device)[:, None]
+    k = torch.arange(num_k, device=pages.device)[None]
+    per_half = 16 // bits
+    pair = (row // 64 * (num_k // 16) + k // 16) * 2 + k // 8 % 2
+    own = pair * (8 // per_half) + row // 8 % 8 // per_half
+    word = (own // 4 * 32 + row % 8 * 4 + k % 8 // 2) * 4 + own % 4
+    shift = row // 8 % per_half * bits + 16 * (k % 2)
+    end = rows * num_k * bits // 8
+    words = pages[..., :end].contiguous().view(torch.int32)[..., word]
+    codes = words.long() >> shift & (2**bits - 1)
+    fits = pages[..., end:].contiguous().view(torch.float16).float()
+    place = (k % 8 // 2 * (num_k // 4) + k // 8 * 2 + k % 2)[0]
+    scale, lift = fits[..., place], 1 + fits[..., num_k + place]
+    x: Tensor = (codes / 2**bits + lift[..., None, :]) * scale[..., None, :]
+    return x.transpose(-1, -2) if value else x
