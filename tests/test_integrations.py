@@ -341,3 +341,70 @@ def test_lora_says_what_it_cannot_do() -> None:
         peft.get_peft_model(layers, over_quantized(config))
     with pytest.raises(NotImplementedError, match=r"use_dora: expected False"):
         over_quantized(peft.LoraConfig(target_modules=["0"], use_dora=True))
+
+
+# ---- transformers' generate on a quantised cache ----
+
+
+def tiny_llama(device: str, **changes: Any) -> Any:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 128, "intermediate_size": 64, "num_attention_heads": 4, "head_dim": 64}
+    sizes |= {"num_key_value_heads": 2, "num_hidden_layers": 2, "vocab_size": 64}
+    config = transformers.LlamaConfig(**(sizes | {"max_position_embeddings": 512} | changes))
+    config._attn_implementation = "sdpa"
+    return transformers.LlamaForCausalLM(config).to(device, torch.float16).eval()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("batch", [1, 2])
+def test_generate_on_a_cache_that_has_packed_nothing_yet(device: str, batch: int) -> None:
+    from quantgemm.integrations.transformers_cache import quantized_cache
+
+    model = tiny_llama(device)
+    ids = torch.randint(64, (batch, 7), device=device)
+    options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    options["attention_mask"] = torch.ones_like(ids)
+    plain = model.generate(ids, **options)
+    cache = quantized_cache(model, "dense2", max_tokens=64, batch=batch, window=64)
+    assert torch.equal(model.generate(ids, past_key_values=cache, **options), plain)
+    assert cache.get_seq_length() == 7 + 12 - 1
+    assert torch.equal(model.generate(ids, **options), plain)  # without the cache: torch's
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_logits_on_a_packed_cache(device: str) -> None:
+    from quantgemm.integrations.transformers_cache import quantized_cache
+
+    model = tiny_llama(device)
+    ids = torch.randint(64, (1, 300), device=device)
+    with torch.no_grad():
+        want = model(ids).logits
+        errors = {}
+        for kind in ("dense4", "dense2"):
+            cache = quantized_cache(model, kind, max_tokens=320, window=64)
+            parts = [ids[:, :200], ids[:, 200:290], *ids[:, 290:].split(1, 1)]  # and tokens
+            got = [model(part, past_key_values=cache).logits for part in parts]
+            torch.testing.assert_close(got[0], want[:, :200], rtol=1e-2, atol=1e-2)
+            errors[kind] = float((torch.cat(got, 1) - want)[:, 290:].float().norm())
+            errors[kind] /= float(want[:, 290:].float().norm())
+    assert 0 < errors["dense4"] < errors["dense2"] < 0.2
+
+
+def test_cache_says_what_it_cannot_do() -> None:
+    from quantgemm.integrations.transformers_cache import quantized_cache
+
+    model = tiny_llama("cpu")
+    cache = quantized_cache(model, max_tokens=32)
+    with pytest.raises(ValueError, match=r"past_key_values: the cache is for batch 1, got 2"):
+        model(torch.zeros(2, 3, dtype=torch.long), past_key_values=cache)
+    padded = torch.tensor([[0, 1, 1], [1, 1, 1]])
+    cache = quantized_cache(model, max_tokens=32, batch=2)
+    ids, options = torch.ones(2, 3, dtype=torch.long), {"max_new_tokens": 3, "pad_token_id": 0}
+    with pytest.raises(NotImplementedError, match=r"attention_mask: expected none"):
+        model.generate(ids, attention_mask=padded, past_key_values=cache, **options)
+    with pytest.raises(NotImplementedError, match=r"format|key_format: expected one of dense2"):
+        quantized_cache(model, "bitmap2", max_tokens=32)
+    model.config.layer_types = ["full_attention", "sliding_attention"]
+    with pytest.raises(NotImplementedError, match=r"expected full attention .* got sliding_att"):
+        quantized_cache(model, max_tokens=32)
