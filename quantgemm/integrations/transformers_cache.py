@@ -48,9 +48,17 @@ def quantized_cache(
     layer_class = _layer_class(cache_utils.CacheLayerMixin)
 
     def new() -> SparseKVCache:
-        sizes = (1, kv_heads, head_dim, format)
-        place = {"device": model.device, "dtype": model.dtype}
-        return SparseKVCache(*sizes, max_tokens=max_tokens, batch=batch, **place, **options)
+        return SparseKVCache(
+            1,
+            kv_heads,
+            head_dim,
+            format,
+            max_tokens=max_tokens,
+            batch=batch,
+            device=model.device,
+            dtype=model.dtype,
+            **options,
+        )
 
     layers = [layer_class(new()) for _ in range(config.num_hidden_layers)]
     _register()
