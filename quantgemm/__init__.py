@@ -26,6 +26,7 @@ from quantgemm.gguf import (
     open_whisper_bin,
     save_gguf,
 )
+from quantgemm.models import load_model, load_tokenizer
 from quantgemm.nn import QuantEmbedding, QuantLinear, ReplaceReport, replace_linear
 from quantgemm.plan import GemmPlan, explain_gemm
 
@@ -50,6 +51,8 @@ __all__ = [
     "build_info",
     "explain_gemm",
     "formats",
+    "load_model",
+    "load_tokenizer",
     "open_gguf",
     "open_whisper_bin",
     "ops",
