@@ -44,6 +44,10 @@ NORMS_AROUND = {
 }
 TOP = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 
+# Tensors that are no parameters: factors on the frequencies of the rotary embedding.
+ROPE_FACTORS = ("rope_freqs.weight",)
+LONG_ROPE = {"short_factor": "rope_factors_short.weight", "long_factor": "rope_factors_long.weight"}
+
 Config = dict[str, Any]
 
 
@@ -189,7 +193,10 @@ def _phi3(hparams: Hyperparameters, config: Config) -> Config:
     length = hparams.integer(
         "rope.scaling.original_context_length", config["max_position_embeddings"]
     )
-    factors = {"short_factor": "rope_factors_short.weight", "long_factor": "rope_factors_long.weight"}
+    factors = {
+        "short_factor": "rope_factors_short.weight",
+        "long_factor": "rope_factors_long.weight",
+    }
     if all(name in hparams.tensors for name in factors.values()):
         rope["rope_type"] = "longrope"
         for key, name in factors.items():
@@ -205,8 +212,6 @@ def _phi3(hparams: Hyperparameters, config: Config) -> Config:
         "sliding_window": hparams.integer(window) if has_window else None,
     }
 
-
-ROPE_FACTORS = ("rope_freqs.weight",)
 
 ARCHITECTURES = {
     "llama": Architecture(  # also Mistral and SmolLM, whose files say llama
@@ -244,7 +249,7 @@ ARCHITECTURES = {
         "Phi3ForCausalLM",
         "Phi3Config",
         layer={**LAYER, "self_attn.qkv_proj": "attn_qkv", "mlp.gate_up_proj": "ffn_up"},
-        unused=("rope_factors_short.weight", "rope_factors_long.weight"),
+        unused=tuple(LONG_ROPE.values()),
         extra=_phi3,
     ),
 }

@@ -21,7 +21,9 @@ class Hyperparameters:
         self.architecture = self.text("general.architecture")
 
     def key(self, name: str) -> str:
-        return name if name.startswith(("general.", "tokenizer.")) else f"{self.architecture}.{name}"
+        return (
+            name if name.startswith(("general.", "tokenizer.")) else f"{self.architecture}.{name}"
+        )
 
     def has(self, name: str) -> bool:
         return self.key(name) in self.file.metadata

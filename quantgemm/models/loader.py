@@ -67,8 +67,10 @@ class _Place:
         """On the device."""
         if self.stays_packed:
             return self.tensor.nbytes
-        return self.tensor.nbytes // self.tensor.format.block_bytes * (
-            self.tensor.format.block_elems * dtype.itemsize
+        return (
+            self.tensor.nbytes
+            // self.tensor.format.block_bytes
+            * (self.tensor.format.block_elems * dtype.itemsize)
         )
 
 
@@ -158,7 +160,8 @@ def _architecture(hparams: Hyperparameters) -> Architecture:
     if name not in ARCHITECTURES:
         known = ", ".join(sorted(ARCHITECTURES))
         raise NotImplementedError(
-            f"{hparams.file.path}: architecture {shorten(name)} is not supported, these are: {known}"
+            f"{hparams.file.path}: architecture {shorten(name)} is not supported, "
+            f"these are: {known}"
         )
     return ARCHITECTURES[name]
 
@@ -372,7 +375,7 @@ def _set_generation(transformers: Any, model: Any, hparams: Hyperparameters) -> 
     """What ends a text, for `generate`."""
     config = model.config
     ends = end_tokens(hparams)
-    pad = config.pad_token_id if config.pad_token_id is not None else (ends or [None])[0]
+    pad = ends[0] if config.pad_token_id is None and ends else config.pad_token_id
     model.generation_config = transformers.GenerationConfig(
         bos_token_id=config.bos_token_id, eos_token_id=ends or None, pad_token_id=pad
     )

@@ -175,9 +175,7 @@ def _sentence_piece(hparams: Hyperparameters, tokens: list[str], kinds: list[int
     steps = [normalizers.Prepend(SPACE)] if leading else []
     tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", SPACE)])
     back = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
-    tokenizer.decoder = decoders.Sequence(
-        [*back, decoders.Strip(" ", 1, 0)] if leading else back
-    )
+    tokenizer.decoder = decoders.Sequence([*back, decoders.Strip(" ", 1, 0)] if leading else back)
     return tokenizer
 
 
