@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The command line: `quantgemm env | ls | verify | quantize | run | bench`, or `python -m quantgemm`.
+"""The command line: `quantgemm env | ls | verify | quantize | run | bench`.
 
 A failure is one line on standard error and exit status 1, a mistake in the arguments status 2.
 """
