@@ -7,7 +7,6 @@ from __future__ import annotations
 import copy
 import importlib.util
 import io
-import json
 import re
 import sys
 from pathlib import Path
@@ -20,7 +19,16 @@ transformers = pytest.importorskip("transformers", reason="transformers is not i
 pytest.importorskip("gguf", reason="PyPI gguf, which knows the names, is not installed")
 
 import tiny_models  # noqa: E402
-from tiny_models import CASES, VOCAB, make, quantise_in_place, tensors_of, write  # noqa: E402
+from tiny_models import (  # noqa: E402
+    CASES,
+    TEXT,
+    VOCAB,
+    byte_level,
+    make,
+    quantise_in_place,
+    tensors_of,
+    write,
+)
 
 import quantgemm  # noqa: E402
 from quantgemm import GGUFError, QuantEmbedding, QuantLinear, load_model, load_tokenizer  # noqa: E402
@@ -299,7 +307,6 @@ def test_without_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 # ------------------------------------------------------------------------------ tokenizers
 
-TEXT = "the theory of these blocks: a row of 32 weights shares one scale, and the scale is a half. "
 PROBES = [
     "the blocks share",
     " a row  of   1234 weights\n\nshares one",
@@ -317,42 +324,6 @@ def save_vocabulary(path: Path, **keys: Any) -> Path:
     base = {k: v for k, v in base.items() if not k.startswith("tokenizer.")}
     quantgemm.save_gguf(path, {"token_embd.weight": torch.zeros(4, 4)}, {**base, **metadata})
     return path
-
-
-def byte_level(pre: str = "smollm", **more: Any) -> tuple[Any, dict[str, Any]]:
-    """A tokenizer trained here by the tokenizers library, and its keys in a file."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    tokenizer = Tokenizer(models.BPE())
-    if pre == "llama-bpe":
-        split = Regex(quantgemm.models.tokenizer.PATTERNS["llama-bpe"])
-        first: Any = pre_tokenizers.Split(split, "isolated")
-        words = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    else:
-        first = pre_tokenizers.Digits(individual_digits=True)
-        words = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([first, words])
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=330, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator([TEXT] * 4, trainer)
-    state = json.loads(tokenizer.to_str())
-    vocabulary = sorted(state["model"]["vocab"], key=state["model"]["vocab"].get)
-    merges = [m if isinstance(m, str) else " ".join(m) for m in state["model"]["merges"]]
-    keys = {
-        "ggml__model": "gpt2",
-        "ggml__pre": pre,
-        "ggml__tokens": vocabulary,
-        "ggml__token_type": [3] * 3 + [1] * (len(vocabulary) - 3),
-        "ggml__merges": merges,
-        "ggml__bos_token_id": 1,
-        "ggml__eos_token_id": 2,
-        "chat_template": "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}",
-    }
-    return tokenizer, {**keys, **more}
 
 
 @pytest.mark.parametrize("pre", ["smollm", "llama-bpe"])

@@ -4,6 +4,7 @@ would make of them. Names come from PyPI `gguf`, which shares no code with quant
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,11 @@ import torch
 import transformers
 
 from quantgemm import QType, ops, save_gguf
+from quantgemm.models.tokenizer import PATTERNS
 
 LAYERS, HEADS, KV_HEADS, VOCAB = 3, 4, 2, 96
+
+TEXT = "the theory of these blocks: a row of 32 weights shares one scale, and the scale is a half. "
 
 SMALL = {
     "vocab_size": VOCAB,
@@ -89,11 +93,13 @@ CASES: dict[str, tuple[str, str, str, dict[str, Any]]] = {
 }
 
 
-def make(case: str, seed: int = 0) -> Any:
+def make(case: str, seed: int = 0, **changed: Any) -> Any:
     """The model with random weights, its norms and biases too."""
     _, model, config, values = CASES[case]
     torch.manual_seed(seed)
-    made = getattr(transformers, model)(getattr(transformers, config)(**{**SMALL, **values}))
+    made = getattr(transformers, model)(
+        getattr(transformers, config)(**{**SMALL, **values, **changed})
+    )
     with torch.no_grad():
         for name, parameter in made.named_parameters():
             is_matrix = parameter.dim() == 2
@@ -193,3 +199,39 @@ def quantise_in_place(model: Any, qtype: str) -> Any:
                 blocks = ops.quantize(parameter.detach(), QType[qtype])
                 parameter.copy_(ops.dequantize(blocks, QType[qtype]))
     return model
+
+
+def byte_level(pre: str = "smollm", **more: Any) -> tuple[Any, dict[str, Any]]:
+    """A tokenizer trained here by the tokenizers library, and its keys in a file."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    tokenizer = Tokenizer(models.BPE())
+    if pre == "llama-bpe":
+        split = Regex(PATTERNS["llama-bpe"])
+        first: Any = pre_tokenizers.Split(split, "isolated")
+        words = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    else:
+        first = pre_tokenizers.Digits(individual_digits=True)
+        words = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([first, words])
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=330, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator([TEXT] * 4, trainer)
+    state = json.loads(tokenizer.to_str())
+    vocabulary = sorted(state["model"]["vocab"], key=state["model"]["vocab"].get)
+    merges = [m if isinstance(m, str) else " ".join(m) for m in state["model"]["merges"]]
+    keys = {
+        "ggml__model": "gpt2",
+        "ggml__pre": pre,
+        "ggml__tokens": vocabulary,
+        "ggml__token_type": [3] * 3 + [1] * (len(vocabulary) - 3),
+        "ggml__merges": merges,
+        "ggml__bos_token_id": 1,
+        "ggml__eos_token_id": 2,
+        "chat_template": "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}",
+    }
+    return tokenizer, {**keys, **more}

@@ -84,7 +84,7 @@ def _positive(text: str) -> int:
 def run(args: argparse.Namespace) -> int:
     out = console()
     device, device_line = choose_device(args.device)
-    model = load(args.model, device, args.dtype)
+    model = load(args.model, device, args.dtype, args.algo)
     longest = max([*args.prompt, *args.generate], default=0)
     if longest > model.config.max_position_embeddings:
         context = model.config.max_position_embeddings
@@ -97,6 +97,7 @@ def run(args: argparse.Namespace) -> int:
         "parameters": sum(math.prod(t.shape) for t in file.tensors.values()),
         "device": device_line.removeprefix("device: "),
         "threads": torch.get_num_threads() if device.type == "cpu" else None,
+        "algo": args.algo,
         "dtype": str(model.dtype).removeprefix("torch."),
         "quantgemm": quantgemm.__version__,
         "torch": torch.__version__,
@@ -115,7 +116,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     out.print(device_line)
     title = f"{found['model']}: {found['architecture']}, {size(found['bytes'])}, "
-    title += f"{found['parameters'] / 1e6:,.1f} M parameters, {found['dtype']}"
+    title += f"{found['parameters'] / 1e6:,.1f} M parameters, {found['dtype']}, {args.algo}"
     out.print(printable(title), style="bold")
     grid = Grid("", "test", ">tokens/s", ">±", ">GB/s", ">of copy")
     for test in found["tests"]:

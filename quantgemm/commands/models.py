@@ -27,13 +27,19 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="of activations (default: bfloat16 on a GPU, float32 on the CPU)",
     )
+    parser.add_argument(
+        "--algo",
+        choices=("auto", "auto_q8"),
+        default="auto",
+        help="auto_q8 may round activations to int8 (default: auto, which never does)",
+    )
 
 
-def load(path: str, device: torch.device, dtype: str | None) -> Any:
+def load(path: str, device: torch.device, dtype: str | None, algo: str = "auto") -> Any:
     """The model, or a CommandError."""
     kind = DTYPES[dtype] if dtype else torch.float32 if device.type == "cpu" else torch.bfloat16
     try:
-        return load_model(path, device, kind)
+        return load_model(path, device, kind, algo)
     except (ImportError, NotImplementedError) as error:
         raise CommandError(str(error)) from error
 

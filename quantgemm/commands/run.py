@@ -115,8 +115,8 @@ def run(args: argparse.Namespace) -> int:
         raise CommandError(str(error)) from error
     ids = encode(tokenizer, prompt, args.chat)
     start = time.perf_counter()
-    model = load(args.model, device, args.dtype)
-    draft = None if args.draft is None else _draft(args.draft, device, args.dtype, model)
+    model = load(args.model, device, args.dtype, args.algo)
+    draft = None if args.draft is None else _draft(args.draft, device, args, model)
     print(f"loaded in {time.perf_counter() - start:.1f} s", file=sys.stderr)
     room = model.config.max_position_embeddings - len(ids)
     if room <= 0:
@@ -167,10 +167,12 @@ def encode(tokenizer: Any, prompt: str, chat: bool | None) -> list[int]:
     return ids
 
 
-def _draft(path: str, device: torch.device, dtype: str | None, model: Any) -> Model | NgramDraft:
+def _draft(
+    path: str, device: torch.device, args: argparse.Namespace, model: Any
+) -> Model | NgramDraft:
     if path == "ngram":
         return NgramDraft()
-    draft = load(path, device, dtype)
+    draft = load(path, device, args.dtype, args.algo)
     ours, its = model.config.vocab_size, draft.config.vocab_size
     if ours != its:
         raise CommandError(f"--draft: expected a vocabulary of {ours} tokens, got {its}")

@@ -28,6 +28,7 @@ from quantgemm.models.architectures import ARCHITECTURES, Architecture, configur
 from quantgemm.models.extras import import_transformers
 from quantgemm.models.hyperparameters import Hyperparameters
 from quantgemm.nn import QuantEmbedding, QuantLinear
+from quantgemm.plan import check_algo
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
@@ -78,6 +79,7 @@ def load_model(
     path: str | os.PathLike[str],
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.bfloat16,
+    algo: str = "auto",
     progress: bool | None = None,
 ) -> Any:
     """A transformers model, in evaluation mode, from a GGUF file or a directory that has one.
@@ -88,15 +90,18 @@ def load_model(
     matrices that the file keeps as numbers, is converted to dtype, that of the activations.
 
     path: any part of a split file will do. device: None is the current GPU where the package can
-    use one, else the CPU. progress: a bar; None shows it on terminals. Errors: GGUFError (a
-    ValueError) for what the file lacks or has otherwise than its architecture wants,
-    NotImplementedError for another architecture, torch.OutOfMemoryError, ImportError without
+    use one, else the CPU. algo: of every `QuantLinear`, as in `ops.gemm`; "auto_q8" may round
+    activations to int8. progress: a bar; None shows it on terminals.
+
+    Errors: GGUFError (a ValueError) for what the file lacks or has otherwise than its architecture
+    wants, NotImplementedError for another architecture, torch.OutOfMemoryError, ImportError without
     transformers. docs/models.md lists the architectures.
     """
     transformers = import_transformers()
     if dtype not in DTYPES:
         expected = "torch.float32, torch.float16 or torch.bfloat16"
         raise TypeError(f"dtype: expected {expected}, got {dtype}")
+    check_algo(algo)
     place = _device(device)
     file = open_gguf(resolve_model_path(path))
     hparams = Hyperparameters(file)
@@ -108,6 +113,9 @@ def load_model(
     _check_memory(file, plan, place, dtype)
     try:
         _fill(model, plan, architecture, place, dtype, progress)
+        for module in model.modules():
+            if isinstance(module, QuantLinear):
+                module.algo = algo
         _restore_buffers(model, file, place)
     except torch.OutOfMemoryError as error:
         needed = sum(p.nbytes(dtype) for p in plan)
