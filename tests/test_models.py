@@ -204,6 +204,24 @@ def test_release_keeps_the_bytes(tmp_path: Path) -> None:
     assert torch.equal(tensor.blocks, before)
 
 
+@pytest.mark.cuda
+@pytest.mark.parametrize("case", ["llama-tied", "qwen3", "gemma3"])
+def test_on_a_gpu(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path / "m.gguf", make(case), case, "Q8_0")
+    before = torch.cuda.memory_allocated()
+    loaded = load(path, device="cuda")
+    used = torch.cuda.memory_allocated() - before
+    tensors = [*loaded.parameters(), *loaded.buffers()]
+    assert all(t.is_cuda for t in tensors)
+    assert used <= 1.05 * path.stat().st_size + 512 * len(tensors)  # torch rounds each up to 512
+    with torch.no_grad():
+        y = loaded(IDS.cuda()).logits.float().cpu()
+    assert_near(y, logits(load(path)), 1e-4)
+    monkeypatch.setattr(loader, "free_memory", lambda device: 1 << 10)
+    with pytest.raises(torch.OutOfMemoryError, match="smaller type"):
+        load(path, device="cuda")
+
+
 # ------------------------------------------------------------------------------ errors
 
 
