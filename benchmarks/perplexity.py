@@ -44,12 +44,22 @@ def read(model: Any, ids: torch.Tensor) -> tuple[float, torch.Tensor]:
     return math.exp(loss / count), torch.cat(best)
 
 
+def twin(path: Path, device: str) -> Any:
+    """The model as transformers loads it: every weight decoded to float32."""
+    from transformers import AutoModelForCausalLM, utils
+
+    utils.logging.disable_progress_bar()
+    load = AutoModelForCausalLM.from_pretrained
+    return load(path.parent, gguf_file=path.name, dtype=torch.float32).eval().to(device)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("model")
     parser.add_argument("--types", default=",".join(targets()))
     parser.add_argument("--positions", type=int, default=2000)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--twin", action="store_true", help="transformers' own decoded load too")
     args = parser.parse_args()
 
     tokenizer = quantgemm.load_tokenizer(args.model)
@@ -64,7 +74,7 @@ def main() -> None:
     print("| :-- | --: | --: | --: | --: | --: |")
     want = None
     with tempfile.TemporaryDirectory() as folder:
-        for name in ("as it is", *args.types.split(",")):
+        for name in ("as it is", *filter(None, args.types.split(","))):
             path = Path(args.model)
             if want is not None:
                 path = Path(folder) / "model.gguf"
@@ -92,6 +102,13 @@ def main() -> None:
             row = f"| {name} | {size:.1f} | {changed} | {perplexity:.3f} | {same:.1%} |"
             print(f"{row} {seconds:.1f} |", flush=True)
             del model, layers
+            if args.twin and name == "as it is":
+                start = time.perf_counter()
+                perplexity, best = read(twin(path, args.device), ids)
+                seconds = time.perf_counter() - start
+                same = float((best == want).float().mean())
+                row = f"| transformers' load | | all | {perplexity:.3f} | {same:.1%} |"
+                print(f"{row} {seconds:.1f} |", flush=True)
 
 
 if __name__ == "__main__":
