@@ -44,7 +44,9 @@ def save(path: Path, seed: int = 0, **changed: Any) -> Path:
     keys |= changed
     metadata = {f"tokenizer.{key.replace('__', '.')}": value for key, value in keys.items()}
     metadata = {key: value for key, value in metadata.items() if value is not None}
-    model = make("llama-tied", seed, vocab_size=len(keys["ggml__tokens"]))
+    count = len(keys["ggml__tokens"])
+    metadata["tokenizer.ggml.token_type"] = [3] * 3 + [1] * (count - 3)
+    model = make("llama-tied", seed, vocab_size=count)
     return write(path, model, "llama-tied", "Q8_0", metadata)
 
 
@@ -68,6 +70,16 @@ def test_greedy_text(run: Cli, path: Path) -> None:
     )
     assert "first token after" in err and "tokens/s" in err and "weights" in err
     assert "drafts accepted" not in err
+
+
+def tokens() -> list[str]:
+    return list(byte_level()[1]["ggml__tokens"])
+
+
+def test_a_draft_with_fewer_tokens(run: Cli, path: Path, tmp_path: Path) -> None:
+    small = save(tmp_path / "small.gguf", seed=3, ggml__tokens=tokens()[:300])
+    want = run("run", path, "-p", PROMPT, *GREEDY)[1]
+    assert run("run", path, "-p", PROMPT, *GREEDY, "--draft", small)[:2] == (0, want)
 
 
 def test_drafts_change_nothing(run: Cli, path: Path, tmp_path: Path) -> None:
@@ -145,13 +157,12 @@ def test_failures(run: Cli, path: Path, tmp_path: Path) -> None:
     assert "no chat template" in failing(bare, "-p", "x", "--chat")
     broken = save(tmp_path / "broken.gguf", chat_template="{{ raise_exception('no') }}")
     assert "chat template fails" in failing(broken, "-p", "x")
-    _, keys = byte_level()
-    more = {"ggml__tokens": [*keys["ggml__tokens"], "<extra>"]}
-    more["ggml__token_type"] = [*keys["ggml__token_type"], 1]
-    large = save(tmp_path / "large.gguf", **more)
-    assert "expected a vocabulary of 305 tokens, got 306" in failing(
-        path, "-p", "x", "--draft", large
-    )
+    large = save(tmp_path / "large.gguf", ggml__tokens=[*tokens(), "<extra>"])
+    draft = ("-p", "x", "--draft", large)
+    assert "vocabulary of at most 305 tokens, got 306" in failing(path, *draft)
+    other = save(tmp_path / "other.gguf", ggml__tokens=["<pad>", *tokens()[1:]])
+    draft = ("-p", "x", "--draft", other)
+    assert "token 0 is '<pad>', expected '<|endoftext|>'" in failing(path, *draft)
     assert "context has 128" in fails(run, "bench", path, "-p", "129", "--device", "cpu")
 
 

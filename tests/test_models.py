@@ -331,6 +331,7 @@ PROBES = [
     "Ünïcode 日本語 🙂 too",
     "",
     "<|im_start|>the<|im_end|> row",
+    "these <unused0> blocks",
     "I'll say it's THE Row\t\r\n  end ",
 ]
 
@@ -381,20 +382,21 @@ def test_sentence_piece_round_trip(prefix: bool, tmp_path: Path) -> None:
         normalization_rule_name="identity",
         remove_extra_whitespaces=False,
         add_dummy_prefix=prefix,
+        user_defined_symbols=["<unused0>", "\n\n"],
         minloglevel=2,
     )
     original = spm.SentencePieceProcessor(model_proto=blob.getvalue())
     count = original.vocab_size()
-    kinds = [
-        2
-        if original.is_unknown(i)
-        else 3
-        if original.is_control(i)
-        else 6
-        if original.is_byte(i)
-        else 1
-        for i in range(count)
-    ]
+    kinds = [1] * count
+    for i in range(count):
+        for kind, has in (
+            (2, original.is_unknown),
+            (3, original.is_control),
+            (6, original.is_byte),
+        ):
+            kinds[i] = kind if has(i) else kinds[i]
+    for text in ("<unused0>", "\n\n"):  # found before anything is merged
+        kinds[original.piece_to_id(text)] = 4
     path = save_vocabulary(
         tmp_path / "m.gguf",
         ggml__model="llama",
@@ -408,6 +410,8 @@ def test_sentence_piece_round_trip(prefix: bool, tmp_path: Path) -> None:
     )
     loaded = load_tokenizer(path)
     for text in (TEXT, *PROBES):
+        if prefix and ("<unused0>" in text or "\n\n" in text):
+            continue  # after such a token llama.cpp puts the prefix again, and so is it done here
         ids = loaded(text).input_ids
         assert ids[0] == 1  # the default of such files
         if text:

@@ -38,6 +38,25 @@ THETA = {"rope_type": "default", "rope_theta": 20_000.0}
 CASES: dict[str, tuple[str, str, str, dict[str, Any]]] = {
     "llama": ("llama", "LlamaForCausalLM", "LlamaConfig", {"rope_parameters": THETA}),
     "llama-tied": ("llama", "LlamaForCausalLM", "LlamaConfig", {"tie_word_embeddings": True}),
+    "llama-linear": (
+        "llama",
+        "LlamaForCausalLM",
+        "LlamaConfig",
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 4.0}},
+    ),
+    "llama-yarn": (
+        "llama",
+        "LlamaForCausalLM",
+        "LlamaConfig",
+        {
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 10_000.0,
+                "factor": 4.0,
+                "original_max_position_embeddings": 32,
+            }
+        },
+    ),
     "llama-wide-heads": ("llama", "LlamaForCausalLM", "LlamaConfig", {"head_dim": 32}),
     "llama-biased": ("llama", "LlamaForCausalLM", "LlamaConfig", {"attention_bias": True}),
     "mistral": ("llama", "MistralForCausalLM", "MistralConfig", {"sliding_window": None}),
@@ -75,6 +94,19 @@ CASES: dict[str, tuple[str, str, str, dict[str, Any]]] = {
         },
     ),
     "phi3": ("phi3", "Phi3ForCausalLM", "Phi3Config", {"sliding_window": 16}),
+    "phi3-partial": (  # as Phi 4 mini
+        "phi3",
+        "Phi3ForCausalLM",
+        "Phi3Config",
+        {
+            "tie_word_embeddings": True,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 10_000.0,
+                "partial_rotary_factor": 0.75,
+            },
+        },
+    ),
     "phi3-long": (
         "phi3",
         "Phi3ForCausalLM",
@@ -150,11 +182,14 @@ def metadata_of(model: Any, case: str) -> dict[str, Any]:
         "attention.layer_norm_rms_epsilon": c.rms_norm_eps,
         "attention.key_length": head_dim,
         "attention.value_length": head_dim,
-        "rope.dimension_count": head_dim,
+        "rope.dimension_count": int(head_dim * rope.get("partial_rotary_factor", 1.0)),
         "rope.freq_base": float(rope["rope_theta"]),
     }
-    if rope["rope_type"] == "linear":
-        own |= {"rope.scaling.type": "linear", "rope.scaling.factor": rope["factor"]}
+    if rope["rope_type"] in ("linear", "yarn"):
+        own |= {"rope.scaling.type": rope["rope_type"], "rope.scaling.factor": rope["factor"]}
+    if rope["rope_type"] == "yarn":
+        length = rope["original_max_position_embeddings"]
+        own["rope.scaling.original_context_length"] = length
     if rope["rope_type"] == "longrope":
         own["rope.scaling.original_context_length"] = c.original_max_position_embeddings
     if getattr(c, "sliding_window", None):

@@ -21,8 +21,9 @@ from quantgemm.commands.models import (
     synchronize,
     weight_bytes,
 )
-from quantgemm.commands.output import CommandError, plural, printable, size
-from quantgemm.models import load_tokenizer
+from quantgemm.commands.output import CommandError, plural, printable, shorten, size
+from quantgemm.gguf import open_gguf
+from quantgemm.models import load_tokenizer, resolve_model_path
 from quantgemm.sampling import (
     GenerationResult,
     Model,
@@ -140,6 +141,7 @@ def run(args: argparse.Namespace) -> int:
         args.num_drafts if draft else 0,
         config,
         ends,
+        draft_to_target=smaller_vocabulary(model, draft),
         on_tokens=on_tokens,
     )
     stream.end()
@@ -172,11 +174,33 @@ def _draft(
 ) -> Model | NgramDraft:
     if path == "ngram":
         return NgramDraft()
+    ours, its = _tokens(args.model), _tokens(path)
+    if wrong := [i for i, (a, b) in enumerate(zip(ours, its, strict=False)) if a != b]:
+        first = f"token {wrong[0]} is {its[wrong[0]]!r}, expected {ours[wrong[0]]!r}"
+        raise CommandError(f"--draft: another vocabulary: {shorten(printable(first), 200)}")
     draft = load(path, device, args.dtype, args.algo)
-    ours, its = model.config.vocab_size, draft.config.vocab_size
-    if ours != its:
-        raise CommandError(f"--draft: expected a vocabulary of {ours} tokens, got {its}")
+    most, count = model.config.vocab_size, draft.config.vocab_size
+    if count > most:
+        raise CommandError(f"--draft: expected a vocabulary of at most {most} tokens, got {count}")
+    if count < most:  # what its table lacks is read as another token: a bad guess at worst
+        draft.get_input_embeddings().register_forward_pre_hook(
+            lambda _, inputs: (inputs[0].clamp(max=count - 1),)
+        )
     return draft  # type: ignore[no-any-return]
+
+
+def _tokens(path: str) -> list[str]:
+    return list(open_gguf(resolve_model_path(path)).metadata.get("tokenizer.ggml.tokens", ()))
+
+
+def smaller_vocabulary(model: Any, draft: Any) -> torch.Tensor | None:
+    """Ids of a draft whose table was padded to fewer rows, as happens within a family of models."""
+    if draft is None or isinstance(draft, NgramDraft):
+        return None
+    count = draft.config.vocab_size
+    if count == model.config.vocab_size:
+        return None
+    return torch.arange(count, device=model.device)
 
 
 class TextStream:

@@ -47,6 +47,7 @@ PATTERNS = {
     "gpt-4o": _cased_words(r"\p{N}{1,3}", f"{_CONTRACTIONS}?"),
     "tekken": _cased_words(r"\p{N}", ""),
 }
+LLAMA3 = ("llama-bpe", "llama3", "llama-v3")  # whose files may leave out that texts begin with BOS
 ALIASES = {
     "llama3": "llama-bpe",
     "llama-v3": "llama-bpe",
@@ -115,9 +116,9 @@ def _byte_level(hparams: Hyperparameters, tokens: list[str], kinds: list[int]) -
             raise hparams.error("tokenizer.ggml.merges", f"{wanted}, got {shorten(merge)}")
         pairs.append((left, right))
     rule = hparams.text("tokenizer.ggml.pre", "default")
+    # Some vocabularies have tokens that no sequence of merges reaches.
+    whole_words = rule in (*LLAMA3, "tekken")
     rule = ALIASES.get(rule, rule)
-    # The newer vocabularies have tokens that no sequence of merges reaches.
-    whole_words = rule in PATTERNS and rule != "qwen2"
     model = models.BPE(_vocabulary(tokens), pairs, fuse_unk=False, ignore_merges=whole_words)
     tokenizer = Tokenizer(model)
     plain = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=rule not in PATTERNS)
@@ -249,7 +250,7 @@ def _add_template(tokenizer: Any, hparams: Hyperparameters, kind: str, tokens: l
     from tokenizers import processors
 
     rule = hparams.text("tokenizer.ggml.pre", "default")
-    begins = kind == "llama" or ALIASES.get(rule, rule) == "llama-bpe"
+    begins = kind == "llama" or rule in LLAMA3
     wanted = {
         "bos": hparams.flag("tokenizer.ggml.add_bos_token", begins),
         "eos": hparams.flag("tokenizer.ggml.add_eos_token", False),
