@@ -88,6 +88,9 @@ def configuration(architecture: Architecture, hparams: Hyperparameters) -> Confi
             "expert_count", "a mixture of experts", "expected a model with one feed-forward network"
         )
     config: Config = {name: hparams.integer(key) for name, key in SIZES.items()}
+    if config["num_hidden_layers"] > len(hparams.tensors):  # before so many are made
+        count = f"{config['num_hidden_layers']} layers, but {len(hparams.tensors)} tensors"
+        raise hparams.error("block_count", count)
     heads = config["num_attention_heads"]
     config["num_key_value_heads"] = hparams.integer("attention.head_count_kv", heads)
     config["head_dim"] = hparams.integer("attention.key_length", config["hidden_size"] // heads)
@@ -153,16 +156,15 @@ def _qwen3(hparams: Hyperparameters, config: Config) -> Config:
 def _gemma(hparams: Hyperparameters, config: Config, largest: int) -> Config:
     """largest: layers of the one size, 27B, whose queries are scaled by hidden_size / heads."""
     _whole_rotation(hparams, config)
-    if (scale := config["head_dim"]) and config["num_hidden_layers"] == largest:
+    scale = config["head_dim"]
+    if config["num_hidden_layers"] == largest:
         scale = config["hidden_size"] // config["num_attention_heads"]
-    return {
-        "query_pre_attn_scalar": scale,
-        "sliding_window": hparams.integer("attention.sliding_window", 4096),
-    }
+    return {"query_pre_attn_scalar": scale}
 
 
 def _gemma2(hparams: Hyperparameters, config: Config) -> Config:
     return _gemma(hparams, config, largest=46) | {
+        "sliding_window": hparams.integer("attention.sliding_window", 4096),
         "attn_logit_softcapping": hparams.number("attn_logit_softcapping", 50.0),
         "final_logit_softcapping": hparams.number("final_logit_softcapping", 30.0),
     }
@@ -172,6 +174,7 @@ def _gemma3(hparams: Hyperparameters, config: Config) -> Config:
     """Every sixth layer sees all positions, the others a window and turn by a base of their own."""
     layers = range(1, config["num_hidden_layers"] + 1)
     return _gemma(hparams, config, largest=62) | {
+        "sliding_window": hparams.integer("attention.sliding_window"),
         "layer_types": ["sliding_attention" if i % 6 else "full_attention" for i in layers],
         "rope_parameters": {
             "full_attention": _rope(hparams, 1_000_000.0),

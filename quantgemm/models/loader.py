@@ -160,6 +160,8 @@ def _device(device: torch.device | str | None) -> torch.device:
     if place.type == "cuda" and not usable:
         why = "torch finds no GPU" if build_info().cuda else "this build has no CUDA kernels"
         raise ValueError(f"device: got {device}, but {why}")
+    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device: got {device}, but there are {torch.cuda.device_count()}")
     return place
 
 
@@ -270,8 +272,8 @@ def _out_of_memory(
     file: GGUFFile, needed: int, device: torch.device, what: str
 ) -> torch.OutOfMemoryError:
     return torch.OutOfMemoryError(
-        f"{file.path}: out of memory on {device}: the weights need {needed / 2**30:.2f} GiB, "
-        f"{what}; free some, use device='cpu', or a smaller type (quantgemm quantize)"
+        f"the weights of {file.path.name} need {needed / 2**30:.2f} GiB on {device}, {what}: "
+        "free some, use device='cpu', or a smaller type (quantgemm quantize)"
     )
 
 
