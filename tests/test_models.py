@@ -274,9 +274,11 @@ def test_unknown_architecture(tmp_path: Path) -> None:
         ({"llama.rope.scaling.type": "linear"}, "rope.scaling.factor.*missing"),
         ({"llama.rope.freq_base": float("nan")}, "finite"),
         ({"llama.expert_count": 8}, "mixture of experts"),
-        ({"llama.block_count": 1 << 31}, "2147483648 layers, but 30 tensors"),
+        ({"llama.block_count": 1 << 31}, "block_count.*expected at most 2147483647"),
+        ({"llama.block_count": 1 << 30}, "1073741824 layers, but 30 tensors"),
         ({"llama.block_count": 4}, r"tensors are missing: blk\.3"),
         ({"llama.block_count": 2}, r"no place .*blk\.2"),
+        ({"tokenizer.ggml.padding_token_id": 96}, "expected one of 96 tokens, got 96"),
         ({"general.architecture": 7}, "expected a text"),
     ],
 )
@@ -284,6 +286,21 @@ def test_strange_metadata(changed: dict[str, Any], message: str, tmp_path: Path)
     path = write(tmp_path / "m.gguf", make("llama"), "llama", metadata=changed)
     with pytest.raises(GGUFError, match=message):
         load(path)
+
+
+@pytest.mark.parametrize("case", ["llama", "gemma3", "phi3-long"])
+def test_any_metadata_gives_a_model_or_a_named_error(case: str, tmp_path: Path) -> None:
+    model = make(case)
+    strange = (0, 1, 3, 2**31 - 1, 2**63, -1, "x", True, 1.5, -1.0, float("inf"), [1, 2], ["a"])
+    refused = 0
+    for key in tiny_models.metadata_of(model, case):
+        for value in strange:
+            path = write(tmp_path / "m.gguf", model, case, metadata={key: value})
+            try:
+                load(path)
+            except (GGUFError, NotImplementedError):
+                refused += 1
+    assert refused > 100
 
 
 def test_truncated_file(tmp_path: Path) -> None:

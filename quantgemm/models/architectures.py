@@ -108,6 +108,8 @@ def configuration(architecture: Architecture, hparams: Hyperparameters) -> Confi
     for name in ("bos", "eos", "padding"):
         key = f"tokenizer.ggml.{name}_token_id"
         value = hparams.integer(key, least=0) if hparams.has(key) else None
+        if value is not None and value >= config["vocab_size"]:
+            raise hparams.error(key, f"expected one of {config['vocab_size']} tokens, got {value}")
         config[f"{name.replace('padding', 'pad')}_token_id"] = value
     return {**config, **architecture.extra(hparams, config)}
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from quantgemm.gguf import GGUFError, GGUFFile, GGUFTensor
 from quantgemm.gguf.errors import shorten
 
+LARGEST = 2**31 - 1
 AGAIN = "convert the model again with a current converter"
 
 
@@ -40,6 +41,8 @@ class Hyperparameters:
             value = value[0]  # some converters write one number for each layer
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise self.error(name, f"expected an integer of at least {least}, got {shorten(value)}")
+        if value > LARGEST:
+            raise self.error(name, f"expected at most {LARGEST}, got {value}")
         return value
 
     def number(self, name: str, default: float | None = None) -> float:

@@ -106,10 +106,8 @@ def load_model(
     file = open_gguf(resolve_model_path(path))
     hparams = Hyperparameters(file)
     architecture = _architecture(hparams)
-    config = _config(transformers, architecture, hparams, dtype)
-    with torch.device("meta"):
-        model = getattr(transformers, architecture.model)(config)
-    plan = _plan(model, file, architecture, config)
+    model = _empty_model(transformers, architecture, hparams, dtype)
+    plan = _plan(model, file, architecture, model.config)
     _check_memory(file, plan, place, dtype)
     try:
         _fill(model, plan, architecture, place, dtype, progress)
@@ -176,23 +174,25 @@ def _architecture(hparams: Hyperparameters) -> Architecture:
     return ARCHITECTURES[name]
 
 
-def _config(
+def _empty_model(
     transformers: Any, architecture: Architecture, hparams: Hyperparameters, dtype: torch.dtype
 ) -> Any:
+    """The model without memory."""
     values = configuration(architecture, hparams)
     # A value of None is given on only where the configuration would otherwise make one up.
     values = {k: v for k, v in values.items() if v is not None or k.endswith("token_id")}
     try:
         config = getattr(transformers, architecture.config)(**values)
+        config.dtype = dtype
+        config.name_or_path = str(hparams.file.path)
+        with torch.device("meta"):
+            return getattr(transformers, architecture.model)(config)
     except Exception as error:  # each version of transformers has its own kinds
         raise GGUFError(
             f"transformers {transformers.__version__} refuses the configuration: {error}",
             path=hparams.file.path,
             suggestion="the file's metadata is damaged, or the model is of a kind not known here",
         ) from error
-    config.dtype = dtype
-    config.name_or_path = str(hparams.file.path)
-    return config
 
 
 def _plan(
