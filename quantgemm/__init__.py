@@ -27,6 +27,7 @@ from quantgemm.gguf import (
     save_gguf,
 )
 from quantgemm.kv.cache import SparseKVCache
+from quantgemm.models import load_model, load_tokenizer
 from quantgemm.nn import QuantEmbedding, QuantLinear, ReplaceReport, replace_linear
 from quantgemm.plan import GemmPlan, explain_gemm
 
@@ -53,6 +54,8 @@ __all__ = [
     "explain_gemm",
     "formats",
     "kv",
+    "load_model",
+    "load_tokenizer",
     "open_gguf",
     "open_whisper_bin",
     "ops",

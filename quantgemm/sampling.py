@@ -10,7 +10,8 @@ models with the same tokenizer. Whatever the draft does, the output follows the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -132,16 +133,19 @@ def speculative_generate(
     max_new_tokens: int = 64,
     num_drafts: int = 4,
     config: SamplingConfig | None = None,
-    eos_token_id: int | None = None,
+    eos_token_id: int | Collection[int] | None = None,
     draft_to_target: Tensor | None = None,
     block: bool = False,
     use_cache: bool = True,
+    on_tokens: Callable[[int, list[int]], None] | None = None,
 ) -> GenerationResult:
     """Tokens of the target's distribution, several per call of the target.
 
     prompts: ids ``[n]``, or a list of such; draft_to_target: for a draft model with a smaller
     vocabulary; block: judge the drafts of a step as a whole (see `ops.spec_verify`). The models are
-    called for one sequence at a time; all sequences are verified together.
+    called for one sequence at a time; all sequences are verified together. eos_token_id: one or
+    several tokens that end a sequence. on_tokens: told a sequence's number and its new tokens as
+    they come. num_drafts 0 is ordinary sampling.
 
     A transformers model keeps its keys and values between the steps and reads only what is new:
     at most num_drafts + 1 tokens per step. use_cache=False is for architectures whose cache cannot
@@ -160,6 +164,7 @@ def speculative_generate(
     ids = [prompt.tolist() for prompt in prompts]
     ends = [len(i) + max_new_tokens for i in ids]
     active = [b for b in range(len(ids)) if max_new_tokens > 0]
+    ending = {eos_token_id} if isinstance(eos_token_id, int) else set(eos_token_id or ())
     readers = [_Reader(target, len(ids), use_cache)]
     if not isinstance(draft, NgramDraft):
         readers.append(_Reader(draft, len(ids), use_cache))
@@ -172,12 +177,15 @@ def speculative_generate(
             round_.draft_with(readers[1], num_drafts)
         for b, new, drafted in zip(active, *round_.verify(readers[0]), strict=True):
             accepted = len(new) - 1
-            if eos_token_id in new:
-                new = new[: new.index(eos_token_id) + 1]
+            end = next((i for i, token in enumerate(new) if token in ending), None)
+            if end is not None:
+                new = new[: end + 1]
                 ends[b] = len(ids[b]) + len(new)
             new = new[: ends[b] - len(ids[b])]
             stats.add(drafted, accepted, len(new))
             ids[b] += new
+            if on_tokens is not None:
+                on_tokens(b, new)
         active = [b for b in active if len(ids[b]) < ends[b]]
     tokens = [i[len(prompt) :] for i, prompt in zip(ids, prompts, strict=True)]
     return GenerationResult(tokens, stats)
@@ -195,10 +203,16 @@ class _Reader:
             from transformers import DynamicCache
 
             self.caches = [DynamicCache() for _ in range(sequences)]
+        # A head over a vocabulary of 128 000 is the largest product of all: only the rows wanted.
+        self.few_rows = (
+            is_transformers
+            and "logits_to_keep" in inspect.signature(getattr(model, "forward", model)).parameters
+        )
 
     def logits(self, b: int, ids: list[int], rows: int, device: torch.device) -> Tensor:
         """[rows, vocab] that follow the last `rows` tokens of a sequence's text."""
-        known, more = 0, {}
+        known = 0
+        more: dict[str, Any] = {}
         if self.caches is not None:
             known = min(_common_prefix(self.read[b], ids), len(ids) - rows)
             if known < len(self.read[b]):
@@ -206,14 +220,16 @@ class _Reader:
             more = {"past_key_values": self.caches[b], "use_cache": True}
             self.read[b] = list(ids)
         new = torch.tensor([ids[known:]], device=device)
+        if self.few_rows:
+            more["logits_to_keep"] = rows
         with torch.no_grad():
             out = self.model(new, **more)
         logits = getattr(out, "logits", out)
-        expected = (1, new.shape[1])
+        expected = (1, rows if self.few_rows else new.shape[1])
         if not isinstance(logits, Tensor) or logits.dim() != 3 or logits.shape[:2] != expected:
             shape = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             raise ValueError(
-                f"model: expected logits of shape [1, {new.shape[1]}, vocab], got {shape}"
+                f"model: expected logits of shape [1, {expected[1]}, vocab], got {shape}"
             )
         return logits[0, -rows:]
 

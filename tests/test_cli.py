@@ -97,7 +97,9 @@ def subprocess_run(*argv: object, **kwargs: Any) -> subprocess.CompletedProcess[
 # ------------------------------------------------------------------------------ arguments
 
 
-@pytest.mark.parametrize("command", [[], ["env"], ["ls"], ["verify"], ["quantize"]])
+@pytest.mark.parametrize(
+    "command", [[], ["env"], ["ls"], ["verify"], ["quantize"], ["run"], ["bench"]]
+)
 def test_help(run: Cli, command: list[str]) -> None:
     status, out, err = run(*command, "--help")
     assert (status, err) == (0, "")

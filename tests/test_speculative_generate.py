@@ -234,3 +234,34 @@ def test_the_cache_changes_no_sampled_token() -> None:
             lambda ids: target(ids), lambda ids: draft(ids), prompts, 15, 3, config, block=block
         )
         assert plain.tokens == without.tokens
+
+
+def test_tokens_are_told_as_they_come_and_any_of_several_ends() -> None:
+    target = Markov(1)
+    prompts = [torch.tensor([3, 4]), torch.tensor([7])]
+    config = SamplingConfig(temperature=0)
+    free = speculative_generate(target, NgramDraft(), prompts, 30, config=config).tokens
+    ends = (free[0][10], free[1][5], VOCAB + 7)
+    told: dict[int, list[int]] = {0: [], 1: []}
+    result = speculative_generate(
+        target,
+        NgramDraft(),
+        prompts,
+        30,
+        config=config,
+        eos_token_id=ends,
+        on_tokens=lambda b, new: told[b].extend(new),
+    )
+    for b in (0, 1):
+        first = next(i for i, token in enumerate(free[b]) if token in ends)
+        assert result.tokens[b] == free[b][: first + 1] == told[b]
+
+
+def test_no_drafts_is_ordinary_sampling() -> None:
+    target = Markov(1)
+    config = SamplingConfig(temperature=0)
+    want = speculative_generate(target, noisy(target), torch.tensor([3]), 20, config=config)
+    calls = target.calls
+    alone = speculative_generate(target, NgramDraft(), torch.tensor([3]), 20, 0, config)
+    assert alone.tokens == want.tokens
+    assert target.calls - calls == alone.statistics.steps == 20

@@ -42,6 +42,14 @@ class MappedFile:
         self.size = len(self.view)
         self.array: npt.NDArray[np.uint8] = np.frombuffer(self.view, np.uint8)
 
+    def release(self, start: int, nbytes: int) -> None:
+        """Drop the whole pages in this range from memory, and what was written to them."""
+        first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
+        last = (start + nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+        pages, advice = self.view.obj, getattr(mmap, "MADV_DONTNEED", None)
+        if isinstance(pages, mmap.mmap) and advice is not None and first < last:
+            pages.madvise(advice, first, last - first)
+
     def __repr__(self) -> str:
         return f"<{self.path}: {self.size} bytes>"
 

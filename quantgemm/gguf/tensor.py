@@ -110,6 +110,14 @@ class GGUFTensor:
         values = ops.dequantize(self.blocks.to(device), self.qtype, dtype)
         return values.reshape(self.shape)
 
+    def release(self) -> None:
+        """Let the system take back the memory into which this tensor's part of the file was read.
+
+        It is read again when it is next used. Only for files that nobody has written to: a write to
+        `blocks` would be lost with the memory.
+        """
+        self._file.release(self.offset, self.nbytes)
+
     def __repr__(self) -> str:
         what = f"{self.format.name} {list(self.shape)}, {self.nbytes} bytes"
         return f"<GGUFTensor {self.name!r} {what}>"

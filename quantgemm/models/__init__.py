@@ -1,0 +1,12 @@
+# SPDX-License-Identifier: MIT
+"""GGUF files as transformers models whose weights stay quantised: see docs/models.md.
+
+`architectures` says what each architecture's metadata and names mean, `loader` builds the model,
+`tokenizer` builds the tokenizer.
+"""
+
+from quantgemm.models.architectures import ARCHITECTURES
+from quantgemm.models.loader import load_model, resolve_model_path
+from quantgemm.models.tokenizer import load_tokenizer
+
+__all__ = ["ARCHITECTURES", "load_model", "load_tokenizer", "resolve_model_path"]

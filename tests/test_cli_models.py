@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: MIT
+"""`quantgemm run` and `bench` on a tiny model: text, drafts, reports, and one line per failure."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("transformers", reason="transformers is not installed")
+pytest.importorskip("gguf", reason="PyPI gguf, which knows the names, is not installed")
+
+from tiny_models import byte_level, make, write
+
+from quantgemm import cli, load_model, load_tokenizer
+from quantgemm.commands.run import TextStream
+
+Cli = Callable[..., tuple[int, str, str]]
+PROMPT = "the blocks share the blocks share"
+GREEDY = ("--device", "cpu", "--temperature", 0, "-n", 20, "--no-chat")
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Cli:
+    """Run a command line in this process: exit status, standard output, standard error."""
+
+    def call(*argv: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        status = cli.main([str(arg) for arg in argv])
+        out, err = capsys.readouterr()
+        return status, out, err
+
+    return call
+
+
+def save(path: Path, seed: int = 0, **changed: Any) -> Path:
+    _, keys = byte_level()
+    keys |= changed
+    metadata = {f"tokenizer.{key.replace('__', '.')}": value for key, value in keys.items()}
+    metadata = {key: value for key, value in metadata.items() if value is not None}
+    count = len(keys["ggml__tokens"])
+    metadata["tokenizer.ggml.token_type"] = [3] * 3 + [1] * (count - 3)
+    model = make("llama-tied", seed, vocab_size=count)
+    return write(path, model, "llama-tied", "Q8_0", metadata)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return save(tmp_path / "m.gguf")
+
+
+def expected(path: Path, count: int = 20) -> str:
+    model, tokenizer = load_model(path, "cpu", torch.float32), load_tokenizer(path)
+    ids = tokenizer(PROMPT, return_tensors="pt").input_ids
+    out = model.generate(ids, max_new_tokens=count, do_sample=False)
+    return tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+
+
+def test_greedy_text(run: Cli, path: Path) -> None:
+    status, out, err = run("run", path, "-p", PROMPT, *GREEDY)
+    assert status == 0, err
+    assert out.rstrip("\n") == "".join(
+        c if c.isprintable() else repr(c)[1:-1] for c in expected(path)
+    )
+    assert "first token after" in err and "tokens/s" in err and "weights" in err
+    assert "drafts accepted" not in err
+
+
+def tokens() -> list[str]:
+    return list(byte_level()[1]["ggml__tokens"])
+
+
+def test_a_draft_with_fewer_tokens(run: Cli, path: Path, tmp_path: Path) -> None:
+    small = save(tmp_path / "small.gguf", seed=3, ggml__tokens=tokens()[:300])
+    want = run("run", path, "-p", PROMPT, *GREEDY)[1]
+    assert run("run", path, "-p", PROMPT, *GREEDY, "--draft", small)[:2] == (0, want)
+
+
+def test_drafts_change_nothing(run: Cli, path: Path, tmp_path: Path) -> None:
+    want = run("run", path, "-p", PROMPT, *GREEDY)[1]
+    other = save(tmp_path / "draft.gguf", seed=3)
+    for draft in ("ngram", path, other):
+        status, out, err = run("run", path, "-p", PROMPT, *GREEDY, "--draft", draft)
+        assert status == 0 and out == want
+        assert "tokens per step, drafts accepted: " in err
+        if draft == path:
+            assert "drafts accepted: 100% 100% 100% 100%" in err
+
+
+def test_sampling_follows_the_seed(run: Cli, path: Path) -> None:
+    line = ("run", path, "-p", PROMPT, "--device", "cpu", "-n", 20, "--no-chat", "--temperature", 2)
+    texts = [run(*line, "--seed", seed)[1] for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+    assert run(*line, "--seed", 1, "--top-k", 1)[1] != texts[0]
+
+
+def test_chat_and_standard_input(run: Cli, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = run("run", path, "-p", PROMPT, *GREEDY)
+    chat = run("run", path, "-p", PROMPT, *GREEDY[:-1])
+    assert chat[0] == 0 and chat[2].splitlines()[2] != plain[2].splitlines()[2]  # tokens in
+    monkeypatch.setattr(sys, "stdin", io.StringIO(PROMPT))
+    assert run("run", path, "-p", "-", *GREEDY)[1] == plain[1]
+
+
+def test_text_comes_in_whole_characters(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tokenizer = load_tokenizer(path)
+    stream = TextStream(tokenizer)
+    for token in tokenizer("a 日\x1b[31m\n").input_ids:
+        stream.add([token])
+        assert "\ufffd" not in capsys.readouterr().out
+    stream = TextStream(tokenizer)
+    for token in tokenizer("a 日\x1b\n").input_ids:
+        stream.add([token])
+    stream.end()
+    assert capsys.readouterr().out == "a 日\\x1b\n\n"
+
+
+def test_bench(run: Cli, path: Path) -> None:
+    status, out, err = run("bench", path, "--device", "cpu", "-p", "8,16", "-n", 4, "-r", 2)
+    assert (status, err) == (0, "")
+    for word in ("pp8", "pp16", "tg4", "tokens/s", "GB/s", "llama", "peak memory"):
+        assert word in out
+    status, out, err = run(
+        "bench", path, "--device", "cpu", "-p", 0, "-n", 4, "-r", 2, "--json", "--algo", "auto_q8"
+    )
+    found = json.loads(out)
+    assert status == 0 and [t["test"] for t in found["tests"]] == ["tg4"]
+    assert len(found["tests"][0]["repetitions"]) == 2 and found["algo"] == "auto_q8"
+    assert 0 < found["bytes_per_token"] <= found["bytes"]
+
+
+# ------------------------------------------------------------------------------ failures
+
+
+def fails(run: Cli, *argv: object) -> str:
+    status, _, err = run(*argv)
+    assert status == 1, err
+    last = err.splitlines()[-1]
+    assert last.startswith(f"quantgemm {argv[0]}: error: ")
+    return last
+
+
+def test_failures(run: Cli, path: Path, tmp_path: Path) -> None:
+    def failing(*argv: object) -> str:
+        return fails(run, "run", *argv, "--device", "cpu")
+
+    assert "no such file" in failing(tmp_path / "none.gguf", "-p", "x")
+    assert "expected some text" in failing(path, "-p", "", "--no-chat")
+    assert "tokens, expected fewer than 128" in failing(path, "-p", "the " * 200)
+    bare = save(tmp_path / "bare.gguf", chat_template=None)
+    assert "no chat template" in failing(bare, "-p", "x", "--chat")
+    broken = save(tmp_path / "broken.gguf", chat_template="{{ raise_exception('no') }}")
+    assert "chat template fails" in failing(broken, "-p", "x")
+    large = save(tmp_path / "large.gguf", ggml__tokens=[*tokens(), "<extra>"])
+    draft = ("-p", "x", "--draft", large)
+    assert "vocabulary of at most 305 tokens, got 306" in failing(path, *draft)
+    other = save(tmp_path / "other.gguf", ggml__tokens=["<pad>", *tokens()[1:]])
+    draft = ("-p", "x", "--draft", other)
+    assert "token 0 is '<pad>', expected '<|endoftext|>'" in failing(path, *draft)
+    assert "context has 128" in fails(run, "bench", path, "-p", "129", "--device", "cpu")
+
+
+def test_other_architectures(run: Cli, tmp_path: Path) -> None:
+    model = make("llama")
+    path = write(tmp_path / "m.gguf", model, "llama", metadata={"general.architecture": "rwkv9"})
+    assert "'rwkv9' is not supported" in fails(run, "bench", path, "--device", "cpu")
+
+
+def test_without_transformers(run: Cli, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    for line in (("run", path, "-p", "x"), ("bench", path)):
+        assert "pip install 'quantgemm[hf]'" in fails(run, *line, "--device", "cpu")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        ("--temperature", "-1"),
+        ("--temperature", "nan"),
+        ("--top-p", "1.5"),
+        ("--top-k", "-3"),
+        ("--dtype", "int8"),
+        ("-n", "many"),
+    ],
+)
+def test_arguments(run: Cli, path: Path, wrong: tuple[str, str]) -> None:
+    status, _, err = run("run", path, "-p", "x", *wrong)
+    assert status == 2 and wrong[0] in err
