@@ -26,6 +26,7 @@ from quantgemm.gguf import (
     open_whisper_bin,
     save_gguf,
 )
+from quantgemm.models.whisper import load_whisper, transcribe, whisper_processor
 from quantgemm.nn import QuantEmbedding, QuantLinear, ReplaceReport, replace_linear
 from quantgemm.plan import GemmPlan, explain_gemm
 
@@ -50,6 +51,7 @@ __all__ = [
     "build_info",
     "explain_gemm",
     "formats",
+    "load_whisper",
     "open_gguf",
     "open_whisper_bin",
     "ops",
@@ -57,4 +59,6 @@ __all__ = [
     "replace_linear",
     "sampling",
     "save_gguf",
+    "transcribe",
+    "whisper_processor",
 ]

@@ -58,6 +58,10 @@ IN is recognized by its content: a safetensors file (or the .index.json of sever
 (any part of a split one; its metadata is carried over, quantized tensors are decoded first) or a
 torch state dict (loaded with weights_only=True). Tensors keep their names.
 
+Whisper models become a GGUF that `quantgemm transcribe` takes, with tokenizer and OpenAI's names:
+IN is then a folder with the config.json of transformers or CTranslate2, or a whisper.cpp .bin.
+Positions and convolutions of a Whisper model keep their type.
+
 The first rule that holds for a tensor decides:
   1. integers                                            keep their type
   2. one row (1-D, or all leading dimensions are 1),
@@ -96,7 +100,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("input", metavar="IN", help="safetensors, GGUF or torch file")
+    parser.add_argument("input", metavar="IN", help="safetensors, GGUF or torch file, or a Whisper")
     parser.add_argument("output", metavar="OUT", help="the GGUF file to write")
     parser.add_argument("--type", type=_target, required=True, help=", ".join(targets()))
     parser.add_argument("--device", type=device_argument, help=DEVICE_HELP)
@@ -143,7 +147,8 @@ def run(args: argparse.Namespace) -> int:
     out.print(printable(title), style="bold")
     out.print(device_line)
     start = time.perf_counter()
-    steps = [plan(tensor, target, args.keep) for tensor in source.tensors]
+    keep = [*args.keep, *source.keep]
+    steps = [plan(tensor, target, keep) for tensor in source.tensors]
     try:
         with GGUFWriter(args.output, _metadata(source, target, args.input)) as writer:
             for step in steps:
@@ -169,7 +174,7 @@ def plan(tensor: SourceTensor, target: Format, keep: Sequence[str] = ()) -> Step
     if NORM_OR_BIAS.search(tensor.name):
         return Step(tensor, F32, "norm or bias by its name")
     if any(fnmatch.fnmatchcase(tensor.name, glob) for glob in keep):
-        return Step(tensor, same, "--keep")
+        return Step(tensor, same, "kept by its name")
     if 0 in shape:
         return Step(tensor, same, "no elements")
     if own is target:
