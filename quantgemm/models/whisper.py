@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: MIT
 """load_whisper: a quantized Whisper file as a model of transformers, and what it hears as text.
 
-    model = quantgemm.load_whisper("tiny.en-q5_0.gguf")
-    processor = quantgemm.whisper_processor("tiny.en-q5_0.gguf")
-    for text in quantgemm.transcribe(model, processor, pcm):  # float32 [samples], 16 kHz
-        print(text)
+model = quantgemm.load_whisper("tiny.en-q5_0.gguf")
+processor = quantgemm.whisper_processor("tiny.en-q5_0.gguf")
+for text in quantgemm.transcribe(model, processor, pcm): ...  # float32 [samples], 16 kHz
 """
 
 from __future__ import annotations
