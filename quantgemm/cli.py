@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: MIT
 """The command line: `quantgemm env | ls | verify | quantize | transcribe`.
 
-`python -m quantgemm` is the same. A failure is one line on standard error and exit status 1, a mistake in the arguments status 2.
+`python -m quantgemm` is the same. A failure is one line on standard error and exit status 1, a
+mistake in the arguments status 2.
 """
 
 from __future__ import annotations

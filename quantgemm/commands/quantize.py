@@ -147,8 +147,7 @@ def run(args: argparse.Namespace) -> int:
     out.print(printable(title), style="bold")
     out.print(device_line)
     start = time.perf_counter()
-    keep = [*args.keep, *source.keep]
-    steps = [plan(tensor, target, keep) for tensor in source.tensors]
+    steps = [plan(tensor, target, args.keep, source.needed) for tensor in source.tensors]
     try:
         with GGUFWriter(args.output, _metadata(source, target, args.input)) as writer:
             for step in steps:
@@ -163,8 +162,10 @@ def run(args: argparse.Namespace) -> int:
 # ------------------------------------------------------------------------------ the rules
 
 
-def plan(tensor: SourceTensor, target: Format, keep: Sequence[str] = ()) -> Step:
-    """The rules of DESCRIPTION."""
+def plan(
+    tensor: SourceTensor, target: Format, keep: Sequence[str] = (), needed: Sequence[str] = ()
+) -> Step:
+    """The rules of DESCRIPTION. needed: globs of what the kind of model has as numbers."""
     own, shape = tensor.format, tensor.shape
     same = F32 if own.name == "F64" else own
     if own.is_plain and own.name not in FLOATS:
@@ -174,7 +175,9 @@ def plan(tensor: SourceTensor, target: Format, keep: Sequence[str] = ()) -> Step
     if NORM_OR_BIAS.search(tensor.name):
         return Step(tensor, F32, "norm or bias by its name")
     if any(fnmatch.fnmatchcase(tensor.name, glob) for glob in keep):
-        return Step(tensor, same, "kept by its name")
+        return Step(tensor, same, "--keep")
+    if any(fnmatch.fnmatchcase(tensor.name, glob) for glob in needed):
+        return Step(tensor, same, "the model needs numbers")
     if 0 in shape:
         return Step(tensor, same, "no elements")
     if own is target:

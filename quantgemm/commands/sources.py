@@ -74,7 +74,7 @@ class SourceTensor:
 class Source:
     """kind: for messages; nbytes: of the files; skipped: entries that are no tensors.
 
-    keep: globs of tensors that the kind of model needs as they are.
+    needed: globs of tensors that the kind of model has as numbers whatever the others are.
     """
 
     kind: str
@@ -82,7 +82,7 @@ class Source:
     tensors: list[SourceTensor]
     metadata: dict[str, GGUFValue] = field(default_factory=dict)
     skipped: list[str] = field(default_factory=list)
-    keep: tuple[str, ...] = ()
+    needed: tuple[str, ...] = ()
 
 
 def open_source(path: str) -> Source:
@@ -115,8 +115,8 @@ def _open_gguf(path: str) -> Source:
     ]
     nbytes = sum(part.stat().st_size for part in file.paths)
     keys = file.metadata.to_typed_dict()
-    keep = KEEP_PLAIN if file.metadata.get("general.architecture") == WHISPER else ()
-    return Source("GGUF", nbytes, tensors, keys, keep=keep)
+    needed = KEEP_PLAIN if file.metadata.get("general.architecture") == WHISPER else ()
+    return Source("GGUF", nbytes, tensors, keys, needed=needed)
 
 
 def _whisper(source: WhisperSource) -> Source:
@@ -129,7 +129,7 @@ def _whisper(source: WhisperSource) -> Source:
             load = partial(_rows, tensor, fmt)
         tensors.append(SourceTensor(name, tuple(tensor.shape), fmt, load))
     nbytes = sum(path.stat().st_size for path in source.paths)
-    return Source(source.kind, nbytes, tensors, source.keys, keep=KEEP_PLAIN)
+    return Source(source.kind, nbytes, tensors, source.keys, needed=KEEP_PLAIN)
 
 
 def _blocks(tensor: GGUFTensor) -> torch.Tensor:
