@@ -403,6 +403,38 @@ def test_mel_filters_of_whisper_cpp_are_those_of_transformers() -> None:
     assert np.abs(file.mel_filters.numpy() - want).max() <= 1e-6
 
 
+def test_languages_and_tasks(tmp_path: Path) -> None:
+    """A vocabulary of 99 languages and random weights: what is asked for is what is begun with."""
+    sizes = HPARAMS | {"n_vocab": 51865}
+    tensors = numbers(float_model())
+    table = torch.randn(51865, 64, generator=torch.Generator().manual_seed(3))
+    tensors["decoder.token_embedding.weight"] = table
+    tokens = [b"%x " % i for i in range(50257)]
+    (tmp_path / "m.bin").write_bytes(legacy(tensors, sizes, tokens, MEL).build())
+    model = quantgemm.load_whisper(tmp_path / "m.bin", "cpu")
+    processor = quantgemm.whisper_processor(tmp_path / "m.bin")
+    features = processor.features(torch.randn(4000))
+    config = model.generation_config
+    assert config.is_multilingual
+    assert (len(config.lang_to_id), config.lang_to_id["<|de|>"]) == (99, 50261)
+    begun: list[list[int]] = []
+    inner = model.model.decoder.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        begun.append(kwargs["input_ids"][0].tolist())
+        return inner(*args, **kwargs)
+
+    model.model.decoder.forward = forward
+    model.generate(features, language="de", task="translate")
+    assert [50258, 50261, 50358, 50363] in begun, "start, German, translate, no time stamps"
+    begun.clear()
+    list(quantgemm.transcribe(model, processor, torch.randn(4000)))
+    assert begun[0] == [50258], "which language it is"
+    assert any(len(ids) == 4 and ids[2:] == [50359, 50363] for ids in begun)
+    with pytest.raises(ValueError, match=r"language: expected one of en, zh, .*, got 'xx'"):
+        next(quantgemm.transcribe(model, processor, torch.randn(400), "xx"))
+
+
 # ------------------------------------------------------------------------------ other containers
 
 
