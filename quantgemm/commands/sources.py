@@ -11,7 +11,7 @@ import json
 import os
 import pickle
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,9 @@ from quantgemm.formats import Format, format_by_name
 from quantgemm.gguf import GGUFTensor, GGUFValue, open_gguf
 from quantgemm.gguf.errors import shorten
 from quantgemm.models.whisper_file import ARCHITECTURE as WHISPER
-from quantgemm.models.whisper_file import KEEP_PLAIN
+from quantgemm.models.whisper_file import KEEP_PLAIN, file_name
 from quantgemm.models.whisper_sources import (
+    HEAD,
     WhisperSource,
     from_bin,
     is_whisper_folder,
@@ -128,6 +129,9 @@ def _whisper(source: WhisperSource) -> Source:
             fmt = _format(str(source.paths[0]), name, tensor.dtype, str(tensor.dtype))
             load = partial(_rows, tensor, fmt)
         tensors.append(SourceTensor(name, tuple(tensor.shape), fmt, load))
+    if source.is_safetensors:
+        found = [t for path in source.paths for t in _safetensors(str(path)) if t.name != HEAD]
+        tensors = [replace(tensor, name=file_name(tensor.name)) for tensor in found]
     nbytes = sum(path.stat().st_size for path in source.paths)
     return Source(source.kind, nbytes, tensors, source.keys, needed=KEEP_PLAIN)
 

@@ -57,6 +57,8 @@ def load_whisper(
     with torch.device("meta"):
         model = transformers.WhisperForConditionalGeneration(_config(transformers, file))
     tensors = _match(model, file)
+    if device.type == "cuda":
+        _check_memory(tensors, device, dtype)
     total = sum(tensor.nbytes for tensor in tensors.values())
     hidden = None if progress is None else not progress
     with tqdm(total=total, unit="B", unit_scale=True, leave=False, disable=hidden) as bar:
@@ -65,15 +67,15 @@ def load_whisper(
             bar.update(tensor.nbytes)
     _tie(model, algo)
     model.generation_config = _generation_config(transformers, file)
-    return model.to(dtype).eval()
+    return model.eval()
 
 
 def import_transformers(who: str) -> Any:
     """The package, or an ImportError that says how to get it."""
     try:
         import transformers
-    except ImportError:
-        problem = f"{who} needs transformers, which is not installed"
+    except ImportError as error:
+        problem = f"{who} needs transformers, which cannot be imported ({error})"
         raise ImportError(f"{problem}: pip install '{TRANSFORMERS}'") from None
     return transformers
 
@@ -148,6 +150,19 @@ def _match(model: Any, file: WhisperFile) -> dict[str, GGUFTensor]:
         problem = f"the model has no such weight ({len(unknown)} tensors like this)"
         raise file.error(problem, "the sizes in the file do not fit it", tensor=unknown[0])
     return tensors
+
+
+def _check_memory(tensors: dict[str, GGUFTensor], device: torch.device, dtype: torch.dtype) -> None:
+    """Before anything is loaded, so that a model that does not fit leaves nothing behind."""
+    needed = 0
+    for tensor in tensors.values():
+        plain = tensor.format.is_plain or len(tensor.shape) != 2
+        needed += _numel(tensor) * dtype.itemsize if plain else tensor.nbytes
+    free = torch.cuda.mem_get_info(device)[0]
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    if needed > free:
+        problem = f"the weights need {needed:_} bytes, {free:_} are free on {device}"
+        raise torch.OutOfMemoryError(f"{problem}: quantize to a smaller type, or use the CPU")
 
 
 def _place(

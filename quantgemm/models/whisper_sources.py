@@ -17,7 +17,6 @@ import torch
 from quantgemm.gguf import GGUFError, GGUFTensor, GGUFValue
 from quantgemm.models.ctranslate2 import read_ctranslate2
 from quantgemm.models.whisper_file import (
-    file_name,
     from_printable,
     metadata,
     open_whisper,
@@ -29,12 +28,20 @@ _CTRANSLATE2_KIND = "WhisperSpec"
 
 @dataclass(frozen=True)
 class WhisperSource:
-    """tensors: by OpenAI's names, mapped, so that nothing is read before it is used."""
+    """tensors: by OpenAI's names, mapped, so that nothing is read before it is used.
+
+    Of safetensors there are none here: those of all `paths`, under the names that `file_name` makes
+    of theirs, without `HEAD`.
+    """
 
     kind: str
     paths: list[Path]
     keys: dict[str, GGUFValue]
     tensors: dict[str, torch.Tensor | GGUFTensor]
+
+    @property
+    def is_safetensors(self) -> bool:
+        return not self.tensors
 
 
 def is_whisper_folder(folder: Path) -> bool:
@@ -60,21 +67,13 @@ def from_bin(path: str) -> WhisperSource:
 
 
 def _open_transformers(folder: Path) -> WhisperSource:
-    from safetensors import safe_open
-
     config = _json(folder / "config.json")
     if config.get("model_type") != "whisper":
         problem = f"model_type {config.get('model_type')!r}, expected 'whisper'"
         raise GGUFError(problem, path=folder / "config.json")
-    paths = sorted(folder.glob("*.safetensors"))
+    paths = _safetensors(folder)
     if not paths:
         raise GGUFError("no *.safetensors and no model.bin beside config.json", path=folder)
-    tensors: dict[str, torch.Tensor | GGUFTensor] = {}
-    for path in paths:
-        with safe_open(str(path), framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118  not a mapping
-                if name != HEAD:
-                    tensors[file_name(name)] = file.get_tensor(name)
     names = {
         "n_vocab": "vocab_size",
         "n_audio_ctx": "max_source_positions",
@@ -101,7 +100,18 @@ def _open_transformers(folder: Path) -> WhisperSource:
         generation.get("begin_suppress_tokens") or (),
         folder.resolve().name,
     )
-    return WhisperSource("transformers", paths, keys, tensors)
+    return WhisperSource("transformers", paths, keys, {})
+
+
+def _safetensors(folder: Path) -> list[Path]:
+    """One file, or several that an index names; some folders have the model both ways."""
+    index = folder / "model.safetensors.index.json"
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"]
+    if index.is_file():
+        names = sorted({str(name) for name in dict(_json(index)["weight_map"]).values()})
+        return [folder / Path(name).name for name in names]
+    return sorted(folder.glob("*.safetensors"))
 
 
 def _tokens(folder: Path) -> list[bytes]:
