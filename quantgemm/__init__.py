@@ -28,6 +28,7 @@ from quantgemm.gguf import (
 )
 from quantgemm.kv.cache import SparseKVCache
 from quantgemm.models import load_model, load_tokenizer
+from quantgemm.models.whisper import load_whisper, transcribe, whisper_processor
 from quantgemm.nn import QuantEmbedding, QuantLinear, ReplaceReport, replace_linear
 from quantgemm.plan import GemmPlan, explain_gemm
 
@@ -56,6 +57,7 @@ __all__ = [
     "kv",
     "load_model",
     "load_tokenizer",
+    "load_whisper",
     "open_gguf",
     "open_whisper_bin",
     "ops",
@@ -63,4 +65,6 @@ __all__ = [
     "replace_linear",
     "sampling",
     "save_gguf",
+    "transcribe",
+    "whisper_processor",
 ]

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""The command line: `quantgemm env | ls | verify | quantize | run | bench`.
+"""The command line: `quantgemm env | ls | verify | quantize | run | bench | transcribe`.
 
-A failure is one line on standard error and exit status 1, a mistake in the arguments status 2.
+`python -m quantgemm` is the same. A failure is one line on standard error and exit status 1, a
+mistake in the arguments status 2.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections.abc import Sequence
 import torch
 
 from quantgemm import __version__
-from quantgemm.commands import bench, env, ls, quantize, run, verify
+from quantgemm.commands import bench, env, ls, quantize, run, transcribe, verify
 from quantgemm.commands.output import CommandError, one_line
 from quantgemm.gguf import GGUFError
 
@@ -27,6 +28,7 @@ examples:
   quantgemm quantize model.safetensors model-q4_k.gguf --type Q4_K
   quantgemm run model.gguf -p "What is a block?"
   quantgemm bench model.gguf
+  quantgemm transcribe talk.wav --model whisper-q5_0.gguf
 
 exit status: 0; 1 after a failure, with one line on standard error; 2 for wrong arguments.
 `quantgemm COMMAND --help` has the details of a command.
@@ -37,13 +39,13 @@ INTERRUPTED = 130  # what shells report after Ctrl-C
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="quantgemm",
-        description="GGUF-quantized weights: look into files, check decoding, quantize, generate.",
+        description="GGUF-quantized weights: look into files, check decoding, quantize, use.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"quantgemm {__version__}")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for command in (env, ls, verify, quantize, run, bench):
+    for command in (env, ls, verify, quantize, run, bench, transcribe):
         command.add_parser(subparsers)
     return parser
 

@@ -58,6 +58,10 @@ IN is recognized by its content: a safetensors file (or the .index.json of sever
 (any part of a split one; its metadata is carried over, quantized tensors are decoded first) or a
 torch state dict (loaded with weights_only=True). Tensors keep their names.
 
+Whisper models become a GGUF that `quantgemm transcribe` takes, with tokenizer and OpenAI's names:
+IN is then a folder with the config.json of transformers or CTranslate2, or a whisper.cpp .bin.
+Positions and convolutions of a Whisper model keep their type.
+
 The first rule that holds for a tensor decides:
   1. integers                                            keep their type
   2. one row (1-D, or all leading dimensions are 1),
@@ -96,7 +100,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("input", metavar="IN", help="safetensors, GGUF or torch file")
+    parser.add_argument("input", metavar="IN", help="safetensors, GGUF or torch file, or a Whisper")
     parser.add_argument("output", metavar="OUT", help="the GGUF file to write")
     parser.add_argument("--type", type=_target, required=True, help=", ".join(targets()))
     parser.add_argument("--device", type=device_argument, help=DEVICE_HELP)
@@ -143,7 +147,7 @@ def run(args: argparse.Namespace) -> int:
     out.print(printable(title), style="bold")
     out.print(device_line)
     start = time.perf_counter()
-    steps = [plan(tensor, target, args.keep) for tensor in source.tensors]
+    steps = [plan(tensor, target, args.keep, source.needed) for tensor in source.tensors]
     try:
         with GGUFWriter(args.output, _metadata(source, target, args.input)) as writer:
             for step in steps:
@@ -158,8 +162,10 @@ def run(args: argparse.Namespace) -> int:
 # ------------------------------------------------------------------------------ the rules
 
 
-def plan(tensor: SourceTensor, target: Format, keep: Sequence[str] = ()) -> Step:
-    """The rules of DESCRIPTION."""
+def plan(
+    tensor: SourceTensor, target: Format, keep: Sequence[str] = (), needed: Sequence[str] = ()
+) -> Step:
+    """The rules of DESCRIPTION. needed: globs of what the kind of model has as numbers."""
     own, shape = tensor.format, tensor.shape
     same = F32 if own.name == "F64" else own
     if own.is_plain and own.name not in FLOATS:
@@ -170,6 +176,8 @@ def plan(tensor: SourceTensor, target: Format, keep: Sequence[str] = ()) -> Step
         return Step(tensor, F32, "norm or bias by its name")
     if any(fnmatch.fnmatchcase(tensor.name, glob) for glob in keep):
         return Step(tensor, same, "--keep")
+    if any(fnmatch.fnmatchcase(tensor.name, glob) for glob in needed):
+        return Step(tensor, same, "the model needs numbers")
     if 0 in shape:
         return Step(tensor, same, "no elements")
     if own is target:

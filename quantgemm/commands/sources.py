@@ -11,7 +11,7 @@ import json
 import os
 import pickle
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,15 @@ from quantgemm.commands.output import shorten as shorten_text
 from quantgemm.formats import Format, format_by_name
 from quantgemm.gguf import GGUFTensor, GGUFValue, open_gguf
 from quantgemm.gguf.errors import shorten
+from quantgemm.models.whisper_file import ARCHITECTURE as WHISPER
+from quantgemm.models.whisper_file import KEEP_PLAIN, file_name
+from quantgemm.models.whisper_sources import (
+    HEAD,
+    WhisperSource,
+    from_bin,
+    is_whisper_folder,
+    open_folder,
+)
 
 PLAIN = {
     "F64": torch.float64,
@@ -64,22 +73,28 @@ class SourceTensor:
 
 @dataclass(frozen=True)
 class Source:
-    """kind: for messages; nbytes: of the files; skipped: entries that are no tensors."""
+    """kind: for messages; nbytes: of the files; skipped: entries that are no tensors.
+
+    needed: globs of tensors that the kind of model has as numbers whatever the others are.
+    """
 
     kind: str
     nbytes: int
     tensors: list[SourceTensor]
     metadata: dict[str, GGUFValue] = field(default_factory=dict)
     skipped: list[str] = field(default_factory=list)
+    needed: tuple[str, ...] = ()
 
 
 def open_source(path: str) -> Source:
-    """A GGUF file, a safetensors file or the index of several, or a torch state dict."""
+    """A GGUF, a safetensors file or the index of several, a torch state dict, or a Whisper."""
+    if is_whisper_folder(Path(path)):
+        return _whisper(open_folder(Path(path)))
     start = first_bytes(path, 16)
     if start[:4] == b"GGUF":
         return _open_gguf(path)
     if start[:4] == WHISPER_MAGIC:
-        raise CommandError(f"{path}: a whisper .bin, which can be listed and verified only")
+        return _whisper(from_bin(path))
     if path.endswith(".index.json"):
         return _open_index(path)
     if start[8:9] == b"{":
@@ -100,7 +115,25 @@ def _open_gguf(path: str) -> Source:
         SourceTensor(t.name, t.shape, t.format, partial(_blocks, t)) for t in file.tensors.values()
     ]
     nbytes = sum(part.stat().st_size for part in file.paths)
-    return Source("GGUF", nbytes, tensors, file.metadata.to_typed_dict())
+    keys = file.metadata.to_typed_dict()
+    needed = KEEP_PLAIN if file.metadata.get("general.architecture") == WHISPER else ()
+    return Source("GGUF", nbytes, tensors, keys, needed=needed)
+
+
+def _whisper(source: WhisperSource) -> Source:
+    tensors = []
+    for name, tensor in source.tensors.items():
+        if isinstance(tensor, GGUFTensor):
+            fmt, load = tensor.format, partial(_blocks, tensor)
+        else:
+            fmt = _format(str(source.paths[0]), name, tensor.dtype, str(tensor.dtype))
+            load = partial(_rows, tensor, fmt)
+        tensors.append(SourceTensor(name, tuple(tensor.shape), fmt, load))
+    if source.is_safetensors:
+        found = [t for path in source.paths for t in _safetensors(str(path)) if t.name != HEAD]
+        tensors = [replace(tensor, name=file_name(tensor.name)) for tensor in found]
+    nbytes = sum(path.stat().st_size for path in source.paths)
+    return Source(source.kind, nbytes, tensors, source.keys, needed=KEEP_PLAIN)
 
 
 def _blocks(tensor: GGUFTensor) -> torch.Tensor:

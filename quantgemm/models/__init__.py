@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""GGUF files as transformers models whose weights stay quantised: see docs/models.md.
+"""GGUF files as transformers models whose weights stay quantised: docs/models.md, docs/whisper.md.
 
 `architectures` says what each architecture's metadata and names mean, `loader` builds the model,
-`tokenizer` builds the tokenizer.
+`tokenizer` builds the tokenizer; `whisper` and its neighbours do the same for speech. transformers,
+an optional extra, is imported when it is used.
 """
 
 from quantgemm.models.architectures import ARCHITECTURES
