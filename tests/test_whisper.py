@@ -299,6 +299,12 @@ KEYS: dict[str, tuple[dict[str, Any], str]] = {
     "heads": ({"whisper.decoder.attention.head_count": u32(5)}, "64 is not a multiple of 5 heads"),
     "states": ({"whisper.decoder.embedding_length": u32(32)}, "n_audio_state 64 and n_text_state"),
     "filters": ({"whisper.mel_filters": [0.5] * 9}, "9 numbers, expected a multiple of 8"),
+    "suppressed": ({"whisper.suppress_tokens": GGUFValue("arr[i32]", [1, 96])}, "ids from 1 to 96"),
+    "negative": (
+        {"whisper.suppress_first_tokens": GGUFValue("arr[i32]", [-1])},
+        "ids from -1 to -",
+    ),
+    "tokens": ({"tokenizer.ggml.tokens": ["a"] * 97}, "97 tokens, expected at most 96"),
     "filters' type": ({"whisper.mel_filters": "x"}, r"expected arr\[f32\], got str"),
 }
 
@@ -388,7 +394,7 @@ def test_special_tokens_that_are_spelled_out_count() -> None:
 def test_processor(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     tokens = [b"h", "é".encode()[:1], "é".encode()[1:], b"<|endoftext|>", b"<|startoftranscript|>"]
-    keys = metadata(HPARAMS | {"n_vocab": 5}, [*tokens, b"<|notimestamps|>"], MEL)
+    keys = metadata(HPARAMS | {"n_vocab": 6}, [*tokens, b"<|notimestamps|>"], MEL)
     save_gguf(tmp_path / "m.gguf", {"w": torch.zeros(4), "v": torch.zeros(4), "u": MEL}, keys)
     processor = quantgemm.whisper_processor(tmp_path / "m.gguf")
     assert processor.decode(torch.tensor([4, 0, 1, 2, 3])) == "hé"

@@ -160,6 +160,14 @@ def _check_sizes(file: WhisperFile) -> None:
         if not 0 < value <= max(limit, 1):
             raise file.error(f"{name} is {value}, expected 1 to {max(limit, 1)}")
     sizes = file.sizes
+    if len(file.tokens) > sizes["n_vocab"]:
+        raise file.error(
+            f"{len(file.tokens)} tokens, expected at most {sizes['n_vocab']} (n_vocab)"
+        )
+    for key, ids in ((SUPPRESS, file.suppress), (SUPPRESS_FIRST, file.suppress_first)):
+        if ids and not (min(ids) >= 0 and max(ids) < sizes["n_vocab"]):
+            problem = f"ids from {min(ids)} to {max(ids)}, expected 0 to {sizes['n_vocab'] - 1}"
+            raise file.error(problem, key=key)
     if sizes["n_audio_state"] != sizes["n_text_state"]:
         problem = f"n_audio_state {sizes['n_audio_state']} and n_text_state {sizes['n_text_state']}"
         raise file.error(f"{problem}, expected equal ones")
@@ -180,7 +188,11 @@ def metadata(
     suppress_first: Sequence[int] = (),
     name: str = "whisper",
 ) -> dict[str, GGUFValue]:
-    """The keys of a Whisper GGUF. mel_filters: ``[n_mels, n_fft]``."""
+    """The keys of a Whisper GGUF. mel_filters: ``[n_mels, n_fft]``.
+
+    Tokens and ids beyond n_vocab, which the model cannot say, are left out.
+    """
+    n_vocab = sizes["n_vocab"]
     keys = {
         "general.architecture": GGUFValue("str", ARCHITECTURE),
         "general.name": GGUFValue("str", name),
@@ -189,11 +201,11 @@ def metadata(
     if mel_filters is not None:
         keys[MEL_FILTERS] = GGUFValue("arr[f32]", mel_filters.flatten().tolist())
     for key, ids in ((SUPPRESS, suppress), (SUPPRESS_FIRST, suppress_first)):
-        if ids:
-            keys[key] = GGUFValue("arr[i32]", list(ids))
+        if said := [i for i in ids if 0 <= i < n_vocab]:
+            keys[key] = GGUFValue("arr[i32]", said)
     if tokens:
         keys[TOKENIZER] = GGUFValue("str", "gpt2")
-        keys[TOKENS] = GGUFValue("arr[str]", [to_printable(token) for token in tokens])
+        keys[TOKENS] = GGUFValue("arr[str]", [to_printable(t) for t in tokens[:n_vocab]])
     return keys
 
 
