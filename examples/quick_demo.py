@@ -50,7 +50,7 @@ def decoding() -> None:
         fmt = quantgemm.formats.format_by_name(name)
         blocks = ops.quantize(weights, fmt.type_id)
         ours = ops.dequantize(blocks, fmt.type_id)
-        numpy = torch.from_numpy(fmt.dequantize(blocks.cpu().numpy())).reshape(256, 4096)
+        numpy = torch.from_numpy(fmt.decode(blocks.cpu().numpy()))
         equal = torch.equal(ours.cpu(), numpy)
         error = relative(ours, weights)
         check(f"{name}: equal to the numpy decoder; quantising lost {100 * error:.2f} %", equal)
@@ -115,7 +115,7 @@ def cache() -> None:
         kept.append(0, k, v)
         kept.advance(tokens)
         out, _ = kept.attend(0, query)
-        error, size = relative(out.float(), want), kept.num_bytes() / (k.nbytes + v.nbytes)
+        error, size = relative(out.float(), want), kept.num_bytes / (k.nbytes + v.nbytes)
         check(f"{kind}: {100 * size:.0f} % of float16's bytes, error {100 * error:.0f} % on noise, "
               "which is the hardest", error < (0.3 if kind == "dense4" else 0.8))  # fmt: skip
 
