@@ -263,7 +263,7 @@ def _add_template(tokenizer: Any, hparams: Hyperparameters, kind: str, tokens: l
             around[name] = (tokens[i], i)
     before = [around["bos"][0]] if "bos" in around else []
     after = [around["eos"][0]] if "eos" in around else []
-    steps = []
+    steps: list[Any] = []
     if kind == "gpt2":
         steps.append(processors.ByteLevel(trim_offsets=False))
     if around:
