@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from quantgemm import QuantEmbedding, QuantLinear, ops, replace_linear, save_gguf
+from quantgemm import QuantEmbedding, QuantLinear, SparseKVCache, ops, replace_linear, save_gguf
 from quantgemm.formats import QType
 from quantgemm.integrations.common import Patch, linear, module_of, serves
 
@@ -389,6 +389,23 @@ def test_logits_on_a_packed_cache(device: str) -> None:
             errors[kind] = float((torch.cat(got, 1) - want)[:, 290:].float().norm())
             errors[kind] /= float(want[:, 290:].float().norm())
     assert 0 < errors["dense4"] < errors["dense2"] < 0.2
+
+
+def test_a_single_token_unpacks_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    from quantgemm.integrations.transformers_cache import quantized_cache
+
+    model = tiny_llama("cpu")
+    cache = quantized_cache(model, "dense2", max_tokens=320, window=64)
+    with torch.no_grad():
+        model(torch.randint(64, (1, 200)), past_key_values=cache)
+
+        def dense(*_: Any) -> Any:
+            raise AssertionError("the cache was unpacked")
+
+        monkeypatch.setattr(SparseKVCache, "dense", dense)
+        assert model(torch.tensor([[1]]), past_key_values=cache).logits.isfinite().all()
+        with pytest.raises(AssertionError, match="unpacked"):  # a part of a prompt does
+            model(torch.tensor([[1, 2]]), past_key_values=cache)
 
 
 def test_cache_says_what_it_cannot_do() -> None:

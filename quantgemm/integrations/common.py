@@ -34,14 +34,12 @@ def linear(
     """
     rows = x.numel() // x.shape[-1]
     if x.is_cuda and rows >= MANY_ROWS and not (torch.is_grad_enabled() and x.requires_grad):
-        step = max(1, DECODED_WEIGHTS // x.shape[-1])
-        y = x.new_empty(*x.shape[:-1], blocks.shape[0])
-        for first in range(0, blocks.shape[0], step):
-            part = ops.dequantize(blocks[first : first + step], qtype, x.dtype)
-            y[..., first : first + step] = x @ part.T
+        parts = torch.split(blocks, max(1, DECODED_WEIGHTS // x.shape[-1]))
+        products = [x @ ops.dequantize(part, qtype, x.dtype).T for part in parts]
+        y = products[0] if len(products) == 1 else torch.cat(products, -1)
     else:
         y = ops.gemm(x, blocks, qtype, algo)
-    return y if bias is None else y + bias.to(y.dtype)
+    return y if bias is None else y.add_(bias)  # in place: y is nobody else's
 
 
 def serves(qtype: int) -> bool:

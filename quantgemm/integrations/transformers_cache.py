@@ -103,16 +103,18 @@ def _layer_class(base: Any) -> Any:
                     f"past_key_values: the cache is for batch {self.store.batch}, "
                     f"got {keys.shape[0]} sequences"
                 )
-            past = [self.store.dense(0, i) for i in range(self.store.batch)] if before else []
+            if tokens == 1 and mask is not None:
+                raise NotImplementedError(
+                    "attention_mask: expected none for a quantised cache, got one: sequences "
+                    "of a batch must be equally long, and attention full"
+                )
+            past = []
+            if before and tokens > 1:  # a further part of a prompt; a single token never unpacks
+                past = [self.store.dense(0, i) for i in range(self.store.batch)]
             self.store.append(0, keys, values)
             self.store.advance(tokens)
             self.tokens += tokens
             if tokens == 1:
-                if mask is not None:
-                    raise NotImplementedError(
-                        "attention_mask: expected none for a quantised cache, got one: sequences "
-                        "of a batch must be equally long, and attention full"
-                    )
                 return self.store.attend(0, query[:, :, 0], scale)[0][:, :, None]
             if past:
                 old = [torch.stack(side).to(keys.dtype) for side in zip(*past, strict=True)]

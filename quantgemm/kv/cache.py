@@ -13,6 +13,7 @@ an upper bound of them to say when the cache is full.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -71,39 +72,12 @@ def sparse_kv_attention(
 
 
 @register_fake("quantgemm::sparse_kv_attention")
-def _(
-    query: Tensor,
-    key_pages: Tensor,
-    value_pages: Tensor,
-    page_table: Tensor,
-    recent_keys: Tensor,
-    recent_values: Tensor,
-    lens: Tensor,
-    sinks: int,
-    window: int,
-    key_bits: int,
-    value_bits: int,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
+def _(query: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return torch.empty_like(query), query.new_empty(query.shape[:2], dtype=torch.float32)
 
 
 @register_fake("quantgemm::sparse_kv_append")
-def _(
-    keys: Tensor,
-    values: Tensor,
-    key_pages: Tensor,
-    value_pages: Tensor,
-    page_table: Tensor,
-    recent_keys: Tensor,
-    recent_values: Tensor,
-    lens: Tensor,
-    counts: Tensor | None,
-    sinks: int,
-    window: int,
-    key_bits: int,
-    value_bits: int,
-) -> None:
+def _(*_: Any) -> None:
     return None
 
 
@@ -142,8 +116,12 @@ class SparseKVCache:
             raise NotImplementedError(f"page: expected {PAGE} tokens, got {page}")
         if head_dim not in (64, 128, 256):
             raise ValueError(f"head_dim: expected 64, 128 or 256, got {head_dim}")
-        if min(num_layers, num_kv_heads, batch, max_tokens) < 1 or min(window, sinks) < 0:
-            raise ValueError("num_layers, num_kv_heads, batch and max_tokens start at 1")
+        sizes = {"num_layers": num_layers, "num_kv_heads": num_kv_heads, "batch": batch}
+        sizes["max_tokens"] = max_tokens
+        for name, size in (sizes | {"window": window, "sinks": sinks}).items():
+            least = 1 if name in sizes else 0
+            if size < least:
+                raise ValueError(f"{name}: expected at least {least}, got {size}")
         self.key_bits, self.value_bits = FORMATS[key_format], FORMATS[value_format]
         self.window, self.sinks, self.max_tokens = window, sinks, max_tokens
         self.batch, self.head_dim, self.num_kv_heads = batch, head_dim, num_kv_heads
