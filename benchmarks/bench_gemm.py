@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import RESULTS, copy_bandwidth, print_table, save, time_gpu
+from common import RESULTS, copy_bandwidth, print_table, pyplot, save, time_gpu
 from gemm_peers import has_vllm, installed, vllm_gguf
 from kernel_facts import launches, spills
 
@@ -146,13 +146,8 @@ def tokens(types: Sequence[str], bandwidth: float) -> Rows:
 
 def plot_roofline(rows: Rows, bandwidth: float, folder: Path) -> None:
     """results/gemm_roofline.png: speed over arithmetic intensity, one line per algorithm."""
-    try:
-        import matplotlib
-    except ImportError:
-        print("[gemm] no plot: matplotlib is not installed")
+    if (plt := pyplot()) is None:
         return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
 
     n, k = SHAPES[1]
     mine = [row for row in rows if (row["n"], row["k"], row["type"]) == (n, k, "Q4_0")]
@@ -177,12 +172,8 @@ def plot_roofline(rows: Rows, bandwidth: float, folder: Path) -> None:
 
 def plot_ladder(rows: Rows, folder: Path) -> None:
     """results/gemm_ladder.png: a bar per rung."""
-    try:
-        import matplotlib
-    except ImportError:
+    if (plt := pyplot()) is None:
         return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(figsize=(8, 3.6))
     bars = axes.barh(

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import copy_bandwidth, print_table, save, time_gpu
+from common import copy_bandwidth, print_table, pyplot, save, time_gpu
 
 from quantgemm import ops, reference
 
@@ -191,16 +191,11 @@ def grid_table(vocab: int = 32000) -> list[dict[str, Any]]:
 
 
 def plot(rows: list[dict[str, Any]], folder: Path) -> None:
-    if importlib.util.find_spec("matplotlib") is None:
-        print("matplotlib: not installed, no plot")
+    if (plt := pyplot()) is None:
         return
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
 
     names = [m for m in MODES if any(r["mode"] == m and r["V"] == VOCAB for r in rows)]
-    figure, axes = pyplot.subplots(figsize=(7, 4.5))
+    figure, axes = plt.subplots(figsize=(7, 4.5))
     for name in names:
         chosen = [r for r in rows if r["mode"] == name and r["V"] == VOCAB]
         batches = [r["B"] for r in chosen]

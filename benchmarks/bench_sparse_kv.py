@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import importlib.util
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import copy_bandwidth, print_table, save, time_gpu
+from common import copy_bandwidth, print_table, pyplot, save, time_gpu
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -194,15 +193,10 @@ def compression_table(bandwidth: float, shapes: list[tuple[int, int]]) -> list[d
 
 
 def plot(rows: list[dict[str, Any]], folder: Path) -> None:
-    if importlib.util.find_spec("matplotlib") is None:
-        print("matplotlib: not installed, no plot")
+    if (plt := pyplot()) is None:
         return
-    import matplotlib
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4.5))
+    figure, axes = plt.subplots(figsize=(7, 4.5))
     for name in dict.fromkeys(row["container"] for row in rows):
         chosen = sorted(
             (row["B"] * row["T"], row["sdpa/ours"]) for row in rows if row["container"] == name

@@ -138,17 +138,25 @@ def save(name: str, rows: Sequence[dict[str, Any]], folder: Path = RESULTS) -> N
     print(f"[{name}] {machine()}")
 
 
+def pyplot() -> Any | None:
+    """matplotlib.pyplot, drawing into files; None, and a line that says so, without matplotlib."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("no plot: matplotlib is not installed")
+        return None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    return plt
+
+
 def plot_fractions(
     name: str, rows: Sequence[dict[str, Any]], value: str, title: str, folder: Path = RESULTS
 ) -> None:
     """results/name.png: a bar per type, `value` as a fraction of the floor. Needs matplotlib."""
-    try:
-        import matplotlib
-    except ImportError:
-        print(f"[{name}] no plot: matplotlib is not installed")
+    if (plt := pyplot()) is None:
         return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(figsize=(9, 0.24 * len(rows) + 1.2))
     bars = axes.barh([row["type"] for row in rows], [row[value] for row in rows], color="#3b6ea5")

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 import quantgemm
+from quantgemm import cli
 from quantgemm.formats import FORMATS, Format
 
 # Vectors and files written by ggml's own tools; they are not part of the package.
@@ -19,6 +21,7 @@ HAS_GPU = torch.cuda.is_available() and quantgemm.build_info().cuda is not None
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 BLOCK_FORMATS = [f for f in FORMATS.values() if not f.is_plain]
 ALL_FORMATS = list(FORMATS.values())
+Cli = Callable[..., tuple[int, str, str]]  # the fixture `run`
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -44,3 +47,16 @@ def assert_same(got: torch.Tensor, want: torch.Tensor) -> None:
     same = (got == want) | (got.isnan() & want.isnan())
     bad = (~same).nonzero()
     assert same.all(), f"{len(bad)} values differ, first at {bad[0].tolist()}"
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Cli:
+    """Run a command line in this process: exit status, standard output, standard error."""
+
+    def call(*argv: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        status = cli.main([str(arg) for arg in argv])
+        out, err = capsys.readouterr()
+        return status, out, err
+
+    return call

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import DEVICES, SHARED
+from conftest import DEVICES, SHARED, Cli
 from safetensors.torch import save_file
 
 import quantgemm
@@ -26,23 +26,9 @@ from quantgemm.formats import FORMATS, QType, format_by_name
 from quantgemm.gguf import GGUFValue, open_gguf, save_gguf
 
 ROOT = Path(__file__).resolve().parents[1]
-Cli = Callable[..., tuple[int, str, str]]
 on_devices = pytest.mark.parametrize("device", DEVICES)
 WRITABLE = [row["name"] for row in _C.format_table() if row["can_quantize"]]
 needs_shared = pytest.mark.skipif(not SHARED.exists(), reason="files of other tools are not here")
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Cli:
-    """Run a command line in this process: exit status, standard output, standard error."""
-
-    def call(*argv: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        status = cli.main([str(arg) for arg in argv])
-        out, err = capsys.readouterr()
-        return status, out, err
-
-    return call
 
 
 @pytest.fixture

@@ -6,37 +6,23 @@ from __future__ import annotations
 import io
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import Cli
 
 pytest.importorskip("transformers", reason="transformers is not installed")
 pytest.importorskip("gguf", reason="PyPI gguf, which knows the names, is not installed")
 
 from tiny_models import byte_level, make, write
 
-from quantgemm import cli, load_model, load_tokenizer
+from quantgemm import load_model, load_tokenizer
 from quantgemm.commands.run import TextStream
 
-Cli = Callable[..., tuple[int, str, str]]
 PROMPT = "the blocks share the blocks share"
 GREEDY = ("--device", "cpu", "--temperature", 0, "-n", 20, "--no-chat")
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Cli:
-    """Run a command line in this process: exit status, standard output, standard error."""
-
-    def call(*argv: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        status = cli.main([str(arg) for arg in argv])
-        out, err = capsys.readouterr()
-        return status, out, err
-
-    return call
 
 
 def save(path: Path, seed: int = 0, **changed: Any) -> Path:
