@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from packaging.version import parse as parse_version
 
 from quantgemm import QuantEmbedding, QuantLinear, SparseKVCache, ops, replace_linear, save_gguf
 from quantgemm.formats import QType
@@ -118,13 +119,13 @@ def test_block_types_are_served() -> None:
 
 @pytest.fixture
 def seat() -> Iterator[Any]:
-    pytest.importorskip("transformers")
-    try:
-        importlib.import_module("transformers.integrations.gguf.kernels")
-    except ImportError:
-        pytest.skip("this transformers has no seat for GGUF kernels (5.23 has)")
+    transformers = pytest.importorskip("transformers")
     from quantgemm.integrations import transformers as ours
 
+    if parse_version(transformers.__version__) < parse_version("5.23"):
+        with pytest.raises(ImportError, match=r"has no .*quantgemm\.load_model"):
+            ours.enable()
+        pytest.skip(f"transformers {transformers.__version__} has no seat for GGUF kernels")
     yield ours
     ours.disable()
 
