@@ -7,6 +7,7 @@ import argparse
 import json
 import math
 import statistics
+import sys
 import time
 from typing import Any
 
@@ -24,13 +25,14 @@ from quantgemm.commands.models import (
 )
 from quantgemm.commands.output import CommandError, Grid, console, printable, size
 from quantgemm.gguf import open_gguf
-from quantgemm.models import resolve_model_path
+from quantgemm.models import Decoder, compile_decode, resolve_model_path
 
 COPY_BYTES = 1 << 28
 
 DESCRIPTION = """\
 Time a model. ppN: a prompt of N tokens in one pass; tgN: N tokens one after the other, from an
-empty context. Tokens are random, nothing is sampled, and one run beforehand does not count.
+empty context. Tokens are random, nothing is sampled, and one run beforehand does not count. On a
+GPU the steps of tg are CUDA graphs (docs/models.md), where the model can have them.
 
 GB/s of tg is the weights that one token reads times tokens per second; 'of copy' relates it to
 the bytes that a copy of 256 MiB moves per second on the same device, measured in the same run.
@@ -64,6 +66,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument(
         "-r", "--repetitions", type=_positive, default=3, metavar="N", help="default: 3"
     )
+    parser.add_argument("--no-graphs", action="store_true", help="tg without CUDA graphs")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
     parser.set_defaults(run=run)
 
@@ -103,10 +106,16 @@ def run(args: argparse.Namespace) -> int:
         "torch": torch.__version__,
         "bytes_per_token": bytes_per_token(model),
     }
+    decoder, found["graphs"] = None, False
+    if device.type == "cuda" and args.generate and not args.no_graphs:
+        try:
+            decoder, found["graphs"] = compile_decode(model, max(args.generate)), True
+        except (NotImplementedError, TypeError) as error:
+            print(f"without CUDA graphs: {error}", file=sys.stderr)
     speeds: list[tuple[str, list[float]]] = []
     for kind, lengths in (("pp", args.prompt), ("tg", args.generate)):
         for length in lengths:
-            times = measure(model, kind, length, args.repetitions)
+            times = measure(model, kind, length, args.repetitions, decoder)
             speeds.append((f"{kind}{length}", times))
     found["peak_process_bytes"], found["peak_device_bytes"] = peak_memory(device)
     found["copy_bytes_per_second"] = copy_speed(device)
@@ -117,6 +126,7 @@ def run(args: argparse.Namespace) -> int:
     out.print(device_line)
     title = f"{found['model']}: {found['architecture']}, {size(found['bytes'])}, "
     title += f"{found['parameters'] / 1e6:,.1f} M parameters, {found['dtype']}, {args.algo}"
+    title += ", CUDA graphs" if found["graphs"] else ""
     out.print(printable(title), style="bold")
     grid = Grid("", "test", ">tokens/s", ">±", ">GB/s", ">of copy")
     for test in found["tests"]:
@@ -158,7 +168,9 @@ def copy_speed(device: torch.device, repeats: int = 5) -> float:
     return 2 * COPY_BYTES / best
 
 
-def measure(model: Any, kind: str, length: int, repetitions: int) -> list[float]:
+def measure(
+    model: Any, kind: str, length: int, repetitions: int, decoder: Decoder | None = None
+) -> list[float]:
     """Tokens per second of each repetition."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, model.config.vocab_size, (1, length), generator=generator)
@@ -169,7 +181,10 @@ def measure(model: Any, kind: str, length: int, repetitions: int) -> list[float]
         few = steps[: max(1, len(steps) // 8)] if turn < 0 else steps  # the warm-up
         synchronize(model.device)
         start = time.perf_counter()
-        _read(model, few)
+        if decoder is not None and kind == "tg":
+            _go_on(decoder, few)
+        else:
+            _read(model, few)
         synchronize(model.device)
         if turn >= 0:
             speeds.append(length / (time.perf_counter() - start))
@@ -183,6 +198,12 @@ def _read(model: Any, steps: list[torch.Tensor]) -> None:
     with torch.inference_mode():
         for ids in steps:
             model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+
+
+def _go_on(decoder: Decoder, steps: list[torch.Tensor]) -> None:
+    decoder.read(steps[0])
+    for ids in steps[1:]:
+        decoder.step(ids[0])
 
 
 def _summary(name: str, speeds: list[float], found: dict[str, Any]) -> dict[str, Any]:

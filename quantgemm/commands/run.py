@@ -23,12 +23,13 @@ from quantgemm.commands.models import (
 )
 from quantgemm.commands.output import CommandError, plural, printable, shorten, size
 from quantgemm.gguf import open_gguf
-from quantgemm.models import load_tokenizer, resolve_model_path
+from quantgemm.kv.cache import FORMATS as KV_FORMATS
+from quantgemm.models import Decoder, compile_decode, load_tokenizer, resolve_model_path
 from quantgemm.sampling import (
-    GenerationResult,
     Model,
     NgramDraft,
     SamplingConfig,
+    SpeculationStatistics,
     speculative_generate,
 )
 
@@ -39,12 +40,15 @@ quantises them. The text goes to standard output as it comes; speed and memory t
 With --draft, a smaller model or the text itself ("ngram": what followed the last words before)
 proposes tokens, and the model judges several in one pass. What comes out follows the same law,
 and with --temperature 0 it is the same text.
+
+On a GPU the steps without drafts are CUDA graphs. --kv keeps keys and values in 2 or 4 bits.
 """
 EPILOG = """\
 examples:
   quantgemm run model.gguf -p "Why is the sky blue?"
   quantgemm run model.gguf -p "Once upon a time" --no-chat --temperature 0 --max-new-tokens 64
   quantgemm run large.gguf -p - --draft small.gguf < question.txt
+  quantgemm run model.gguf -p - --kv dense4 < long.txt
 """
 
 
@@ -86,6 +90,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument(
         "--num-drafts", type=_count, default=4, metavar="N", help="tokens at a time (default: 4)"
     )
+    parser.add_argument(
+        "--kv",
+        choices=tuple(KV_FORMATS),
+        help="keys and values in this format (default: as they are); not with --draft",
+    )
     parser.set_defaults(run=run)
 
 
@@ -107,6 +116,8 @@ def _within(low: float, high: float) -> Callable[[str], float]:
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.kv and args.draft:
+        raise CommandError("--kv: not with --draft, whose refused tokens it would have to forget")
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
     device, device_line = choose_device(args.device)
     print(device_line, file=sys.stderr)
@@ -125,6 +136,8 @@ def run(args: argparse.Namespace) -> int:
         raise CommandError(f"--prompt: {len(ids)} tokens, expected fewer than {context}")
     seed = secrets.randbelow(1 << 20) if args.seed is None else args.seed
     config = SamplingConfig(args.temperature, args.top_k, args.top_p, seed=seed)
+    count = min(args.max_new_tokens, room)
+    decoder = None if draft else _decoder(model, len(ids) + count, args.kv)
     stream = TextStream(tokenizer)
     clock = Clock(device)
 
@@ -133,20 +146,41 @@ def run(args: argparse.Namespace) -> int:
         stream.add([token for token in new if token not in ends])
 
     ends = model.generation_config.eos_token_id or []
-    result = speculative_generate(
-        model,
-        draft or NgramDraft(),
-        torch.tensor(ids, device=device),
-        min(args.max_new_tokens, room),
-        args.num_drafts if draft else 0,
-        config,
-        ends,
-        draft_to_target=smaller_vocabulary(model, draft),
-        on_tokens=on_tokens,
-    )
+    text = torch.tensor(ids, device=device)
+    statistics = None
+    if decoder is not None:
+        decoder.generate(text, count, config, ends, on_tokens)
+    else:
+        result = speculative_generate(
+            model,
+            draft or NgramDraft(),
+            text,
+            count,
+            args.num_drafts if draft else 0,
+            config,
+            ends,
+            draft_to_target=smaller_vocabulary(model, draft),
+            on_tokens=on_tokens,
+        )
+        statistics = result.statistics if draft else None
     stream.end()
-    _report(model, len(ids), clock, result, draft is not None, config)
+    _report(model, len(ids), clock, statistics, config)
+    if decoder is not None:
+        print(f"keys and values {size(decoder.kv_bytes)}", file=sys.stderr)
     return 0
+
+
+def _decoder(model: Any, tokens: int, kv: str | None) -> Decoder | None:
+    """Recorded steps, where the model can have them; said if it cannot."""
+    if kv is None and model.device.type != "cuda":
+        return None
+    try:
+        return compile_decode(model, tokens, kv, batch_sizes=(1,))
+    except (NotImplementedError, TypeError, ValueError) as error:
+        if kv is not None:
+            raise CommandError(f"--kv: {error}") from error
+        print(f"without CUDA graphs: {error}", file=sys.stderr)
+        return None
 
 
 def encode(tokenizer: Any, prompt: str, chat: bool | None) -> list[int]:
@@ -208,22 +242,28 @@ class TextStream:
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        self._ids: list[int] = []
-        self._shown = 0
+        self._ids: list[int] = []  # the last ones: those before say whether a word has a space
+        self._shown = 0  # of these
 
     def add(self, ids: list[int]) -> None:
         self._ids += ids
-        text = self._tokenizer.decode(self._ids, skip_special_tokens=True)
-        if not text.endswith("\ufffd"):  # else a character's bytes are still to come
-            self._show(text)
+        text = self._decode(self._ids)
+        if text.endswith("\ufffd"):  # a character's bytes are still to come
+            return
+        before = len(self._decode(self._ids[: self._shown]))
+        self._show(text[before:])
+        self._ids, self._shown = self._ids[self._shown :], len(self._ids) - self._shown
 
     def end(self) -> None:
-        self._show(self._tokenizer.decode(self._ids, skip_special_tokens=True))
+        before = len(self._decode(self._ids[: self._shown]))
+        self._show(self._decode(self._ids)[before:])
         print(flush=True)
 
+    def _decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=True)  # type: ignore[no-any-return]
+
     def _show(self, text: str) -> None:
-        new, self._shown = text[self._shown :], max(self._shown, len(text))
-        print("".join(c if c in "\n\t" else printable(c) for c in new), end="", flush=True)
+        print("".join(c if c in "\n\t" else printable(c) for c in text), end="", flush=True)
 
 
 class Clock:
@@ -252,18 +292,16 @@ def _report(
     model: Any,
     prompt: int,
     clock: Clock,
-    result: GenerationResult,
-    drafted: bool,
+    statistics: SpeculationStatistics | None,
     config: SamplingConfig,
 ) -> None:
     lines = [
         f"{plural(prompt, 'token')} in, {plural(clock.count, 'token')} out, seed {config.seed}",
         f"first token after {clock.first:.2f} s, then {clock.per_second:.1f} tokens/s",
     ]
-    if drafted:
-        stats = result.statistics
-        rates = " ".join(f"{rate:.0%}" for rate in stats.acceptance_per_position)
-        lines.append(f"{stats.tokens_per_step:.2f} tokens per step, drafts accepted: {rates}")
+    if statistics is not None:
+        rates = " ".join(f"{rate:.0%}" for rate in statistics.acceptance_per_position)
+        lines.append(f"{statistics.tokens_per_step:.2f} tokens per step, drafts accepted: {rates}")
     host, device = peak_memory(model.device)
     memory = f"weights {size(weight_bytes(model))}"
     memory += f", peak on the device {size(device)}" if device is not None else ""

@@ -127,6 +127,11 @@ def _layer_class(base: Any) -> Any:
                 query, keys, values, mask, is_causal=mask is None, scale=scale, enable_gqa=True
             )
 
+        def count(self, tokens: int) -> None:
+            """So many tokens were kept by a CUDA graph, which the host did not see."""
+            self.tokens += tokens
+            self.store.count(tokens)
+
         def get_mask_sizes(self, query_length: Any) -> tuple[int, int]:
             new = query_length if isinstance(query_length, int) else query_length.shape[0]
             return self.tokens + new, 0

@@ -175,6 +175,10 @@ class SparseKVCache:
     def advance(self, tokens: int, counts: Tensor | None = None) -> None:
         """The tokens that all layers were given become part of the sequences."""
         self.lens += tokens if counts is None else counts.clamp(0, tokens)
+        self.count(tokens)
+
+    def count(self, tokens: int) -> None:
+        """The host's part of `advance`: for a CUDA graph that has done the other one again."""
         self._most = [most + tokens for most in self._most]
 
     def attend(

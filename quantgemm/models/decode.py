@@ -1,0 +1,296 @@
+# SPDX-License-Identifier: MIT
+"""compile_decode: a model's step of one token as a CUDA graph, so that the host does not bound it.
+
+    decoder = compile_decode(model, max_tokens=4096)
+    tokens = decoder.generate(prompt_ids, max_new_tokens=128)
+
+A step of a transformers model is some thousand small kernels, which Python starts more slowly than
+a GPU runs them. They are recorded once per batch size, on buffers that stay where they are, and
+started again as one. Keys and values lie in a `SparseKVCache`, as they are or quantised.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+import torch
+
+from quantgemm import ops
+from quantgemm.integrations.transformers_cache import quantized_cache
+from quantgemm.sampling import SamplingConfig
+
+__all__ = ["Decoder", "compile_decode"]
+
+# Tokens that the GPU may be ahead of the host, which must see each to know whether the text ends.
+AHEAD = 2
+
+
+def compile_decode(
+    model: Any,
+    max_tokens: int = 4096,
+    kv: str | None = None,
+    batch_sizes: Sequence[int] = (),
+    **options: Any,
+) -> Decoder:
+    """A `Decoder` for a transformers model of float16 or bfloat16 with full attention everywhere.
+
+    max_tokens: prompt and answer together; memory for them is taken at once. kv: None keeps keys
+    and values as they are, else a format of `SparseKVCache` (options: its window, sinks,
+    key_format, value_format). batch_sizes: those to record now, others when they are first used.
+
+    The model attends through quantgemm from now on where it is given such a cache, and its RMS
+    norms are one kernel each where that changes nothing but roundings. On the CPU there are no
+    graphs, and all else is the same.
+    """
+    decoder = Decoder(model, max_tokens, kv, options)
+    for batch in batch_sizes:
+        decoder.prepare(batch)
+    return decoder
+
+
+class Decoder:
+    """Generates text with steps that were recorded; one batch of prompts at a time."""
+
+    def __init__(
+        self, model: Any, max_tokens: int, kv: str | None, options: dict[str, Any]
+    ) -> None:
+        if model.dtype not in (torch.float16, torch.bfloat16):
+            raise TypeError(f"model: expected torch.float16 or torch.bfloat16, got {model.dtype}")
+        limit = model.config.get_text_config().max_position_embeddings
+        if not 1 <= max_tokens <= limit:
+            raise ValueError(f"max_tokens: expected 1 to {limit}, the context, got {max_tokens}")
+        rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+        if rope.get("rope_type") in ("dynamic", "longrope"):
+            kind = rope["rope_type"]
+            raise NotImplementedError(
+                f"model: its rotary embedding ({kind}) depends on the length of the text, which a "
+                "recorded step cannot look at"
+            )
+        if kv is None and options:
+            raise ValueError(f"{next(iter(options))}: only with kv, a format of keys and values")
+        self.model, self.max_tokens, self.kv, self.options = model, max_tokens, kv, options
+        self._steps: dict[int, _Step] = {}
+        fuse_norms(model)
+
+    def prepare(self, batch: int) -> None:
+        """Takes the memory for so many sequences, and records their step."""
+        if batch < 1:
+            raise ValueError(f"batch: expected at least 1, got {batch}")
+        if batch not in self._steps:
+            # A window over all tokens leaves nothing to pack.
+            options = self.options if self.kv else {"window": self.max_tokens, "sinks": 0}
+            cache = quantized_cache(
+                self.model, self.kv or "dense4", max_tokens=self.max_tokens, batch=batch, **options
+            )
+            self._steps[batch] = _Step(self.model, cache, batch)
+
+    @property
+    def kv_bytes(self) -> int:
+        """Of all caches."""
+        return sum(layer.store.num_bytes for s in self._steps.values() for layer in s.cache.layers)
+
+    def read(self, prompts: torch.Tensor) -> torch.Tensor:
+        """Begins a text: ids ``[batch, tokens]`` to the logits ``[batch, vocab]`` behind them."""
+        if prompts.dim() != 2 or not prompts.numel():
+            raise ValueError(f"prompts: expected ids [batch, tokens], got {list(prompts.shape)}")
+        if prompts.shape[1] > self.max_tokens:
+            count = prompts.shape[1]
+            raise ValueError(f"prompts: expected at most {self.max_tokens} tokens, got {count}")
+        self.prepare(prompts.shape[0])
+        return self._steps[prompts.shape[0]].begin(prompts)
+
+    def step(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Goes on: ids ``[batch]``, logits ``[batch, vocab]`` until the next step."""
+        step = self._steps.get(tokens.shape[0] if tokens.dim() == 1 else -1)
+        if step is None or not step.tokens_read:
+            raise ValueError(f"tokens: expected ids [batch] of a text that read() began, got "
+                             f"{list(tokens.shape)}")  # fmt: skip
+        if step.tokens_read >= self.max_tokens:
+            raise ValueError(f"tokens: the cache is full, it holds {self.max_tokens} tokens")
+        return step.go_on(tokens)
+
+    def generate(
+        self,
+        prompts: torch.Tensor,
+        max_new_tokens: int = 64,
+        config: SamplingConfig | None = None,
+        eos_token_id: int | Collection[int] | None = None,
+        on_tokens: Callable[[int, list[int]], None] | None = None,
+    ) -> list[list[int]]:
+        """New tokens of each prompt: those of `speculative_generate` without drafts, but faster.
+
+        prompts: ids ``[tokens]`` or, equally long ones, ``[batch, tokens]``. eos_token_id: tokens
+        that end a text, its own model's if None. on_tokens: told a text's number and its new token.
+        """
+        prompts = prompts[None] if prompts.dim() == 1 else prompts
+        config = config or SamplingConfig()
+        if max_new_tokens < 0:
+            raise ValueError(f"max_new_tokens: expected 0 or more, got {max_new_tokens}")
+        if prompts.dim() == 2 and prompts.shape[1] + max_new_tokens > self.max_tokens + 1:
+            count = f"{prompts.shape[1]} + {max_new_tokens}"
+            raise ValueError(
+                f"max_new_tokens: the cache holds {self.max_tokens} tokens, got {count}"
+            )
+        if eos_token_id is None:
+            eos_token_id = self.model.generation_config.eos_token_id or ()
+        ends = {eos_token_id} if isinstance(eos_token_id, int) else set(eos_token_id)
+        batch, device = prompts.shape[0], prompts.device
+        texts: list[list[int]] = [[] for _ in range(batch)]
+        done = [False] * batch
+        drawing = config.tensors(batch, device)
+        seeds = config.seed * 1_000_003 + torch.arange(batch, device=device)
+        position = torch.full((batch,), prompts.shape[1], device=device)
+        underway: deque[_Draw] = deque()
+
+        def take() -> None:
+            for b, token in enumerate(underway.popleft().tokens()):
+                if not done[b]:
+                    texts[b].append(token)
+                    done[b] = token in ends
+                    if on_tokens is not None:
+                        on_tokens(b, [token])
+
+        with torch.no_grad():
+            drawn = None
+            for _ in range(max_new_tokens):
+                logits = self.read(prompts) if drawn is None else self.step(drawn)
+                drawn = ops.sample(
+                    logits,
+                    **drawing,  # type: ignore[arg-type]
+                    seed=seeds,
+                    position=position,
+                )[0]
+                position += 1
+                underway.append(_Draw(drawn))
+                if len(underway) > AHEAD:
+                    take()
+                if all(done):
+                    break
+            while underway:
+                take()
+        return texts
+
+
+class _Draw:
+    """Tokens on their way to the host."""
+
+    def __init__(self, drawn: torch.Tensor) -> None:
+        self.arrived: torch.cuda.Event | None = None
+        self.values = drawn
+        if drawn.is_cuda:
+            self.values = torch.empty(drawn.shape, dtype=drawn.dtype, pin_memory=True)
+            self.values.copy_(drawn, non_blocking=True)
+            self.arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self.arrived.record()
+
+    def tokens(self) -> list[int]:
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return self.values.tolist()  # type: ignore[no-any-return]
+
+
+class _Step:
+    """One token of each of `batch` sequences: buffers, and on a GPU the graph that reads them."""
+
+    def __init__(self, model: Any, cache: Any, batch: int) -> None:
+        self.model, self.cache, self.tokens_read = model, cache, 0
+        self.ids = torch.zeros(batch, 1, dtype=torch.int64, device=model.device)
+        self.positions = torch.zeros_like(self.ids)
+        self.graph: torch.cuda.CUDAGraph | None = None
+        if model.device.type == "cuda":
+            self.logits = self._record()
+
+    def _run(self) -> torch.Tensor:
+        out = self.model(
+            self.ids, position_ids=self.positions, past_key_values=self.cache, use_cache=True
+        )
+        self.positions += 1
+        logits: torch.Tensor = out.logits[:, -1]
+        return logits
+
+    def _record(self) -> torch.Tensor:
+        side = torch.cuda.Stream(self.model.device)  # type: ignore[no-untyped-call]
+        side.wait_stream(torch.cuda.current_stream(self.model.device))
+        with torch.no_grad(), torch.cuda.device(self.model.device):
+            with torch.cuda.stream(side):
+                for _ in range(2):  # what is set up at a first call must not be recorded
+                    self._run()
+            torch.cuda.current_stream().wait_stream(side)
+            self.cache.reset()
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                logits = self._run()
+            self.cache.reset()
+        return logits
+
+    def begin(self, prompts: torch.Tensor) -> torch.Tensor:
+        self.cache.reset()
+        self.tokens_read = prompts.shape[1]
+        self.positions.fill_(self.tokens_read)
+        with torch.no_grad():
+            out = self.model(prompts, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        logits: torch.Tensor = out.logits[:, -1]
+        return logits
+
+    def go_on(self, tokens: torch.Tensor) -> torch.Tensor:
+        self.ids.copy_(tokens[:, None])
+        self.tokens_read += 1
+        if self.graph is None:
+            with torch.no_grad():
+                return self._run()
+        self.graph.replay()
+        for layer in self.cache.layers:
+            layer.count(1)
+        return self.logits
+
+
+def fuse_norms(model: torch.nn.Module) -> int:
+    """Gives RMS norms torch's own kernel in place of six small ones; returns how many.
+
+    Only those of a class whose result is the same but for the last bit of a rounding: the
+    first one of each class and size is compared.
+    """
+    fits: dict[tuple[type, int], bool] = {}
+    fused = 0
+    for module in model.modules():
+        if not type(module).__name__.endswith("RMSNorm") or "forward" in module.__dict__:
+            continue
+        forward = _one_kernel(module)
+        if forward is None:
+            continue
+        weight: torch.Tensor = module.weight  # type: ignore[assignment]
+        kind = type(module), weight.numel()
+        if kind not in fits:
+            fits[kind] = _agree(module, forward, weight)
+        if fits[kind]:
+            module.forward = forward
+            fused += 1
+    return fused
+
+
+def _one_kernel(module: torch.nn.Module) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    weight = getattr(module, "weight", None)
+    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    if not isinstance(weight, torch.Tensor) or weight.dim() != 1 or not isinstance(eps, float):
+        return None
+
+    def forward(hidden_states: torch.Tensor) -> torch.Tensor:
+        weight: torch.Tensor = module.weight  # type: ignore[assignment]
+        return torch.nn.functional.rms_norm(hidden_states, weight.shape, weight, eps)
+
+    return forward
+
+
+def _agree(
+    module: torch.nn.Module,
+    forward: Callable[[torch.Tensor], torch.Tensor],
+    weight: torch.Tensor,
+) -> bool:
+    generator = torch.Generator(weight.device).manual_seed(0)
+    options: dict[str, Any] = {"device": weight.device, "generator": generator}
+    x = torch.randn(4, weight.numel(), **options).to(weight.dtype)
+    with torch.no_grad():
+        want, got = module(x).float(), forward(x).float()
+    return bool(((want - got).abs() <= 2 * torch.finfo(weight.dtype).eps * want.abs()).all())

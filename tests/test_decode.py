@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: MIT
+"""compile_decode: the recorded steps say what the model says, token by token."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("transformers", reason="transformers is not installed")
+pytest.importorskip("gguf", reason="PyPI gguf, which knows the names, is not installed")
+
+from tiny_models import make
+
+from quantgemm import replace_linear
+from quantgemm.models import compile_decode
+from quantgemm.models.decode import fuse_norms
+from quantgemm.sampling import NgramDraft, SamplingConfig, speculative_generate
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
+GREEDY = SamplingConfig(temperature=0)
+
+
+def tiny(device: str, case: str = "llama", dtype: torch.dtype = torch.bfloat16, **more: Any) -> Any:
+    model = make(case, **({"head_dim": 64, "max_position_embeddings": 256} | more))
+    replace_linear(model, "Q8_0", progress=False)
+    return model.to(device, dtype).eval()
+
+
+def prompts(device: str, batch: int = 1, tokens: int = 9) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(3, 96, (batch, tokens), generator=generator).to(device)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("case", ["llama", "qwen2", "qwen3", "mistral"])
+def test_logits_are_the_models(device: str, case: str) -> None:
+    model = tiny(device, case)
+    ids = prompts(device, 2, 30)
+    with torch.no_grad():
+        want = model(ids).logits
+    decoder = compile_decode(model, max_tokens=64)
+    got = [decoder.read(ids[:, :10]).clone()]
+    got += [decoder.step(ids[:, i]).clone() for i in range(10, 30)]
+    for i, row in enumerate(got):
+        difference = (row - want[:, 9 + i]).float().norm() / want[:, 9 + i].float().norm()
+        assert difference < 0.03, (i, float(difference))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("config", [GREEDY, SamplingConfig(0.9, 20, 0.9, seed=5)])
+def test_text_is_that_of_plain_sampling(device: str, config: SamplingConfig) -> None:
+    model = tiny(device, dtype=torch.float16)
+    ids = prompts(device)[0]
+    decoder = compile_decode(model, max_tokens=128, batch_sizes=(1,))
+    told: list[int] = []
+    text = decoder.generate(ids, 40, config, (), lambda b, new: told.extend(new))[0]
+    # A step with all tokens read anew, in the order of the other's roundings up to the last bit.
+    plain = speculative_generate(model, NgramDraft(), ids, 40, 0, config).tokens[0]
+    assert told == text and len(text) == 40
+    same = next((i for i, (a, b) in enumerate(zip(text, plain, strict=True)) if a != b), 40)
+    assert same >= 10  # where two tokens are equally likely, roundings decide
+    assert decoder.generate(ids, 40, config, ())[0] == text  # the same graph again
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_batch_and_its_ends(device: str) -> None:
+    model = tiny(device)
+    decoder = compile_decode(model, max_tokens=64)
+    ids = prompts(device, 3)
+    texts = decoder.generate(ids, 20, GREEDY, ())
+    alone = [decoder.generate(row, 20, GREEDY, ())[0] for row in ids]
+    assert [t[:3] for t in texts] == [t[:3] for t in alone]
+    end = texts[1][4]
+    cut = decoder.generate(ids, 20, GREEDY, end)
+    for text, short in zip(texts, cut, strict=True):
+        stop = text.index(end) + 1 if end in text else 20
+        assert short == text[:stop]
+    model.generation_config.eos_token_id = [end]
+    assert decoder.generate(ids, 20, GREEDY) == cut
+    assert decoder.generate(ids, 0) == [[], [], []]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("kv", ["dense4", "dense2"])
+def test_quantised_keys_and_values(device: str, kv: str) -> None:
+    model = tiny(device)
+    ids = prompts(device, 1, 250)
+    with torch.no_grad():
+        want = model(ids).logits[0, 239:].float()
+    decoder = compile_decode(model, max_tokens=256, kv=kv, window=64, sinks=4)
+    got = [decoder.read(ids[:, :240]).clone()]
+    got += [decoder.step(ids[:, i]).clone() for i in range(240, 250)]
+    error = float((torch.cat(got).float() - want).norm() / want.norm())
+    assert error < {"dense4": 0.1, "dense2": 0.3}[kv]
+    plain = compile_decode(model, max_tokens=256)
+    plain.prepare(1)
+    assert decoder.kv_bytes < plain.kv_bytes
+
+
+def test_norms_are_fused_only_where_that_is_the_same() -> None:
+    model = tiny("cpu")
+    other = copy.deepcopy(model)
+    assert fuse_norms(model) == 2 * model.config.num_hidden_layers + 1
+    assert fuse_norms(model) == 0  # they are
+
+    class ShiftedRMSNorm(type(other.model.norm)):  # type: ignore[misc]
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) + x.new_tensor(0.25)  # type: ignore[no-any-return]
+
+    other.model.norm.__class__ = ShiftedRMSNorm
+    assert fuse_norms(other) == 2 * model.config.num_hidden_layers
+    x = torch.randn(3, model.config.hidden_size).bfloat16()
+    assert torch.equal(other.model.norm(x), ShiftedRMSNorm.forward(other.model.norm, x))
+
+
+def test_mistakes() -> None:
+    model = tiny("cpu")
+    with pytest.raises(TypeError, match=r"model: expected torch.float16 or .* got torch.float32"):
+        compile_decode(tiny("cpu", dtype=torch.float32))
+    with pytest.raises(ValueError, match=r"max_tokens: expected 1 to 256, the context, got 257"):
+        compile_decode(model, 257)
+    with pytest.raises(ValueError, match=r"window: only with kv"):
+        compile_decode(model, 64, window=64)
+    with pytest.raises(NotImplementedError, match=r"key_format: expected one of dense2"):
+        compile_decode(model, 64, kv="dense3", batch_sizes=(1,))
+    with pytest.raises(NotImplementedError, match=r"expected full attention .* sliding_attention"):
+        compile_decode(tiny("cpu", "gemma2", head_dim=64), 64, batch_sizes=(1,))
+    with pytest.raises(NotImplementedError, match=r"rotary embedding \(longrope\)"):
+        compile_decode(make("phi3-long").bfloat16(), 64)
+    decoder = compile_decode(model, 16)
+    ids = prompts("cpu", 1, 10)
+    with pytest.raises(ValueError, match=r"prompts: expected at most 16 tokens, got 20"):
+        decoder.read(torch.ones(1, 20, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"prompts: expected ids \[batch, tokens\], got \[10\]"):
+        decoder.read(ids[0])
+    with pytest.raises(ValueError, match=r"tokens: expected ids \[batch\] of a text that read\(\)"):
+        decoder.step(ids[:, 0])
+    with pytest.raises(ValueError, match=r"max_new_tokens: the cache holds 16 tokens, got 10 \+ 8"):
+        decoder.generate(ids, 8)
+    assert len(decoder.generate(ids, 7, GREEDY, ())[0]) == 7
+    with pytest.raises(ValueError, match=r"tokens: the cache is full, it holds 16 tokens"):
+        decoder.step(ids[:, 0])
