@@ -186,5 +186,22 @@ def _register() -> None:
         out = layer.attend_and_keep(query, key, value, attention_mask, scaling)
         return out.transpose(1, 2).contiguous(), None
 
+    def mask(**options: Any) -> torch.Tensor | None:
+        """transformers' own, which makes one for a single token too while a graph is captured."""
+        has_gpu = torch.cuda.is_available()
+        if has_gpu and torch.cuda.is_current_stream_capturing() and _lone_token(options):
+            return None
+        made: torch.Tensor | None = masks.sdpa_mask(**options)
+        return made
+
     models.ALL_ATTENTION_FUNCTIONS.register(NAME, attend)
-    masks.ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, masks.sdpa_mask)
+    masks.ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, mask)
+
+
+def _lone_token(options: dict[str, Any]) -> bool:
+    """Whether a mask is asked for that would hide nothing: one token, which sees all before it."""
+    length = options.get("q_length")
+    if length is None:  # older versions
+        length = len(options.get("cache_position", ()))
+    hides = options.get("attention_mask") is not None or options.get("local_size") is not None
+    return length == 1 and not hides and options.get("allow_is_causal_skip", True)
