@@ -95,6 +95,32 @@ struct EmbeddingArgs {
   Real out_type;
 };
 
+// ---- the small steps of a layer between its products, rounded where torch's formulas round ----
+struct RmsNormArgs {
+  const void* x;       // [rows, cols] of type
+  const void* weight;  // [cols] of type
+  void* out;           // [rows, cols] of type
+  int64_t rows, cols;
+  float eps;
+  Real type;
+};
+
+// Queries or keys: [batch, heads, tokens, channels] of type, channels side by side.
+struct RotatedHeads {
+  const void* x;
+  void* out;  // contiguous
+  int64_t heads;
+  int64_t strides[3];  // of batch, head and token in x
+};
+
+struct RotaryArgs {
+  RotatedHeads sides[2];
+  const void *cos, *sin;  // [batch or 1, tokens, channels] of type
+  int64_t batch, tokens, channels;
+  int64_t angle_stride;  // of batch; 0: all have the same angles
+  Real type;
+};
+
 // ---- sampling and speculative verification; any pointer of parameters may be null: off ----
 struct SamplingParameters {
   const float* temperature;  // [num_sequences], 0 = greedy

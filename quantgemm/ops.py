@@ -29,6 +29,8 @@ __all__ = [
     "pack",
     "quantize",
     "quantize_activations",
+    "rms_norm",
+    "rotary",
     "sample",
     "spec_verify",
     "spec_verify_tree",
@@ -317,6 +319,37 @@ def _(
     ids: torch.Tensor, w: torch.Tensor, qtype: int, dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:
     return w.new_empty([*ids.shape, _cols(format_by_id(qtype), w.shape[1])], dtype=dtype)
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """x ``[..., cols]`` over the root of its mean square, times weight ``[cols]``; one launch.
+
+    Rounded to x's dtype before and after the product with weight, as transformers' models do it.
+    Without gradients.
+    """
+    return torch.ops.quantgemm.rms_norm(x, weight, eps)  # type: ignore[no-any-return]
+
+
+@register_fake("quantgemm::rms_norm")
+def _(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    return x.new_empty(x.shape)
+
+
+def rotary(
+    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``x · cos + rotate_half(x) · sin`` of queries and of keys, bit for bit, in one launch.
+
+    q, k ``[batch, heads, tokens, channels]``, each with heads of its own; cos, sin ``[batch or 1,
+    tokens, channels]``, all of one dtype. rotate_half makes (a, b) to (-b, a), a and b the halves
+    of the channels. Without gradients.
+    """
+    return torch.ops.quantgemm.rotary(q, k, cos, sin)  # type: ignore[no-any-return]
+
+
+@register_fake("quantgemm::rotary")
+def _(q: torch.Tensor, k: torch.Tensor, *_: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape)
 
 
 def activation_row_bytes(cols: int) -> int:

@@ -45,6 +45,7 @@ def run_cases() -> None:
         x = torch.randn(3, cols, generator=generator)
         ops.quantize_activations(x.cuda())
         ops.quantize_activations(x.half().cuda())
+    run_layer_steps()
     run_gemm_cases(generator)
     run_packed_cases(generator)
     run_sampling_cases(generator)
@@ -52,6 +53,16 @@ def run_cases() -> None:
     run_kv_cache_cases(generator)
     torch.cuda.synchronize()
     print("cases done")
+
+
+def run_layer_steps() -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        for cols in (7, 96, 5000):
+            x = torch.ones(3, cols, dtype=dtype, device="cuda")
+            ops.rms_norm(x, x[0].clone(), 1e-5)
+        q = torch.ones(2, 5, 3, 6, dtype=dtype, device="cuda")
+        angles = torch.ones(2, 3, 6, dtype=dtype, device="cuda")
+        ops.rotary(q, q[:, :1].clone(), angles, angles.clone())
 
 
 def run_packed_cases(generator: torch.Generator) -> None:

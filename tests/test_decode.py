@@ -16,7 +16,7 @@ from tiny_models import make
 
 from quantgemm import replace_linear
 from quantgemm.models import compile_decode
-from quantgemm.models.decode import fuse_norms
+from quantgemm.models.decode import fuse_steps
 from quantgemm.sampling import NgramDraft, SamplingConfig, speculative_generate
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
@@ -102,18 +102,34 @@ def test_quantised_keys_and_values(device: str, kv: str) -> None:
 
 def test_norms_are_fused_only_where_that_is_the_same() -> None:
     model = tiny("cpu")
-    other = copy.deepcopy(model)
-    assert fuse_norms(model) == 2 * model.config.num_hidden_layers + 1
-    assert fuse_norms(model) == 0  # they are
+    other, untouched = copy.deepcopy(model), copy.deepcopy(model)
+    norms = 2 * model.config.num_hidden_layers + 1
+    assert fuse_steps(model)[0] == norms
+    assert fuse_steps(model) == (0, 0)  # they are
+    x = torch.randn(3, model.config.hidden_size).bfloat16()
+    with torch.no_grad():
+        torch.testing.assert_close(model.model.norm(x), untouched.model.norm(x), rtol=2**-7, atol=0)
 
     class ShiftedRMSNorm(type(other.model.norm)):  # type: ignore[misc]
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return super().forward(x) + x.new_tensor(0.25)  # type: ignore[no-any-return]
 
     other.model.norm.__class__ = ShiftedRMSNorm
-    assert fuse_norms(other) == 2 * model.config.num_hidden_layers
-    x = torch.randn(3, model.config.hidden_size).bfloat16()
+    assert fuse_steps(other)[0] == norms - 1
     assert torch.equal(other.model.norm(x), ShiftedRMSNorm.forward(other.model.norm, x))
+
+
+def test_gradients_flow_through_fused_steps() -> None:
+    model = tiny("cpu", dtype=torch.float32)
+    ids = prompts("cpu")
+    before = model(ids, labels=ids).loss
+    fuse_steps(model)
+    loss = model(ids, labels=ids).loss
+    assert torch.equal(loss, before)
+    loss.backward()
+    assert model.model.norm.weight.grad.abs().sum() > 0
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids, labels=ids).loss, before, rtol=1e-5, atol=1e-6)
 
 
 def test_mistakes() -> None:

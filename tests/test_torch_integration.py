@@ -58,6 +58,15 @@ def product_cases(device: str) -> dict[str, tuple[Callable, tuple]]:
             (x[0], packed, int(QType.Q4_K), 9, 512, None, "auto"),
         ),
         "gemm_fp32": (Q.gemm_fp32.default, (x, weights, "tiled")),
+        "rms_norm": (Q.rms_norm.default, (x, weights[0], 1e-5)),
+        "rotary": (
+            Q.rotary.default,
+            (
+                weights.view(1, 9, 8, 64),
+                weights[:8].view(1, 8, 8, 64),
+                *[weights[:1].view(1, 8, 64)] * 2,
+            ),
+        ),
         "embedding": (Q.embedding.default, (ids, w, int(QType.Q4_K), torch.float16)),
     }
 

@@ -23,6 +23,8 @@ void pack_cpu(const PackArgs& args, int64_t first_strip, int64_t last_strip);
 void unpack_cpu(const PackArgs& args, int64_t first_strip, int64_t last_strip);
 
 void embedding_cpu(const EmbeddingArgs& args, int64_t first_id, int64_t last_id);
+void rms_norm_cpu(const RmsNormArgs& args, int64_t first_row, int64_t last_row);
+void rotary_cpu(const RotaryArgs& args, int64_t first_token, int64_t last_token);  // of all sequences
 void spec_verify_cpu(const VerifyArgs& args, int64_t first_sequence, int64_t last_sequence);
 
 // Compression of 64-token blocks of all heads, counted head by head: bitmaps and fits of a range, then

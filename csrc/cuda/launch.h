@@ -30,6 +30,9 @@ cudaError_t launch_mma_packed(const GemmPackedArgs& args, cudaStream_t stream);
 
 cudaError_t launch_embedding(const EmbeddingArgs& args, cudaStream_t stream);
 
+cudaError_t launch_rms_norm(const RmsNormArgs& args, cudaStream_t stream);
+cudaError_t launch_rotary(const RotaryArgs& args, cudaStream_t stream);
+
 // Rows of logits: their laws into args.row_laws, of this many bytes (row_laws.cuh).
 int64_t verify_scratch_bytes(const VerifyArgs& args);
 cudaError_t launch_row_laws(const VerifyArgs& args, cudaStream_t stream);

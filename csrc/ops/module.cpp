@@ -17,6 +17,8 @@ STABLE_TORCH_LIBRARY(quantgemm, m) {
       "gemm_packed(Tensor x, Tensor packed, int qtype, int n, int k, Tensor? bias=None, str algo='auto') "
       "-> Tensor");
   m.def("embedding(Tensor ids, Tensor w, int qtype, ScalarType dtype=float) -> Tensor");
+  m.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
+  m.def("rotary(Tensor q, Tensor k, Tensor cos, Tensor sin) -> (Tensor q, Tensor k)");
   m.def(
       "spec_verify(Tensor target, Tensor draft_tokens, Tensor cu_rows, Tensor? draft=None, "
       "bool target_probs=False, bool draft_probs=False, Tensor? draft_lse=None, Tensor? draft_cutoff=None, "
@@ -64,6 +66,8 @@ void register_backend(torch::stable::detail::StableLibrary& m) {
   m.impl("unpack", TORCH_BOX(&quantgemm::unpack));
   m.impl("gemm_packed", TORCH_BOX(&quantgemm::gemm_packed));
   m.impl("embedding", TORCH_BOX(&quantgemm::embedding));
+  m.impl("rms_norm", TORCH_BOX(&quantgemm::rms_norm));
+  m.impl("rotary", TORCH_BOX(&quantgemm::rotary));
   m.impl("spec_verify", TORCH_BOX(&quantgemm::spec_verify));
   m.impl("sample", TORCH_BOX(&quantgemm::sample));
   m.impl("draft_sample", TORCH_BOX(&quantgemm::draft_sample));

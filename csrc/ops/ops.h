@@ -15,6 +15,8 @@ Tensor gemm_fp32(Tensor x, Tensor w, std::string algo);
 Tensor pack(Tensor w, int64_t qtype);
 Tensor unpack(Tensor packed_weights, int64_t qtype, int64_t n, int64_t k);
 Tensor embedding(Tensor ids, Tensor w, int64_t qtype, ScalarType dtype);
+Tensor rms_norm(Tensor x, Tensor weight, double eps);
+std::tuple<Tensor, Tensor> rotary(Tensor q, Tensor k, Tensor cos, Tensor sin);
 
 using OptTensor = std::optional<Tensor>;
 Tensor gemm_packed(Tensor x, Tensor packed_weights, int64_t qtype, int64_t n, int64_t k, OptTensor bias,

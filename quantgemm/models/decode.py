@@ -11,6 +11,7 @@ started again as one. Keys and values lie in a `SparseKVCache`, as they are or q
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
@@ -41,8 +42,8 @@ def compile_decode(
     key_format, value_format). batch_sizes: those to record now, others when they are first used.
 
     The model attends through quantgemm from now on where it is given such a cache, and its RMS
-    norms are one kernel each where that changes nothing but roundings. On the CPU there are no
-    graphs, and all else is the same.
+    norms and rotary embeddings are one kernel each where that changes nothing but roundings. On
+    the CPU there are no graphs, and all else is the same.
     """
     decoder = Decoder(model, max_tokens, kv, options)
     for batch in batch_sizes:
@@ -72,7 +73,7 @@ class Decoder:
             raise ValueError(f"{next(iter(options))}: only with kv, a format of keys and values")
         self.model, self.max_tokens, self.kv, self.options = model, max_tokens, kv, options
         self._steps: dict[int, _Step] = {}
-        fuse_norms(model)
+        fuse_steps(model)
 
     def prepare(self, batch: int) -> None:
         """Takes the memory for so many sequences, and records their step."""
@@ -246,14 +247,15 @@ class _Step:
         return self.logits
 
 
-def fuse_norms(model: torch.nn.Module) -> int:
-    """Gives RMS norms torch's own kernel in place of six small ones; returns how many.
+def fuse_steps(model: torch.nn.Module) -> tuple[int, int]:
+    """Gives RMS norms and rotary embeddings one kernel in place of six and ten.
 
-    Only those of a class whose result is the same but for the last bit of a rounding: the
-    first one of each class and size is compared.
+    Only where the result is the same but for the last bit of a rounding: the first norm of each
+    class and size is compared, and rotations are the same bit for bit. Where gradients are asked
+    for, all is as before. Returns how many norms and how many functions were replaced.
     """
     fits: dict[tuple[type, int], bool] = {}
-    fused = 0
+    norms = 0
     for module in model.modules():
         if not type(module).__name__.endswith("RMSNorm") or "forward" in module.__dict__:
             continue
@@ -266,8 +268,8 @@ def fuse_norms(model: torch.nn.Module) -> int:
             fits[kind] = _agree(module, forward, weight)
         if fits[kind]:
             module.forward = forward
-            fused += 1
-    return fused
+            norms += 1
+    return norms, sum(_fuse_rotary(name) for name in {type(m).__module__ for m in model.modules()})
 
 
 def _one_kernel(module: torch.nn.Module) -> Callable[[torch.Tensor], torch.Tensor] | None:
@@ -275,10 +277,13 @@ def _one_kernel(module: torch.nn.Module) -> Callable[[torch.Tensor], torch.Tenso
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if not isinstance(weight, torch.Tensor) or weight.dim() != 1 or not isinstance(eps, float):
         return None
+    plain = module.forward
 
     def forward(hidden_states: torch.Tensor) -> torch.Tensor:
         weight: torch.Tensor = module.weight  # type: ignore[assignment]
-        return torch.nn.functional.rms_norm(hidden_states, weight.shape, weight, eps)
+        if torch.is_grad_enabled() or hidden_states.dtype != weight.dtype:
+            return plain(hidden_states)  # type: ignore[no-any-return]
+        return ops.rms_norm(hidden_states, weight, eps)
 
     return forward
 
@@ -289,8 +294,45 @@ def _agree(
     weight: torch.Tensor,
 ) -> bool:
     generator = torch.Generator(weight.device).manual_seed(0)
-    options: dict[str, Any] = {"device": weight.device, "generator": generator}
-    x = torch.randn(4, weight.numel(), **options).to(weight.dtype)
+    x = torch.randn(4, weight.numel(), device=weight.device, generator=generator).to(weight.dtype)
     with torch.no_grad():
         want, got = module(x).float(), forward(x).float()
     return bool(((want - got).abs() <= 2 * torch.finfo(weight.dtype).eps * want.abs()).all())
+
+
+def _fuse_rotary(module_name: str) -> bool:
+    """Replaces transformers' function in the module of an attention class."""
+    module = sys.modules[module_name]
+    plain = getattr(module, "apply_rotary_pos_emb", None)
+    if not module_name.startswith("transformers.") or plain is None:
+        return False
+    if getattr(plain, "is_quantgemm", False) or not _is_known_rotation(plain):
+        return False
+
+    def apply_rotary_pos_emb(
+        q: torch.Tensor,
+        k: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        *args: Any,
+        **kw: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        ours = not (args or kw or torch.is_grad_enabled())
+        if ours and cos.dim() == 3 and q.shape[-1] == cos.shape[-1] and q.dtype == cos.dtype:
+            return ops.rotary(q, k, cos, sin)
+        return plain(q, k, cos, sin, *args, **kw)  # type: ignore[no-any-return]
+
+    apply_rotary_pos_emb.is_quantgemm = True  # type: ignore[attr-defined]
+    module.apply_rotary_pos_emb = apply_rotary_pos_emb  # type: ignore[attr-defined]
+    return True
+
+
+def _is_known_rotation(plain: Callable[..., Any]) -> bool:
+    """Whether a function called so does what `ops.rotary` does; some models turn otherwise."""
+    q, k, angles = torch.randn(1, 2, 3, 8), torch.randn(1, 1, 3, 8), torch.randn(1, 3, 8)
+    try:
+        want = plain(q, k, angles.cos(), angles.sin())
+    except (TypeError, ValueError, RuntimeError):
+        return False
+    got = ops.rotary(q, k, angles.cos(), angles.sin())
+    return all(torch.equal(a, b) for a, b in zip(want, got, strict=True))

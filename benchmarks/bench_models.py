@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: MIT
+"""A whole model on the GPU: prompts, generation and memory, quantised and in bfloat16.
+
+    python benchmarks/bench_models.py [--type Q4_K_M] [--layers 32] [--out benchmarks/results]
+
+Llama-3-8B's shape with random weights (random_model.py), through transformers' own model. "graphs"
+is `compile_decode`; the rival is the same class with bfloat16 weights and cuBLAS, with graphs too.
+tg: tokens per second, one sequence; of_copy: bytes of weights per token over the time, of the copy
+bandwidth measured in the same run. Load times include reading the file from the page cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from common import RESULTS, copy_bandwidth, print_table, save
+from random_model import FEED, HEAD_DIM, HEADS, HIDDEN, KV_HEADS, MIXTURE, VOCAB, write
+
+import quantgemm
+from quantgemm.commands.bench import bytes_per_token, measure
+from quantgemm.models import compile_decode
+
+PROMPTS, GENERATED, CONTEXT = (512, 2048), 128, 8192
+
+
+def plain_model(layers: int) -> Any:
+    """The same architecture in bfloat16, as large as the file's."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=HIDDEN,
+        intermediate_size=FEED,
+        num_hidden_layers=layers,
+        num_attention_heads=HEADS,
+        num_key_value_heads=KV_HEADS,
+        head_dim=HEAD_DIM,
+        max_position_embeddings=CONTEXT,
+        dtype=torch.bfloat16,
+    )
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("cuda"):
+            return LlamaForCausalLM(config).eval()
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def rows_of(name: str, load: Any, copy: float) -> list[dict[str, Any]]:
+    """Without graphs, then with them."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    start = time.perf_counter()
+    model = load()
+    torch.cuda.synchronize()
+    seconds = time.perf_counter() - start
+    base = {
+        "weights": name,
+        "load_s": seconds,
+        "loaded_GB": torch.cuda.memory_allocated() / 1e9,
+        "load_peak_GB": torch.cuda.max_memory_allocated() / 1e9,
+    }
+    found = []
+    for graphs in (False, True):
+        decoder = compile_decode(model, 1024, batch_sizes=(1,)) if graphs else None
+        torch.cuda.reset_peak_memory_stats()
+        tg = median(measure(model, "tg", GENERATED, 3, decoder))
+        row = {**base, "graphs": "yes" if graphs else "no", f"tg{GENERATED}": tg}
+        row["of_copy"] = tg * bytes_per_token(model) / copy
+        row["tg_peak_GB"] = torch.cuda.max_memory_allocated() / 1e9
+        for length in PROMPTS:
+            row[f"pp{length}"] = median(measure(model, "pp", length, 3))
+        found.append(row)
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--type", default=MIXTURE, help=f"default: {MIXTURE}")
+    parser.add_argument("--layers", type=int, default=32, help="default: 32")
+    parser.add_argument("--out", type=Path, default=None, help=f"for instance {RESULTS}")
+    args = parser.parse_args()
+    if not torch.cuda.is_available() or quantgemm.build_info().cuda is None:
+        print("no CUDA device: nothing to measure")
+        return 0
+    copy = copy_bandwidth()
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "random.gguf"
+        write(path, args.type, args.layers, CONTEXT)
+        size = path.stat().st_size
+        for algo in ("auto", "auto_q8"):
+
+            def load(algo: str = algo) -> Any:
+                return quantgemm.load_model(path, "cuda", algo=algo, progress=False)
+
+            rows += rows_of(f"{args.type}, {algo}", load, copy)
+    rows += rows_of("bfloat16", lambda: plain_model(args.layers), copy)
+    print(f"copy {copy / 1e12:.2f} TB/s; the file has {size / 1e9:.3f} GB")
+    print_table(rows)
+    if args.out:
+        save("models", rows, args.out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

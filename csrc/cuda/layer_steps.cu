@@ -1,0 +1,109 @@
+// SPDX-License-Identifier: MIT
+// The small steps between a layer's products, one launch each where torch takes six and ten: RMS norm, a
+// thread block per row, and rotary embedding, a thread per pair of channels. Products and sums are rounded
+// one by one (no fused multiply-add), so that results are torch's.
+// Limit: with one token the launch itself, with many DRAM.
+#include "launch.h"
+#include "memory.cuh"
+
+namespace quantgemm {
+namespace {
+
+constexpr int kNormThreads = 512, kRotaryThreads = 256;
+
+template <class T>
+__device__ __forceinline__ float rounded(float x) {
+  T stored;
+  store1(&stored, x);
+  return to_float(stored);
+}
+
+template <class T>
+__global__ void __launch_bounds__(kNormThreads) rms_norm_kernel(RmsNormArgs args) {
+  __shared__ float sums[kNormThreads / 32];
+  const int64_t row = blockIdx.x;
+  const T* const x = static_cast<const T*>(args.x) + row * args.cols;
+  const T* const weight = static_cast<const T*>(args.weight);
+  T* const out = static_cast<T*>(args.out) + row * args.cols;
+  const int64_t vectors = args.cols / 8;
+  const bool aligned = args.cols % 8 == 0;  // other rows start anywhere
+  float sum = 0;
+  if (aligned) {
+    for (int64_t v = threadIdx.x; v < vectors; v += kNormThreads) {
+      float values[8];
+      load8(values, x + 8 * v);
+#pragma unroll
+      for (const float value : values) sum += value * value;
+    }
+  } else {
+    for (int64_t i = threadIdx.x; i < args.cols; i += kNormThreads) sum += to_float(x[i]) * to_float(x[i]);
+  }
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
+  if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = sum;
+  __syncthreads();
+  sum = sums[threadIdx.x % (kNormThreads / 32)];
+#pragma unroll
+  for (int step = kNormThreads / 64; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
+  const float factor = rsqrtf(__fadd_rn(sum / static_cast<float>(args.cols), args.eps));
+  if (aligned) {
+    for (int64_t v = threadIdx.x; v < vectors; v += kNormThreads) {
+      float values[8], scales[8];
+      load8(values, x + 8 * v);
+      load8(scales, weight + 8 * v);
+#pragma unroll
+      for (int j = 0; j < 8; ++j)
+        store1(out + 8 * v + j, __fmul_rn(scales[j], rounded<T>(__fmul_rn(values[j], factor))));
+    }
+  } else {
+    for (int64_t i = threadIdx.x; i < args.cols; i += kNormThreads)
+      store1(out + i, __fmul_rn(to_float(weight[i]), rounded<T>(__fmul_rn(to_float(x[i]), factor))));
+  }
+}
+
+// Grid: pairs of channels of all heads and tokens, of queries, then of keys.
+template <class T>
+__global__ void __launch_bounds__(kRotaryThreads) rotary_kernel(RotaryArgs args, int64_t pairs) {
+  int64_t pair = blockIdx.x * int64_t{kRotaryThreads} + threadIdx.x;
+  if (pair >= pairs) return;
+  const int64_t half = args.channels / 2, queries = args.batch * args.sides[0].heads * args.tokens * half;
+  const bool is_key = pair >= queries;
+  if (is_key) pair -= queries;
+  const RotatedHeads& side = args.sides[is_key];
+  const int64_t i = pair % half, row = pair / half, t = row % args.tokens, h = row / args.tokens % side.heads,
+                b = row / args.tokens / side.heads;
+  const T* const x =
+      static_cast<const T*>(side.x) + b * side.strides[0] + h * side.strides[1] + t * side.strides[2];
+  const int64_t angle = b * args.angle_stride + t * args.channels;
+  const T *const cos = static_cast<const T*>(args.cos) + angle, *const sin =
+                                                                    static_cast<const T*>(args.sin) + angle;
+  T* const out = static_cast<T*>(side.out) + row * args.channels;
+  const float low = to_float(x[i]), high = to_float(x[i + half]);
+  const auto turned = [&](float own, float other, int64_t at) {
+    return __fadd_rn(rounded<T>(__fmul_rn(own, to_float(cos[at]))),
+                     rounded<T>(__fmul_rn(other, to_float(sin[at]))));
+  };
+  store1(out + i, turned(low, -high, i));
+  store1(out + i + half, turned(high, low, i + half));
+}
+
+}  // namespace
+
+cudaError_t launch_rms_norm(const RmsNormArgs& args, cudaStream_t stream) {
+  visit_real(args.type, [&]<class T>(T) {
+    rms_norm_kernel<T><<<static_cast<unsigned>(args.rows), kNormThreads, 0, stream>>>(args);
+  });
+  return cudaGetLastError();
+}
+
+cudaError_t launch_rotary(const RotaryArgs& args, cudaStream_t stream) {
+  const int64_t heads = args.sides[0].heads + args.sides[1].heads,
+                pairs = args.batch * heads * args.tokens * (args.channels / 2),
+                blocks = (pairs + kRotaryThreads - 1) / kRotaryThreads;
+  visit_real(args.type, [&]<class T>(T) {
+    rotary_kernel<T><<<static_cast<unsigned>(blocks), kRotaryThreads, 0, stream>>>(args, pairs);
+  });
+  return cudaGetLastError();
+}
+
+}  // namespace quantgemm
