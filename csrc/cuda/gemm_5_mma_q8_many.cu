@@ -49,10 +49,14 @@ cudaError_t launch_many(const GemmArgs& args, cudaStream_t stream) {
   cudaError_t status = cudaErrorNotSupported;
   visit_many(args, [&]<class F>(F) {
     using L = ManyTokens<F>;
+    CUtensorMap codes;
+    status = describe_tiles(codes, {args.activations, args.m, args.k, ActivationRow::bytes(args.k)},
+                            L::kTokens, L::kSlab);
+    if (status != cudaSuccess) return;
     GemmArgs rounded = args;
     rounded.x = args.activations;
     status = quantgemm::launch_tiles(gemm_mma_q8_many_kernel<F>, L::kThreads, L::kBytes, rounded,
-                                     args.k / F::kElems * F::kBytes, many_schedule<F>(args), stream);
+                                     args.k / F::kElems * F::kBytes, many_schedule<F>(args), stream, codes);
   });
   return status;
 }

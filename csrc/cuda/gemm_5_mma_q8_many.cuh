@@ -2,11 +2,12 @@
 // The int8 tensor-core product for more than 128 tokens, in the shape of gemm_4_mma_many.cuh: four warps
 // copy activations and turn blocks of weights to A fragments and a table of scales, a few slabs of k
 // ahead; the others only multiply and scale. y += s_a · (s_w · Σ q_w q_a) + o_w · sum_a per group of 32.
-// Limit: issue slots and latency. A product, which takes 7.5 clocks, has 8 FFMA (12 with offsets).
+// Limit: issue slots and latency. A product, which takes 7.5 clocks, has 8 FFMA.
 #pragma once
 #include "../formats/activation.h"
 #include "gemm_4_mma_many.cuh"
 #include "mma_q8.cuh"
+#include "tensor_copy.cuh"
 
 namespace quantgemm::mma_q8 {
 
@@ -30,18 +31,22 @@ struct ManyTokens {
   static constexpr int kWeightBytes = kWarpRows * kPitch;  // of one chunk and warp
   // A place in the ring: codes of x, [token][128] with 16-byte pieces swapped within a token, then per group
   //   fragments     [row tile][lane] of 16 bytes
-  //   scales of w   [row tile][r] s_w, −magic · s_w of row r, then of row r + 8;  [row tile][r] o_w of both,
-  //   8 bytes free scales of x   [token] s_a in the order in which a lane reads them, or s_a, sum_a
-  static constexpr int kScaleBytes = F::kOffset ? 8 : 4;
+  //   scales of w   [row tile][r] s_w, −magic · s_w of row r, then of row r + 8
+  //   offsets of w  [row tile][r] of row r, then of row r + 8, as two bfloat16 each
+  //   scales of x   [token] s_a in the order in which a lane reads them
+  //   sums of x     [token], if there are offsets
   static constexpr int kTableAt = kRows * 32, kOffsetsAt = kTableAt + kRows * 8;
-  static constexpr int kScalesAt = kOffsetsAt + (F::kOffset ? kRows * 8 : 0);
-  static constexpr int kGroupBytes = kScalesAt + (kTokens + 16) * kScaleBytes;
-  static constexpr int kGroupsAt = kTokens * kSlab, kPlaceBytes = kGroupsAt + kGroups * kGroupBytes;
-  static_assert(kPlaceBytes % 128 == 0 && kTokens % 64 == 0);
+  static constexpr int kScalesAt = kOffsetsAt + (F::kOffset ? kRows * 4 : 0),
+                       kSumsAt = kScalesAt + kTokens * 4;
+  static constexpr int kGroupBytes = kSumsAt + (F::kOffset ? kTokens * 4 : 0) + 32;
+  static_assert(kGroupBytes % 128 == 32);  // lanes of four groups meet in no bank
+  static constexpr int kGroupsAt = kTokens * kSlab, kAlign = 1024;
+  static constexpr int kPlaceBytes = (kGroupsAt + kGroups * kGroupBytes + kAlign - 1) / kAlign * kAlign;
+  static_assert(kTokens % 64 == 0);
   // The rest: weights as they are in the file, results on their way to y, barriers.
   static constexpr int kOutStride = 36, kOutBytes = 8 * kOutStride * 4;  // of a warp, floats
   static constexpr int kRestBytes =
-      2 * kDecoderWarps * kWeightBytes + kMultiplierWarps * kOutBytes + 2 * 3 * 8;
+      kAlign + 2 * kDecoderWarps * kWeightBytes + kMultiplierWarps * kOutBytes + 2 * 3 * 8;
   static constexpr int kPlaces = 232448 - kRestBytes >= 3 * kPlaceBytes ? 3 : 2;
   static constexpr int kWeightsAt = kPlaces * kPlaceBytes;
   static constexpr int kOutAt = kWeightsAt + 2 * kDecoderWarps * kWeightBytes;
@@ -52,55 +57,48 @@ struct ManyTokens {
 // As in gemm_5_mma_q8.cuh: scales are kept times 2^-24 and with two bits of mantissa cleared.
 constexpr float kScaledDown = 0x1p-24f, kScaledUp = 0x1p24f;
 
-// A decoder thread's part in copying activations. Instead of tokens behind m the last one is copied;
-// groups behind k get scales of zero, and may have any codes.
-template <class L>
-struct ActivationStager {
-  static constexpr int kTokenStep = L::kDecoders / 8, kScaleStep = L::kDecoders / L::kGroups;
-  static constexpr int kCopies = L::kTokens / kTokenStep, kScaleCopies = L::kTokens / kScaleStep;
+// A decoder thread's part in copying scales of activations. Instead of tokens behind m the last one's are
+// copied; groups behind k get zeros.
+template <class L, bool Sums>
+struct ScaleStager {
+  static constexpr int kStep = L::kDecoders / L::kGroups, kCopies = L::kTokens / kStep;
 
-  bytes_ptr codes, scales;    // the thread's first piece, its first group
+  bytes_ptr scales;           // of the thread's group
   uint32_t offsets[kCopies];  // to each of its tokens
-  uint32_t scale_offsets[kScaleCopies];
-  uint32_t place, scale_place;  // in shared memory
-  int piece, group;
+  uint32_t place, sum_place;  // in shared memory
+  int group;
 
-  __device__ __forceinline__ ActivationStager(bytes_ptr tokens, int64_t k, int64_t k0, int num_tokens,
-                                              int thread)
-      : codes(tokens + k0 + 16 * (thread % 8)),
-        scales(tokens + ActivationRow::scales_offset(k) + k0 / 4 + 8 * (thread % L::kGroups)),
-        piece(thread % 8),
+  __device__ __forceinline__ ScaleStager(bytes_ptr tokens, int64_t k, int64_t k0, int num_tokens, int thread)
+      : scales(tokens + ActivationRow::scales_offset(k) + k0 / 4 + 8 * (thread % L::kGroups)),
         group(thread % L::kGroups) {
     const auto row_bytes = static_cast<uint32_t>(ActivationRow::bytes(k));
-    const int token = thread / 8, scaled = thread / L::kGroups;
-    place = 128 * token + 16 * (piece ^ (token % 8));
+    const int token = thread / L::kGroups;
     // Token 8h + 2c + e of 16 to place 4c + 2h + e: what a lane reads for two token tiles are neighbours.
-    const int at = L::kScaleBytes == 8
-                       ? scaled
-                       : (scaled & ~15) + 4 * (scaled / 2 % 4) + 2 * (scaled / 8 % 2) + scaled % 2;
-    scale_place = L::kGroupsAt + group * L::kGroupBytes + L::kScalesAt + at * L::kScaleBytes;
+    const int at = (token & ~15) + 4 * (token / 2 % 4) + 2 * (token / 8 % 2) + token % 2;
+    place = L::kGroupsAt + group * L::kGroupBytes + L::kScalesAt + 4 * at;
+    sum_place = L::kGroupsAt + group * L::kGroupBytes + L::kSumsAt + 4 * token;
 #pragma unroll
-    for (int i = 0; i < kCopies; ++i) offsets[i] = row_bytes * min(token + i * kTokenStep, num_tokens - 1);
-#pragma unroll
-    for (int i = 0; i < kScaleCopies; ++i)
-      scale_offsets[i] = row_bytes * min(scaled + i * kScaleStep, num_tokens - 1);
+    for (int i = 0; i < kCopies; ++i) offsets[i] = row_bytes * min(token + i * kStep, num_tokens - 1);
   }
   // From value k0 of the tile on, of which num_values are left.
   __device__ __forceinline__ void operator()(uint32_t target, int k0, int num_values) const {
-    bytes_ptr source = codes + k0;
-    keep_in_register(source);
-#pragma unroll
-    for (int i = 0; i < kCopies; ++i)
-      copy_async<16>(target + place + i * kTokenStep * 128, source + offsets[i], 16 * piece < num_values);
     const bool inside = 32 * group < num_values;
-    source = scales + (inside ? k0 / 4 : 0) - (inside ? 0 : 8 * group);
+    bytes_ptr source = scales + (inside ? k0 / 4 : 0) - (inside ? 0 : 8 * group);
     keep_in_register(source);
 #pragma unroll
-    for (int i = 0; i < kScaleCopies; ++i)
-      copy_async<L::kScaleBytes>(target + scale_place + i * kScaleStep * L::kScaleBytes,
-                                 source + scale_offsets[i], true, inside ? L::kScaleBytes : 0);
+    for (int i = 0; i < kCopies; ++i) {
+      copy_async<4>(target + place + i * kStep * 4, source + offsets[i], true, inside ? 4 : 0);
+      if constexpr (Sums)
+        copy_async<4>(target + sum_place + i * kStep * 4, source + offsets[i] + 4, true, inside ? 4 : 0);
+    }
   }
 };
+
+// x as the sum of two bfloat16, up to 2^-18 of it; the first is in the low half.
+__device__ __forceinline__ uint32_t split_in_two(float x) {
+  const uint32_t first = pack_pair(x, x, BFloat16{});
+  return __byte_perm(first, pack_pair(x - __uint_as_float(first << 16), 0.0f, BFloat16{}), 0x5410);
+}
 
 // The scales of a row of the tile in a slab, to its entries of the table.
 template <BlockFormat F>
@@ -122,14 +120,14 @@ __device__ __forceinline__ void fill_table(uint8_t* groups, bytes_ptr bytes, int
     *reinterpret_cast<float2*>(groups + g * L::kGroupBytes + L::kTableAt + place + 8 * half) =
         make_float2(scale, -kMagic * scale);
     if constexpr (F::kOffset)
-      *reinterpret_cast<float*>(groups + g * L::kGroupBytes + L::kOffsetsAt + place + 4 * half) =
-          valid ? affine[g].offset * kScaledDown : 0.0f;
+      *reinterpret_cast<uint32_t*>(groups + g * L::kGroupBytes + L::kOffsetsAt + place / 2 + 4 * half) =
+          valid ? split_in_two(affine[g].offset * kScaledDown) : 0u;
   }
 }
 
 // The decoder warps' part.
 template <BlockFormat F>
-__device__ __forceinline__ void decode_many(const MmaProblem& p, uint8_t* smem) {
+__device__ __forceinline__ void decode_many(const MmaProblem& p, const CUtensorMap& codes, uint8_t* smem) {
   using L = ManyTokens<F>;
   constexpr int kTiles = L::kWarpRows / 16;
   // Unsigned: knowing the ranges of r and c, the compiler makes fewer instructions of their quads.
@@ -145,7 +143,8 @@ __device__ __forceinline__ void decode_many(const MmaProblem& p, uint8_t* smem) 
     const RowStager<L::kWarpRows, L::kPieces, L::kPitch, 32> stage_rows(
         rows, p.w + p.n * p.row_bytes, p.row_bytes,
         min(at.last_row - static_cast<int>(warp) * L::kWarpRows, L::kWarpRows - 1), lane);
-    const ActivationStager<L> stage_tokens(p.x + at.token0 * token_bytes, p.k, at.k0, at.num_tokens, thread);
+    const ScaleStager<L, F::kOffset> stage_scales(p.x + at.token0 * token_bytes, p.k, at.k0, at.num_tokens,
+                                                  thread);
     const auto stage_chunk = [&](int chunk) {
       stage_rows(ring.smem + weights_at + chunk % 2 * L::kWeightBytes, chunk * int64_t{L::kChunkBytes}, lane);
     };
@@ -163,7 +162,10 @@ __device__ __forceinline__ void decode_many(const MmaProblem& p, uint8_t* smem) 
     for (int slab = 0; slab < slabs; ++slab, ring.step()) {
       const int left = at.num_k - slab * L::kSlab;
       mbarrier_wait(ring.empty(), ring.turn ^ 1);
-      stage_tokens(ring.address(), slab * L::kSlab, left);
+      if (thread == 0)
+        copy_tile(ring.address(), codes, static_cast<int>(at.k0) + slab * L::kSlab,
+                  static_cast<int>(at.token0), ring.full(), L::kGroupsAt);
+      stage_scales(ring.address(), slab * L::kSlab, left);
       mbarrier_arrive_after_copies(ring.full());
       const int chunk = slab / L::kChunkSlabs, within = slab % L::kChunkSlabs * L::kSlab;
       if (within == 0) {
@@ -211,7 +213,7 @@ __device__ __forceinline__ void decode_many(const MmaProblem& p, uint8_t* smem) 
 
 // Bytes from the start of a place to what a multiplier lane reads first.
 struct ManyOffsets {
-  uint32_t codes, fragments, scales, table;
+  uint32_t codes, fragments, scales, table, offsets, sums;
 
   template <class L>
   __device__ __forceinline__ static ManyOffsets of(int warp, int lane) {
@@ -220,57 +222,38 @@ struct ManyOffsets {
     ManyOffsets at;
     at.codes = (token + lane % 8 + lane / 16 * 8) * 128 + 16 * ((lane / 8 % 2) ^ (lane % 8));
     at.fragments = L::kGroupsAt + row_tile * 512 + 16 * lane;
-    at.scales = L::kGroupsAt + L::kScalesAt + token * L::kScaleBytes + 16 * c;
+    at.scales = L::kGroupsAt + L::kScalesAt + token * 4 + 16 * c;
     at.table = L::kGroupsAt + L::kTableAt + (row_tile * 8 + r) * 16;
+    at.offsets = L::kGroupsAt + c * L::kGroupBytes + L::kOffsetsAt + (row_tile * 8 + r) * 8;
+    at.sums = L::kGroupsAt + c * L::kGroupBytes + L::kSumsAt + (token + r) * 4;
     keep_in_register(at.codes), keep_in_register(at.fragments), keep_in_register(at.scales);
     keep_in_register(at.table);
     return at;
   }
 };
 
-// s_a, and sum_a if there are offsets, of a lane's tokens 2c, 2c + 1 of two token tiles.
-template <BlockFormat F>
-__device__ __forceinline__ void load_token_scales(float (&scale)[4], float (&sum)[4], const uint8_t* from) {
-  if constexpr (F::kOffset) {
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const float4 q = *reinterpret_cast<const float4*>(from + 64 * h);
-      scale[2 * h] = q.x, sum[2 * h] = q.y, scale[2 * h + 1] = q.z, sum[2 * h + 1] = q.w;
-    }
-  } else {
-    const float4 q = *reinterpret_cast<const float4*>(from);
-    scale[0] = q.x, scale[1] = q.y, scale[2] = q.z, scale[3] = q.w;
-  }
-}
-
-// sums += w · x over one group. s · Σ without converting: fma(magic + Σ, s, −magic · s) is s · Σ rounded
-// once. The compiler keeps one or two products under way while those before them are scaled.
-template <BlockFormat F, class L>
+// sums += s_w · s_a · w · x over one group. s · Σ without converting: fma(magic + Σ, s, −magic · s) is s · Σ
+// rounded once. The compiler keeps one or two products under way while those before them are scaled.
+template <class L>
 __device__ __forceinline__ void multiply_group(float (&sums)[L::kRowTiles][L::kTokenTiles][4],
                                                const uint8_t* group, uint32_t codes, const ManyOffsets& at) {
   const uint8_t* const fragments = group + at.fragments;
   const uint8_t* const table = group + at.table;
-  const uint8_t* const offsets = table + L::kOffsetsAt - L::kTableAt;
-  const uint8_t* const scales = group + at.scales;
   uint32_t a[L::kRowTiles][4];
-  float s[L::kRowTiles][2], minus[L::kRowTiles][2], o[L::kRowTiles][2];
+  float s[L::kRowTiles][2], minus[L::kRowTiles][2];
 #pragma unroll
   for (int i = 0; i < L::kRowTiles; ++i) {
     const uint4 w = *reinterpret_cast<const uint4*>(fragments + i * 512);
     a[i][0] = w.x, a[i][1] = w.y, a[i][2] = w.z, a[i][3] = w.w;
     const float4 q = *reinterpret_cast<const float4*>(table + i * 128);
     s[i][0] = q.x, minus[i][0] = q.y, s[i][1] = q.z, minus[i][1] = q.w;
-    if constexpr (F::kOffset) {
-      const float2 both = *reinterpret_cast<const float2*>(offsets + i * 128);
-      o[i][0] = both.x, o[i][1] = both.y;
-    }
   }
 #pragma unroll
   for (int pair = 0; pair < L::kTokenTiles / 2; ++pair) {
     uint32_t b[4];
-    float scale[4], sum[4];
     load_matrices(b, codes + pair * 16 * 128);
-    load_token_scales<F>(scale, sum, scales + pair * 16 * L::kScaleBytes);
+    const float4 q = *reinterpret_cast<const float4*>(group + at.scales + pair * 64);
+    const float scale[4] = {q.x, q.y, q.z, q.w};
 #pragma unroll
     for (int h = 0; h < 2; ++h)
 #pragma unroll
@@ -282,9 +265,29 @@ __device__ __forceinline__ void multiply_group(float (&sums)[L::kRowTiles][L::kT
           float& y = sums[i][2 * pair + h][e];
           const float v = fmaf(__uint_as_float(d[e]), s[i][e / 2], minus[i][e / 2]);
           y = fmaf(v, scale[2 * h + e % 2], y);
-          if constexpr (F::kOffset) y = fmaf(o[i][e / 2], sum[2 * h + e % 2], y);
         }
       }
+  }
+}
+
+// sums += o_w · sum_a over the four groups of a slab, by one product of bfloat16 for each tile: group c takes
+// columns 2c, 2c + 1, 2c + 8, 2c + 9, where (o, o', o, o') meet (s, s, s', s'): o_w = o + o', sum_a = s + s'.
+template <class L>
+__device__ __forceinline__ void add_offsets(float (&sums)[L::kRowTiles][L::kTokenTiles][4],
+                                            const uint8_t* place, const ManyOffsets& at) {
+  static_assert(L::kGroups == 4);
+  uint32_t o[L::kRowTiles][4];
+#pragma unroll
+  for (int i = 0; i < L::kRowTiles; ++i) {
+    const uint2 both = *reinterpret_cast<const uint2*>(place + at.offsets + i * 64);
+    o[i][0] = o[i][2] = both.x, o[i][1] = o[i][3] = both.y;
+  }
+#pragma unroll
+  for (int j = 0; j < L::kTokenTiles; ++j) {
+    const uint32_t s = split_in_two(*reinterpret_cast<const float*>(place + at.sums + j * 32));
+    const uint32_t first = __byte_perm(s, s, 0x1010), second = __byte_perm(s, s, 0x3232);
+#pragma unroll
+    for (int i = 0; i < L::kRowTiles; ++i) mma_16x8x16(sums[i][j], o[i], first, second, BFloat16{});
   }
 }
 
@@ -352,8 +355,8 @@ __device__ __forceinline__ void multiply_many(const MmaProblem& p, uint8_t* smem
       mbarrier_wait(ring.full(), ring.turn);
 #pragma unroll 1
       for (int at_group = 0, piece = 0; piece < L::kSlab; at_group += L::kGroupBytes, piece += 32)
-        multiply_group<F, L>(sums, smem + ring.at + at_group, ring.address() + (offsets.codes ^ piece),
-                             offsets);
+        multiply_group<L>(sums, smem + ring.at + at_group, ring.address() + (offsets.codes ^ piece), offsets);
+      if constexpr (F::kOffset) add_offsets<L>(sums, smem + ring.at, offsets);
       __syncwarp();
       if (lane == 0) mbarrier_arrive(ring.empty());
     }
@@ -367,21 +370,24 @@ __device__ __forceinline__ void multiply_many(const MmaProblem& p, uint8_t* smem
 }
 
 template <BlockFormat F>
-__global__ void __launch_bounds__(ManyTokens<F>::kThreads, 1) gemm_mma_q8_many_kernel(const MmaProblem p) {
+__global__ void __launch_bounds__(ManyTokens<F>::kThreads, 1)
+    gemm_mma_q8_many_kernel(const MmaProblem p, const __grid_constant__ CUtensorMap codes) {
   using L = ManyTokens<F>;
-  extern __shared__ __align__(128) uint8_t smem[];
+  extern __shared__ __align__(128) uint8_t dynamic[];
+  uint8_t* const smem = dynamic + (-shared_address(dynamic) & (L::kAlign - 1));
   if (threadIdx.x < L::kPlaces) {
     const uint32_t full = shared_address(smem) + L::kBarriersAt + 16 * threadIdx.x;
-    mbarrier_init(full, L::kDecoders + L::kDecoderWarps);  // copies by threads, fragments by warps
+    mbarrier_init(full, L::kDecoders + L::kDecoderWarps + 1);  // scales by threads, fragments by warps, codes
     mbarrier_init(full + 8, L::kMultiplierWarps);
   }
+  publish_barriers();
   __syncthreads();
   if (threadIdx.x < L::kMultipliers) {
     grow_registers<L::kMultiplierRegisters>();
     multiply_many<F>(p, smem);
   } else {
     shrink_registers<L::kDecoderRegisters>();
-    decode_many<F>(p, smem);
+    decode_many<F>(p, codes, smem);
   }
 }
 
