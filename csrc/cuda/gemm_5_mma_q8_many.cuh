@@ -54,6 +54,20 @@ struct ManyTokens {
   static constexpr int kBytes = kPlaces * kPlaceBytes + kRestBytes;
 };
 
+// Codes of kCodeBits bits around a zero in their middle are moved to the top of their bytes, where one bit
+// makes them signed: 2^shift times what quad() returns, for less.
+template <class F>
+inline constexpr int kCodeShift = [] {
+  if constexpr (StoresZero<F> && requires { F::kCodeBits; })
+    if constexpr (2 * F::kZero == 1 << F::kCodeBits) return 8 - F::kCodeBits;
+  return 0;
+}();
+template <BlockFormat F>
+__device__ __forceinline__ uint32_t shifted_quad(bytes_ptr block, int i, uint32_t signs) {
+  if constexpr (kCodeShift<F> > 0) return F::codes(block, i) << kCodeShift<F> ^ signs;
+  return F::quad(block, i);
+}
+
 // As in gemm_5_mma_q8.cuh: scales are kept times 2^-24 and with two bits of mantissa cleared.
 constexpr float kScaledDown = 0x1p-24f, kScaledUp = 0x1p24f;
 
@@ -116,7 +130,7 @@ __device__ __forceinline__ void fill_table(uint8_t* groups, bytes_ptr bytes, int
   for (int g = 0; g < L::kGroups; ++g) {
     const bool valid = g < num_groups;
     const float cut = __uint_as_float(__float_as_uint(affine[g].scale) & ~3u);
-    const float scale = valid ? cut * kScaledDown : 0.0f;
+    const float scale = valid ? cut * (kScaledDown / (1 << kCodeShift<F>)) : 0.0f;
     *reinterpret_cast<float2*>(groups + g * L::kGroupBytes + L::kTableAt + place + 8 * half) =
         make_float2(scale, -kMagic * scale);
     if constexpr (F::kOffset)
@@ -133,6 +147,8 @@ __device__ __forceinline__ void decode_many(const MmaProblem& p, const CUtensorM
   // Unsigned: knowing the ranges of r and c, the compiler makes fewer instructions of their quads.
   const unsigned thread = threadIdx.x - L::kMultipliers, lane = threadIdx.x % 32, warp = thread / 32;
   const unsigned r = lane / 4, c = lane % 4;
+  // The compiler must not know: an instruction has room for one constant, and the mask of the codes is one.
+  const uint32_t signs = 0x80808080u | static_cast<uint32_t>(p.k >> 62);
   RingPlace<L> ring{shared_address(smem)};
   const int weights_at = L::kWeightsAt + 2 * warp * L::kWeightBytes;
   const int64_t token_bytes = ActivationRow::bytes(p.k);
@@ -193,8 +209,8 @@ __device__ __forceinline__ void decode_many(const MmaProblem& p, const CUtensorM
           for (int i = 0; i < kTiles; ++i) {
             const bytes_ptr low = pair[0] + 16 * i * L::kPitch + block;
             const bytes_ptr high = pair[1] + 16 * i * L::kPitch + block;
-            decoded[g][i] = make_uint4(F::quad(low, quad), F::quad(high, quad), F::quad(low, quad + 4),
-                                       F::quad(high, quad + 4));
+            decoded[g][i] = make_uint4(shifted_quad<F>(low, quad, signs), shifted_quad<F>(high, quad, signs),
+                                       shifted_quad<F>(low, quad + 4, signs), shifted_quad<F>(high, quad + 4, signs));
           }
         }
 #pragma unroll
