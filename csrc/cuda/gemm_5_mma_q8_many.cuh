@@ -209,8 +209,9 @@ __device__ __forceinline__ void decode_many(const MmaProblem& p, const CUtensorM
           for (int i = 0; i < kTiles; ++i) {
             const bytes_ptr low = pair[0] + 16 * i * L::kPitch + block;
             const bytes_ptr high = pair[1] + 16 * i * L::kPitch + block;
-            decoded[g][i] = make_uint4(shifted_quad<F>(low, quad, signs), shifted_quad<F>(high, quad, signs),
-                                       shifted_quad<F>(low, quad + 4, signs), shifted_quad<F>(high, quad + 4, signs));
+            decoded[g][i] =
+                make_uint4(shifted_quad<F>(low, quad, signs), shifted_quad<F>(high, quad, signs),
+                           shifted_quad<F>(low, quad + 4, signs), shifted_quad<F>(high, quad + 4, signs));
           }
         }
 #pragma unroll
@@ -307,26 +308,10 @@ __device__ __forceinline__ void add_offsets(float (&sums)[L::kRowTiles][L::kToke
   }
 }
 
-// Up to four neighbouring results, all four at once where n allows it.
-__device__ __forceinline__ void store_four(float* to, const float (&v)[4]) { store_vector(to, v); }
-template <class T>
-__device__ __forceinline__ void store_four(T* to, const float (&v)[4]) {
-  __stcs(reinterpret_cast<uint2*>(to), make_uint2(pack_pair(v[0], v[1], T{}), pack_pair(v[2], v[3], T{})));
-}
-template <class T>
-__device__ __forceinline__ void store_some(const MmaProblem& p, int64_t at, const float (&v)[4], int count) {
-  T* const to = static_cast<T*>(p.y) + at;
-  if (p.n % 4 == 0) return store_four(to, v);
-#pragma unroll
-  for (int j = 0; j < 4; ++j)
-    if (j < count) store1(to + j, v[j]);
-}
-
-// A warp's sums to y, eight tokens and 32 rows at a time by way of shared memory [token][row].
+// A warp's sums to y as they are, eight tokens and 32 rows at a time by way of shared memory [token][row].
 template <class L>
-__device__ __forceinline__ void store_many(const float (&sums)[L::kRowTiles][L::kTokenTiles][4],
-                                           const MmaProblem& p, int64_t row0, int64_t token0, float* turn,
-                                           int rows, int tokens) {
+__device__ __forceinline__ void store_floats(const float (&sums)[L::kRowTiles][L::kTokenTiles][4], float* y,
+                                             int64_t n, float* turn, int rows, int tokens) {
   const unsigned lane = threadIdx.x % 32, r = lane / 4, c = lane % 4;
   const int row = lane % 8 * 4, token = lane / 8;
 #pragma unroll
@@ -342,17 +327,41 @@ __device__ __forceinline__ void store_many(const float (&sums)[L::kRowTiles][L::
 #pragma unroll 1
       for (int t = token; t < 8; t += 4) {
         const float4 q = *reinterpret_cast<const float4*>(turn + t * L::kOutStride + row);
-        const float v[4] = {q.x * kScaledUp, q.y * kScaledUp, q.z * kScaledUp, q.w * kScaledUp};
+        const float v[4] = {q.x, q.y, q.z, q.w};
         const int count = rows - row - 16 * first;
-        if (8 * j + t >= tokens || count <= 0) continue;
-        const int64_t at = (token0 + 8 * j + t) * p.n + row0 + row + 16 * first;
-        switch (p.type) {
-          case Real::kFloat32: store_some<float>(p, at, v, count); break;
-          case Real::kFloat16: store_some<Half>(p, at, v, count); break;
-          case Real::kBFloat16: store_some<BFloat16>(p, at, v, count); break;
+        if (8 * j + t >= tokens) continue;
+        float* const to = y + (8 * j + t) * n + row + 16 * first;
+        if (n % 4 == 0) {
+          if (count > 0) store_vector(to, v);
+        } else {
+#pragma unroll
+          for (int i = 0; i < 4; ++i)
+            if (i < count) to[i] = v[i];
         }
       }
     }
+}
+
+// A warp's sums to y.
+template <class L>
+__device__ __forceinline__ void store_many(float (&sums)[L::kRowTiles][L::kTokenTiles][4],
+                                           const MmaProblem& p, int64_t at, uint8_t* turn, int rows,
+                                           int tokens) {
+#pragma unroll
+  for (int i = 0; i < L::kRowTiles; ++i)
+#pragma unroll
+    for (int j = 0; j < L::kTokenTiles; ++j)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) sums[i][j][e] *= kScaledUp;
+  switch (p.type) {
+    case Real::kFloat32:
+      store_floats<L>(sums, static_cast<float*>(p.y) + at, p.n, reinterpret_cast<float*>(turn), rows, tokens);
+      break;
+    case Real::kFloat16: store_sums<L>(sums, static_cast<Half*>(p.y) + at, p.n, turn, rows, tokens); break;
+    case Real::kBFloat16:
+      store_sums<L>(sums, static_cast<BFloat16*>(p.y) + at, p.n, turn, rows, tokens);
+      break;
+  }
 }
 
 // The multiplier warps' part.
@@ -379,9 +388,8 @@ __device__ __forceinline__ void multiply_many(const MmaProblem& p, uint8_t* smem
     if (at.is_part(p) &&
         !combine_parts<L::kMultipliers>(sums, p, at, threadIdx.x, [] { sync_some<1, L::kMultipliers>(); }))
       continue;
-    store_many<L>(sums, p, at.row0 + row, at.token0 + token,
-                  reinterpret_cast<float*>(smem + L::kOutAt + warp * L::kOutBytes), at.last_row + 1 - row,
-                  at.num_tokens - token);
+    store_many<L>(sums, p, (at.token0 + token) * p.n + at.row0 + row, smem + L::kOutAt + warp * L::kOutBytes,
+                  at.last_row + 1 - row, at.num_tokens - token);
   }
 }
 
