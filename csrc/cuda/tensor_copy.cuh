@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: MIT
 // Tiles of a matrix of bytes by the copy engine of compute capability 9.0 (PTX ISA 9.7.9.27,
-// cp.async.bulk.tensor): one thread asks for a whole tile, a barrier counts its bytes. They arrive in the
-// order that wgmma.cuh calls swizzled, and for its eyes: no fence is needed. Outside of the matrix are zeros.
+// cp.async.bulk.tensor): one thread asks for a whole tile, a barrier counts its bytes. A tile is rows of 128
+// bytes, from a multiple of 1024 on; 16-byte piece p of row r arrives at place p ^ (r % 8), so that eight
+// rows' pieces lie in different banks. Outside of the matrix are zeros.
 #pragma once
 #include <cuda.h>
 #include <cuda_runtime_api.h>
@@ -15,9 +16,9 @@ struct ByteMatrix {
   int64_t rows, cols, row_bytes;
 };
 
-// Describes tiles of `rows` rows × 128 columns. The driver is asked for its function by name, so that
-// nothing has to be linked for it.
-inline cudaError_t describe_tiles(CUtensorMap& map, const ByteMatrix& matrix, int rows, int cols) {
+// Describes tiles of at most 256 rows. The driver is asked for its function by name, so that nothing has to
+// be linked for it.
+inline cudaError_t describe_tiles(CUtensorMap& map, const ByteMatrix& matrix, int rows) {
   using Encode = decltype(&cuTensorMapEncodeTiled);
   void* function = nullptr;
   cudaDriverEntryPointQueryResult found{};
@@ -27,7 +28,7 @@ inline cudaError_t describe_tiles(CUtensorMap& map, const ByteMatrix& matrix, in
   if (found != cudaDriverEntryPointSuccess) return cudaErrorNotSupported;
   const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(matrix.cols), static_cast<cuuint64_t>(matrix.rows)};
   const cuuint64_t strides[1] = {static_cast<cuuint64_t>(matrix.row_bytes)};
-  const cuuint32_t box[2] = {static_cast<cuuint32_t>(cols), static_cast<cuuint32_t>(rows)}, steps[2] = {1, 1};
+  const cuuint32_t box[2] = {128, static_cast<cuuint32_t>(rows)}, steps[2] = {1, 1};
   const CUresult result = reinterpret_cast<Encode>(function)(
       &map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 2, const_cast<void*>(matrix.data), sizes, strides, box, steps,
       CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
