@@ -25,7 +25,8 @@ TileSchedule many_schedule(const GemmArgs& args) {
 
 }  // namespace
 
-// Compute capability 9.0 only, whose warps can pass registers on; and where little of a tile is empty.
+// Compute capability 9.0 only, whose warps can pass registers on; and where little of a tile is empty. The
+// machine code may have been made from an older device's PTX, without the copy engine.
 bool serves_many(const GemmArgs& args) {
   if (args.m <= 128 || args.k >= int64_t{1} << 23) return false;
   const Device device = current_device();
@@ -33,7 +34,13 @@ bool serves_many(const GemmArgs& args) {
   visit_many(args, [&]<class F>(F) {
     using L = ManyTokens<F>;
     const int64_t padded = (args.m + L::kTokens - 1) / L::kTokens * L::kTokens;
-    serves = device.major == 9 && L::kBytes <= device.shared_per_block && 20 * padded <= 23 * args.m;
+    if (device.major != 9 || L::kBytes > device.shared_per_block || 20 * padded > 23 * args.m) return;
+    static const bool built = [] {
+      cudaFuncAttributes attributes{};
+      const cudaError_t status = cudaFuncGetAttributes(&attributes, gemm_mma_q8_many_kernel<F>);
+      return status == cudaSuccess && attributes.ptxVersion >= 90;
+    }();
+    serves = built;
   });
   return serves;
 }
@@ -49,10 +56,14 @@ cudaError_t launch_many(const GemmArgs& args, cudaStream_t stream) {
   cudaError_t status = cudaErrorNotSupported;
   visit_many(args, [&]<class F>(F) {
     using L = ManyTokens<F>;
+    CUtensorMap codes;
+    status =
+        describe_tiles(codes, {args.activations, args.m, args.k, ActivationRow::bytes(args.k)}, L::kTokens);
+    if (status != cudaSuccess) return;
     GemmArgs rounded = args;
     rounded.x = args.activations;
     status = quantgemm::launch_tiles(gemm_mma_q8_many_kernel<F>, L::kThreads, L::kBytes, rounded,
-                                     args.k / F::kElems * F::kBytes, many_schedule<F>(args), stream);
+                                     args.k / F::kElems * F::kBytes, many_schedule<F>(args), stream, codes);
   });
   return status;
 }

@@ -1,217 +1,17 @@
 // SPDX-License-Identifier: MIT
 // The int8 tensor-core product for more than 128 tokens, in the shape of gemm_4_mma_many.cuh: four warps
 // copy activations and turn blocks of weights to A fragments and a table of scales, a few slabs of k
-// ahead; the others only multiply and scale. y += s_a · (s_w · Σ q_w q_a) + o_w · sum_a per group of 32.
-// Limit: issue slots and latency. A product, which takes 7.5 clocks, has 8 FFMA (12 with offsets).
+// ahead; the others only multiply and scale. y += s_a · (s_w · Σ q_w q_a) per group of 32, and o_w · sum_a
+// of four groups by one product of bfloat16.
+// Limit: a product holds up dispatch for 7 clocks, in which no FFMA starts, and has 8 FFMA.
 #pragma once
-#include "../formats/activation.h"
-#include "gemm_4_mma_many.cuh"
-#include "mma_q8.cuh"
+#include "gemm_5_mma_q8_many_decode.cuh"
 
 namespace quantgemm::mma_q8 {
 
-template <class F>
-struct ManyTokens {
-  static constexpr int kRowTiles = 4, kTokenTiles = 4;  // of a multiplier warp: 64 × 32
-  static constexpr int kWarpsN = 2, kWarpsM = 6;
-  static constexpr int kRows = kWarpsN * kRowTiles * 16, kTokens = kWarpsM * kTokenTiles * 8;
-  static constexpr int kElems = kRows * kTokens;
-  static constexpr int kMultiplierWarps = kWarpsN * kWarpsM, kMultipliers = 32 * kMultiplierWarps;
-  static constexpr int kDecoderWarps = 4, kDecoders = 32 * kDecoderWarps, kThreads = kMultipliers + kDecoders;
-  static constexpr int kWarpRows =
-      kRows / kDecoderWarps;  // of a decoder warp, a lane's row each in the table
-  static_assert(kWarpRows == 32);
-  static constexpr int kMultiplierRegisters = 136, kDecoderRegisters = 104;
-  // Weights come in chunks, which hold whole blocks.
-  static constexpr int kSlab = 128, kGroups = kSlab / 32, kChunk = F::kElems > 128 ? F::kElems : 128;
-  static constexpr int kChunkSlabs = kChunk / kSlab, kChunkBytes = kChunk / F::kElems * F::kBytes;
-  static constexpr int kPieces = (kChunkBytes + 15 + 16 - kAlignOf<F::kBytes>) / 16;
-  static constexpr int kPitch = 16 * (kPieces | 1);        // odd: 8 rows begin in different banks
-  static constexpr int kWeightBytes = kWarpRows * kPitch;  // of one chunk and warp
-  // A place in the ring: codes of x, [token][128] with 16-byte pieces swapped within a token, then per group
-  //   fragments     [row tile][lane] of 16 bytes
-  //   scales of w   [row tile][r] s_w, −magic · s_w of row r, then of row r + 8;  [row tile][r] o_w of both,
-  //   8 bytes free scales of x   [token] s_a in the order in which a lane reads them, or s_a, sum_a
-  static constexpr int kScaleBytes = F::kOffset ? 8 : 4;
-  static constexpr int kTableAt = kRows * 32, kOffsetsAt = kTableAt + kRows * 8;
-  static constexpr int kScalesAt = kOffsetsAt + (F::kOffset ? kRows * 8 : 0);
-  static constexpr int kGroupBytes = kScalesAt + (kTokens + 16) * kScaleBytes;
-  static constexpr int kGroupsAt = kTokens * kSlab, kPlaceBytes = kGroupsAt + kGroups * kGroupBytes;
-  static_assert(kPlaceBytes % 128 == 0 && kTokens % 64 == 0);
-  // The rest: weights as they are in the file, results on their way to y, barriers.
-  static constexpr int kOutStride = 36, kOutBytes = 8 * kOutStride * 4;  // of a warp, floats
-  static constexpr int kRestBytes =
-      2 * kDecoderWarps * kWeightBytes + kMultiplierWarps * kOutBytes + 2 * 3 * 8;
-  static constexpr int kPlaces = 232448 - kRestBytes >= 3 * kPlaceBytes ? 3 : 2;
-  static constexpr int kWeightsAt = kPlaces * kPlaceBytes;
-  static constexpr int kOutAt = kWeightsAt + 2 * kDecoderWarps * kWeightBytes;
-  static constexpr int kBarriersAt = kOutAt + kMultiplierWarps * kOutBytes;
-  static constexpr int kBytes = kPlaces * kPlaceBytes + kRestBytes;
-};
-
-// As in gemm_5_mma_q8.cuh: scales are kept times 2^-24 and with two bits of mantissa cleared.
-constexpr float kScaledDown = 0x1p-24f, kScaledUp = 0x1p24f;
-
-// A decoder thread's part in copying activations. Instead of tokens behind m the last one is copied;
-// groups behind k get scales of zero, and may have any codes.
-template <class L>
-struct ActivationStager {
-  static constexpr int kTokenStep = L::kDecoders / 8, kScaleStep = L::kDecoders / L::kGroups;
-  static constexpr int kCopies = L::kTokens / kTokenStep, kScaleCopies = L::kTokens / kScaleStep;
-
-  bytes_ptr codes, scales;    // the thread's first piece, its first group
-  uint32_t offsets[kCopies];  // to each of its tokens
-  uint32_t scale_offsets[kScaleCopies];
-  uint32_t place, scale_place;  // in shared memory
-  int piece, group;
-
-  __device__ __forceinline__ ActivationStager(bytes_ptr tokens, int64_t k, int64_t k0, int num_tokens,
-                                              int thread)
-      : codes(tokens + k0 + 16 * (thread % 8)),
-        scales(tokens + ActivationRow::scales_offset(k) + k0 / 4 + 8 * (thread % L::kGroups)),
-        piece(thread % 8),
-        group(thread % L::kGroups) {
-    const auto row_bytes = static_cast<uint32_t>(ActivationRow::bytes(k));
-    const int token = thread / 8, scaled = thread / L::kGroups;
-    place = 128 * token + 16 * (piece ^ (token % 8));
-    // Token 8h + 2c + e of 16 to place 4c + 2h + e: what a lane reads for two token tiles are neighbours.
-    const int at = L::kScaleBytes == 8
-                       ? scaled
-                       : (scaled & ~15) + 4 * (scaled / 2 % 4) + 2 * (scaled / 8 % 2) + scaled % 2;
-    scale_place = L::kGroupsAt + group * L::kGroupBytes + L::kScalesAt + at * L::kScaleBytes;
-#pragma unroll
-    for (int i = 0; i < kCopies; ++i) offsets[i] = row_bytes * min(token + i * kTokenStep, num_tokens - 1);
-#pragma unroll
-    for (int i = 0; i < kScaleCopies; ++i)
-      scale_offsets[i] = row_bytes * min(scaled + i * kScaleStep, num_tokens - 1);
-  }
-  // From value k0 of the tile on, of which num_values are left.
-  __device__ __forceinline__ void operator()(uint32_t target, int k0, int num_values) const {
-    bytes_ptr source = codes + k0;
-    keep_in_register(source);
-#pragma unroll
-    for (int i = 0; i < kCopies; ++i)
-      copy_async<16>(target + place + i * kTokenStep * 128, source + offsets[i], 16 * piece < num_values);
-    const bool inside = 32 * group < num_values;
-    source = scales + (inside ? k0 / 4 : 0) - (inside ? 0 : 8 * group);
-    keep_in_register(source);
-#pragma unroll
-    for (int i = 0; i < kScaleCopies; ++i)
-      copy_async<L::kScaleBytes>(target + scale_place + i * kScaleStep * L::kScaleBytes,
-                                 source + scale_offsets[i], true, inside ? L::kScaleBytes : 0);
-  }
-};
-
-// The scales of a row of the tile in a slab, to its entries of the table.
-template <BlockFormat F>
-__device__ __forceinline__ void fill_table(uint8_t* groups, bytes_ptr bytes, int within, int num_groups,
-                                           unsigned row) {
-  using L = ManyTokens<F>;
-  Affine affine[L::kGroups];  // all loads first: they cannot pass the stores
-#pragma unroll
-  for (int g = 0; g < L::kGroups; ++g) {
-    const int e = within + 32 * g;
-    affine[g] = F::affine(bytes + e / F::kElems * F::kBytes, e % F::kElems / F::kGroup);
-  }
-  const unsigned place = 16 * (row / 16 * 8 + row % 8), half = row / 8 % 2;  // r and r + 8 are neighbours
-#pragma unroll
-  for (int g = 0; g < L::kGroups; ++g) {
-    const bool valid = g < num_groups;
-    const float cut = __uint_as_float(__float_as_uint(affine[g].scale) & ~3u);
-    const float scale = valid ? cut * kScaledDown : 0.0f;
-    *reinterpret_cast<float2*>(groups + g * L::kGroupBytes + L::kTableAt + place + 8 * half) =
-        make_float2(scale, -kMagic * scale);
-    if constexpr (F::kOffset)
-      *reinterpret_cast<float*>(groups + g * L::kGroupBytes + L::kOffsetsAt + place + 4 * half) =
-          valid ? affine[g].offset * kScaledDown : 0.0f;
-  }
-}
-
-// The decoder warps' part.
-template <BlockFormat F>
-__device__ __forceinline__ void decode_many(const MmaProblem& p, uint8_t* smem) {
-  using L = ManyTokens<F>;
-  constexpr int kTiles = L::kWarpRows / 16;
-  // Unsigned: knowing the ranges of r and c, the compiler makes fewer instructions of their quads.
-  const unsigned thread = threadIdx.x - L::kMultipliers, lane = threadIdx.x % 32, warp = thread / 32;
-  const unsigned r = lane / 4, c = lane % 4;
-  RingPlace<L> ring{shared_address(smem)};
-  const int weights_at = L::kWeightsAt + 2 * warp * L::kWeightBytes;
-  const int64_t token_bytes = ActivationRow::bytes(p.k);
-
-  for (TileWalk<L> at(p); at.next(p);) {
-    const int slabs = (at.num_k + L::kSlab - 1) / L::kSlab;
-    const bytes_ptr rows = at.weights(p) + warp * L::kWarpRows * p.row_bytes;
-    const RowStager<L::kWarpRows, L::kPieces, L::kPitch, 32> stage_rows(
-        rows, p.w + p.n * p.row_bytes, p.row_bytes,
-        min(at.last_row - static_cast<int>(warp) * L::kWarpRows, L::kWarpRows - 1), lane);
-    const ActivationStager<L> stage_tokens(p.x + at.token0 * token_bytes, p.k, at.k0, at.num_tokens, thread);
-    const auto stage_chunk = [&](int chunk) {
-      stage_rows(ring.smem + weights_at + chunk % 2 * L::kWeightBytes, chunk * int64_t{L::kChunkBytes}, lane);
-    };
-    const auto first_byte = [&](unsigned row) {  // modulo 16
-      return static_cast<uint32_t>(reinterpret_cast<uintptr_t>(rows)) +
-             row * static_cast<uint32_t>(p.row_bytes);
-    };
-    uint32_t skew[2];  // of rows r and r + 8; 16 rows further it is the same
-#pragma unroll
-    for (int half = 0; half < 2; ++half) skew[half] = first_byte(8 * half + r);
-    const uint32_t lane_skew = first_byte(lane);
-    stage_chunk(0);
-    cp_async_commit();
-#pragma unroll 1
-    for (int slab = 0; slab < slabs; ++slab, ring.step()) {
-      const int left = at.num_k - slab * L::kSlab;
-      mbarrier_wait(ring.empty(), ring.turn ^ 1);
-      stage_tokens(ring.address(), slab * L::kSlab, left);
-      mbarrier_arrive_after_copies(ring.full());
-      const int chunk = slab / L::kChunkSlabs, within = slab % L::kChunkSlabs * L::kSlab;
-      if (within == 0) {
-        if (slab + L::kChunkSlabs < slabs) stage_chunk(chunk + 1);
-        cp_async_commit();
-        cp_async_wait<1>();  // this chunk's group is the one before
-        __syncwarp();        // … in every lane
-      }
-      const bytes_ptr from = smem + weights_at + chunk % 2 * L::kWeightBytes;
-      const uint32_t skipped = chunk * L::kChunkBytes;
-      uint8_t* const groups = smem + ring.at + L::kGroupsAt;
-      fill_table<F>(groups, from + lane * L::kPitch + ((lane_skew + skipped) & 15), within, left / 32,
-                    warp * L::kWarpRows + lane);
-      const bytes_ptr pair[2] = {from + r * L::kPitch + ((skew[0] + skipped) & 15),
-                                 from + (8 + r) * L::kPitch + ((skew[1] + skipped) & 15)};
-      uint8_t* const fragments = groups + warp * kTiles * 512 + 16 * lane;
-#pragma unroll
-      for (int first = 0; first < L::kGroups; first += 2) {
-        uint4 decoded[2][kTiles];  // loads first here too
-#pragma unroll
-        for (int g = 0; g < 2; ++g) {
-          const int e = within + 32 * (first + g), block = e / F::kElems * F::kBytes;
-          const int quad = e % F::kElems / 4 + static_cast<int>(c);
-#pragma unroll
-          for (int i = 0; i < kTiles; ++i) {
-            const bytes_ptr low = pair[0] + 16 * i * L::kPitch + block;
-            const bytes_ptr high = pair[1] + 16 * i * L::kPitch + block;
-            decoded[g][i] = make_uint4(F::quad(low, quad), F::quad(high, quad), F::quad(low, quad + 4),
-                                       F::quad(high, quad + 4));
-          }
-        }
-#pragma unroll
-        for (int g = 0; g < 2; ++g)
-#pragma unroll
-          for (int i = 0; i < kTiles; ++i)
-            *reinterpret_cast<uint4*>(fragments + (first + g) * L::kGroupBytes + i * 512) = decoded[g][i];
-      }
-      __syncwarp();
-      if (lane == 0) mbarrier_arrive(ring.full());
-    }
-  }
-  cp_async_commit();
-  cp_async_wait<0>();
-}
-
 // Bytes from the start of a place to what a multiplier lane reads first.
 struct ManyOffsets {
-  uint32_t codes, fragments, scales, table;
+  uint32_t codes, fragments, scales, table, offsets, sums;
 
   template <class L>
   __device__ __forceinline__ static ManyOffsets of(int warp, int lane) {
@@ -220,94 +20,87 @@ struct ManyOffsets {
     ManyOffsets at;
     at.codes = (token + lane % 8 + lane / 16 * 8) * 128 + 16 * ((lane / 8 % 2) ^ (lane % 8));
     at.fragments = L::kGroupsAt + row_tile * 512 + 16 * lane;
-    at.scales = L::kGroupsAt + L::kScalesAt + token * L::kScaleBytes + 16 * c;
+    at.scales = L::kGroupsAt + L::kScalesAt + token * 4 + 16 * c;
     at.table = L::kGroupsAt + L::kTableAt + (row_tile * 8 + r) * 16;
+    at.offsets = L::kGroupsAt + c * L::kGroupBytes + L::kOffsetsAt + (row_tile * 8 + r) * 8;
+    at.sums = L::kGroupsAt + c * L::kGroupBytes + L::kSumsAt + (token + r) * 4;
     keep_in_register(at.codes), keep_in_register(at.fragments), keep_in_register(at.scales);
     keep_in_register(at.table);
     return at;
   }
 };
 
-// s_a, and sum_a if there are offsets, of a lane's tokens 2c, 2c + 1 of two token tiles.
-template <BlockFormat F>
-__device__ __forceinline__ void load_token_scales(float (&scale)[4], float (&sum)[4], const uint8_t* from) {
-  if constexpr (F::kOffset) {
+// sums += s_w · s_a · w · x over one group. s · Σ without converting: fma(magic + Σ, s, −magic · s) is s · Σ
+// rounded once. While the sums of a row tile are scaled, the products of the next one are under way and what
+// the one behind it needs is loaded.
+template <class L>
+__device__ __forceinline__ void multiply_group(float (&sums)[L::kRowTiles][L::kTokenTiles][4], uint32_t group,
+                                               uint32_t codes, const ManyOffsets& at) {
+  const uint32_t fragments = group + at.fragments, table = group + at.table;
+  static_assert(L::kTokenTiles == 4);
+  uint4 a[2], t[2], c[2];  // fragments and table entries of two row tiles, scales of four token tiles
+  uint32_t b[2][4], d[2][L::kTokenTiles][4];
+  load_matrices(b[0], codes);
+  a[0] = load_shared(fragments);
+  load_matrices(b[1], codes + 16 * 128);
+  a[1] = load_shared(fragments + 512);
+  t[0] = load_shared(table);
+  c[0] = load_shared(group + at.scales), c[1] = load_shared(group + at.scales + 64);
+  const auto multiply = [&](int i) {
+    const uint32_t w[4] = {a[i % 2].x, a[i % 2].y, a[i % 2].z, a[i % 2].w};
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const float4 q = *reinterpret_cast<const float4*>(from + 64 * h);
-      scale[2 * h] = q.x, sum[2 * h] = q.y, scale[2 * h + 1] = q.z, sum[2 * h + 1] = q.w;
-    }
-  } else {
-    const float4 q = *reinterpret_cast<const float4*>(from);
-    scale[0] = q.x, scale[1] = q.y, scale[2] = q.z, scale[3] = q.w;
-  }
-}
-
-// sums += w · x over one group. s · Σ without converting: fma(magic + Σ, s, −magic · s) is s · Σ rounded
-// once. The compiler keeps one or two products under way while those before them are scaled.
-template <BlockFormat F, class L>
-__device__ __forceinline__ void multiply_group(float (&sums)[L::kRowTiles][L::kTokenTiles][4],
-                                               const uint8_t* group, uint32_t codes, const ManyOffsets& at) {
-  const uint8_t* const fragments = group + at.fragments;
-  const uint8_t* const table = group + at.table;
-  const uint8_t* const offsets = table + L::kOffsetsAt - L::kTableAt;
-  const uint8_t* const scales = group + at.scales;
-  uint32_t a[L::kRowTiles][4];
-  float s[L::kRowTiles][2], minus[L::kRowTiles][2], o[L::kRowTiles][2];
+    for (int j = 0; j < L::kTokenTiles; ++j)
+      multiply_32(d[i % 2][j], w, b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]);
+  };
+  multiply(0);
 #pragma unroll
   for (int i = 0; i < L::kRowTiles; ++i) {
-    const uint4 w = *reinterpret_cast<const uint4*>(fragments + i * 512);
-    a[i][0] = w.x, a[i][1] = w.y, a[i][2] = w.z, a[i][3] = w.w;
-    const float4 q = *reinterpret_cast<const float4*>(table + i * 128);
-    s[i][0] = q.x, minus[i][0] = q.y, s[i][1] = q.z, minus[i][1] = q.w;
-    if constexpr (F::kOffset) {
-      const float2 both = *reinterpret_cast<const float2*>(offsets + i * 128);
-      o[i][0] = both.x, o[i][1] = both.y;
+    if (i + 1 < L::kRowTiles) {
+      t[(i + 1) % 2] = load_shared(table + (i + 1) * 128);
+      multiply(i + 1);
+    }
+    if (i + 2 < L::kRowTiles) a[i % 2] = load_shared(fragments + (i + 2) * 512);
+    const uint4 q = t[i % 2];
+    const float s[2] = {__uint_as_float(q.x), __uint_as_float(q.z)};
+    const float minus[2] = {__uint_as_float(q.y), __uint_as_float(q.w)};
+#pragma unroll
+    for (int j = 0; j < L::kTokenTiles; ++j) {
+      const uint4 x = c[j / 2];
+      const float scale[2] = {__uint_as_float(j % 2 ? x.z : x.x), __uint_as_float(j % 2 ? x.w : x.y)};
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        float& y = sums[i][j][e];
+        y = fmaf(fmaf(__uint_as_float(d[i % 2][j][e]), s[e / 2], minus[e / 2]), scale[e % 2], y);
+      }
     }
   }
+}
+
+// sums += o_w · sum_a over the four groups of a slab, by one product of bfloat16 for each tile: group c takes
+// columns 2c, 2c + 1, 2c + 8, 2c + 9, where (o, o', o, o') meet (s, s, s', s'): o_w = o + o', sum_a = s + s'.
+template <class L>
+__device__ __forceinline__ void add_offsets(float (&sums)[L::kRowTiles][L::kTokenTiles][4],
+                                            const uint8_t* place, const ManyOffsets& at) {
+  static_assert(L::kGroups == 4);
+  uint32_t o[L::kRowTiles][4];
 #pragma unroll
-  for (int pair = 0; pair < L::kTokenTiles / 2; ++pair) {
-    uint32_t b[4];
-    float scale[4], sum[4];
-    load_matrices(b, codes + pair * 16 * 128);
-    load_token_scales<F>(scale, sum, scales + pair * 16 * L::kScaleBytes);
+  for (int i = 0; i < L::kRowTiles; ++i) {
+    const uint2 both = *reinterpret_cast<const uint2*>(place + at.offsets + i * 64);
+    o[i][0] = o[i][2] = both.x, o[i][1] = o[i][3] = both.y;
+  }
 #pragma unroll
-    for (int h = 0; h < 2; ++h)
+  for (int j = 0; j < L::kTokenTiles; ++j) {
+    const uint32_t s = split_in_two(*reinterpret_cast<const float*>(place + at.sums + j * 32));
+    const uint32_t first = __byte_perm(s, s, 0x1010), second = __byte_perm(s, s, 0x3232);
 #pragma unroll
-      for (int i = 0; i < L::kRowTiles; ++i) {
-        uint32_t d[4];
-        multiply_32(d, a[i], b[2 * h], b[2 * h + 1]);
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          float& y = sums[i][2 * pair + h][e];
-          const float v = fmaf(__uint_as_float(d[e]), s[i][e / 2], minus[i][e / 2]);
-          y = fmaf(v, scale[2 * h + e % 2], y);
-          if constexpr (F::kOffset) y = fmaf(o[i][e / 2], sum[2 * h + e % 2], y);
-        }
-      }
+    for (int i = 0; i < L::kRowTiles; ++i) mma_16x8x16(sums[i][j], o[i], first, second, BFloat16{});
   }
 }
 
-// Up to four neighbouring results, all four at once where n allows it.
-__device__ __forceinline__ void store_four(float* to, const float (&v)[4]) { store_vector(to, v); }
-template <class T>
-__device__ __forceinline__ void store_four(T* to, const float (&v)[4]) {
-  __stcs(reinterpret_cast<uint2*>(to), make_uint2(pack_pair(v[0], v[1], T{}), pack_pair(v[2], v[3], T{})));
-}
-template <class T>
-__device__ __forceinline__ void store_some(const MmaProblem& p, int64_t at, const float (&v)[4], int count) {
-  T* const to = static_cast<T*>(p.y) + at;
-  if (p.n % 4 == 0) return store_four(to, v);
-#pragma unroll
-  for (int j = 0; j < 4; ++j)
-    if (j < count) store1(to + j, v[j]);
-}
-
-// A warp's sums to y, eight tokens and 32 rows at a time by way of shared memory [token][row].
+// A warp's sums to y as they are, eight tokens and 32 rows at a time by way of shared memory [token][row].
 template <class L>
-__device__ __forceinline__ void store_many(const float (&sums)[L::kRowTiles][L::kTokenTiles][4],
-                                           const MmaProblem& p, int64_t row0, int64_t token0, float* turn,
-                                           int rows, int tokens) {
+__device__ __forceinline__ void store_floats(const float (&sums)[L::kRowTiles][L::kTokenTiles][4], float* y,
+                                             int64_t n, float* turn, int rows, int tokens) {
   const unsigned lane = threadIdx.x % 32, r = lane / 4, c = lane % 4;
   const int row = lane % 8 * 4, token = lane / 8;
 #pragma unroll
@@ -323,17 +116,41 @@ __device__ __forceinline__ void store_many(const float (&sums)[L::kRowTiles][L::
 #pragma unroll 1
       for (int t = token; t < 8; t += 4) {
         const float4 q = *reinterpret_cast<const float4*>(turn + t * L::kOutStride + row);
-        const float v[4] = {q.x * kScaledUp, q.y * kScaledUp, q.z * kScaledUp, q.w * kScaledUp};
+        const float v[4] = {q.x, q.y, q.z, q.w};
         const int count = rows - row - 16 * first;
-        if (8 * j + t >= tokens || count <= 0) continue;
-        const int64_t at = (token0 + 8 * j + t) * p.n + row0 + row + 16 * first;
-        switch (p.type) {
-          case Real::kFloat32: store_some<float>(p, at, v, count); break;
-          case Real::kFloat16: store_some<Half>(p, at, v, count); break;
-          case Real::kBFloat16: store_some<BFloat16>(p, at, v, count); break;
+        if (8 * j + t >= tokens) continue;
+        float* const to = y + (8 * j + t) * n + row + 16 * first;
+        if (n % 4 == 0) {
+          if (count > 0) store_vector(to, v);
+        } else {
+#pragma unroll
+          for (int i = 0; i < 4; ++i)
+            if (i < count) to[i] = v[i];
         }
       }
     }
+}
+
+// A warp's sums to y.
+template <class L>
+__device__ __forceinline__ void store_many(float (&sums)[L::kRowTiles][L::kTokenTiles][4],
+                                           const MmaProblem& p, int64_t at, uint8_t* turn, int rows,
+                                           int tokens) {
+#pragma unroll
+  for (int i = 0; i < L::kRowTiles; ++i)
+#pragma unroll
+    for (int j = 0; j < L::kTokenTiles; ++j)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) sums[i][j][e] *= kScaledUp;
+  switch (p.type) {
+    case Real::kFloat32:
+      store_floats<L>(sums, static_cast<float*>(p.y) + at, p.n, reinterpret_cast<float*>(turn), rows, tokens);
+      break;
+    case Real::kFloat16: store_sums<L>(sums, static_cast<Half*>(p.y) + at, p.n, turn, rows, tokens); break;
+    case Real::kBFloat16:
+      store_sums<L>(sums, static_cast<BFloat16*>(p.y) + at, p.n, turn, rows, tokens);
+      break;
+  }
 }
 
 // The multiplier warps' part.
@@ -352,36 +169,38 @@ __device__ __forceinline__ void multiply_many(const MmaProblem& p, uint8_t* smem
       mbarrier_wait(ring.full(), ring.turn);
 #pragma unroll 1
       for (int at_group = 0, piece = 0; piece < L::kSlab; at_group += L::kGroupBytes, piece += 32)
-        multiply_group<F, L>(sums, smem + ring.at + at_group, ring.address() + (offsets.codes ^ piece),
-                             offsets);
+        multiply_group<L>(sums, ring.address() + at_group, ring.address() + (offsets.codes ^ piece), offsets);
+      if constexpr (F::kOffset) add_offsets<L>(sums, smem + ring.at, offsets);
       __syncwarp();
       if (lane == 0) mbarrier_arrive(ring.empty());
     }
     if (at.is_part(p) &&
         !combine_parts<L::kMultipliers>(sums, p, at, threadIdx.x, [] { sync_some<1, L::kMultipliers>(); }))
       continue;
-    store_many<L>(sums, p, at.row0 + row, at.token0 + token,
-                  reinterpret_cast<float*>(smem + L::kOutAt + warp * L::kOutBytes), at.last_row + 1 - row,
-                  at.num_tokens - token);
+    store_many<L>(sums, p, (at.token0 + token) * p.n + at.row0 + row, smem + L::kOutAt + warp * L::kOutBytes,
+                  at.last_row + 1 - row, at.num_tokens - token);
   }
 }
 
 template <BlockFormat F>
-__global__ void __launch_bounds__(ManyTokens<F>::kThreads, 1) gemm_mma_q8_many_kernel(const MmaProblem p) {
+__global__ void __launch_bounds__(ManyTokens<F>::kThreads, 1)
+    gemm_mma_q8_many_kernel(const MmaProblem p, const __grid_constant__ CUtensorMap codes) {
   using L = ManyTokens<F>;
-  extern __shared__ __align__(128) uint8_t smem[];
+  extern __shared__ __align__(128) uint8_t dynamic[];
+  uint8_t* const smem = dynamic + (-shared_address(dynamic) & (L::kAlign - 1));
   if (threadIdx.x < L::kPlaces) {
     const uint32_t full = shared_address(smem) + L::kBarriersAt + 16 * threadIdx.x;
-    mbarrier_init(full, L::kDecoders + L::kDecoderWarps);  // copies by threads, fragments by warps
+    mbarrier_init(full, L::kDecoders + L::kDecoderWarps + 1);  // scales by threads, fragments by warps, codes
     mbarrier_init(full + 8, L::kMultiplierWarps);
   }
+  publish_barriers();
   __syncthreads();
   if (threadIdx.x < L::kMultipliers) {
     grow_registers<L::kMultiplierRegisters>();
     multiply_many<F>(p, smem);
   } else {
     shrink_registers<L::kDecoderRegisters>();
-    decode_many<F>(p, smem);
+    decode_many<F>(p, codes, smem);
   }
 }
 

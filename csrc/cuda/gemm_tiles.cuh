@@ -68,9 +68,11 @@ struct MmaProblem {
   Real type;  // of y
 };
 
-template <class Kernel>
+// `more` are further arguments of the kernel.
+template <class Kernel, class... More>
 cudaError_t launch_tiles(Kernel kernel, int threads, int shared_bytes, const GemmArgs& args,
-                         int64_t row_bytes, const TileSchedule& schedule, cudaStream_t stream) {
+                         int64_t row_bytes, const TileSchedule& schedule, cudaStream_t stream,
+                         const More&... more) {
   MmaProblem problem{
       static_cast<bytes_ptr>(args.x), args.w, args.y, {}, schedule, args.m, args.n, args.k, row_bytes, {}};
   problem.type = args.type;
@@ -82,7 +84,7 @@ cudaError_t launch_tiles(Kernel kernel, int threads, int shared_bytes, const Gem
     status = cudaMemsetAsync(problem.partial.arrivals, 0, schedule.tiles * 4, stream);
     if (status != cudaSuccess) return status;
   }
-  kernel<<<static_cast<unsigned>(schedule.blocks), threads, shared_bytes, stream>>>(problem);
+  kernel<<<static_cast<unsigned>(schedule.blocks), threads, shared_bytes, stream>>>(problem, more...);
   return cudaGetLastError();
 }
 

@@ -35,6 +35,17 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
+// 16 bytes of shared memory. Loads of this kind stay in the order in which they are written, which the
+// compiler's own do not: it places them right before their use, and a warp waits.
+__device__ __forceinline__ uint4 load_shared(uint32_t address) {
+  uint4 v;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "r"(address)
+               : "memory");
+  return v;
+}
+
 // 16 bytes from global to shared memory in the background, past the L1; of them the first
 // valid_bytes are read and the others become zero. PTX ISA 9.7.9.25.3.1 (cp.async), sm_80.
 __device__ __forceinline__ void cp_async16(uint32_t target, const void* source, int valid_bytes = 16) {
