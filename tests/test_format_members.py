@@ -23,6 +23,15 @@ struct Table {
     const bool fits = (j & k) == 0 && (j | k) < uint32_t{F::kTableWords};
     return fits ? F::table_word(static_cast<int>(j | k)) : ~0u;
   }
+  uint32_t copy() const { return 0; }
+  uint32_t whole(uint32_t names, int j, uint32_t places, int k) const {
+    const uint32_t row = byte_of(names, j), place = byte_of(places, k);
+    const bool fits = (place & ~0xc2u) == 0 && byte_of(places, k ^ 1) == 0;
+    return fits ? F::row_word(static_cast<int>(row), static_cast<int>(place >> 6)) : ~0u;
+  }
+  uint32_t entry(uint32_t names, int j, uint32_t places, int k) const {
+    return (whole(names, j, places, k) >> (8 * (byte_of(places, k) & 2))) & 0xffff;
+  }
 };
 
 template <class F>
@@ -35,7 +44,7 @@ int unit() {
 template <class F>
 int above(int i) {  // what the planes above quad i's multiply it by
   if constexpr (Planar<F>)
-    return 1 << F::kPlanes.bits * (F::kPlanes.count - 1 - i % F::kPlanes.count);
+    return 1 << F::kPlanes.bits * (F::kPlanes.count - 1 - i % F::kPlanes.count) + F::kPlanes.shift;
   return 1;
 }
 

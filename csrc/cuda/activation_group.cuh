@@ -22,16 +22,24 @@ __device__ __forceinline__ EightActivations quantize_eight(const float (&v)[8]) 
   for (int lane = 1; lane < 4; lane *= 2) largest = max(largest, __shfl_xor_sync(~0u, largest, lane));
   EightActivations eight{{0, 0}, 0, activation_scale(__uint_as_float(largest))};
   const float inverse = inverse_activation_scale(eight.scale);
+  // activation_code() without branches: the low byte of such a float is the code. Where the scale has all its
+  // bits, no |q| is above 127.0001, which rounds to 127; else q may be larger, or NaN.
+  const bool plain = eight.scale > 1e-30f && eight.scale < 1e38f;
+  uint32_t bits[8];
 #pragma unroll
-  for (int w = 0; w < 2; ++w) {
-    uint32_t bits[4];
+  for (int j = 0; j < 8; ++j) bits[j] = __float_as_uint(__fmul_rn(v[j], inverse) + 12582912.0f);
+  if (!plain) {
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {  // activation_code() without branches: the low byte of a float is the code
-      const float q = __fmul_rn(v[4 * w + j], inverse), inside = fminf(fmaxf(q, -127.0f), 127.0f);
+    for (int j = 0; j < 8; ++j) {
+      const float q = __fmul_rn(v[j], inverse), inside = fminf(fmaxf(q, -127.0f), 127.0f);
       bits[j] = __float_as_uint((q == q ? inside : 0.0f) + 12582912.0f);
     }
+  }
+#pragma unroll
+  for (int w = 0; w < 2; ++w) {
+    const uint32_t* four = bits + 4 * w;
     eight.codes[w] =
-        __byte_perm(__byte_perm(bits[0], bits[1], 0x0040), __byte_perm(bits[2], bits[3], 0x0040), 0x5410);
+        __byte_perm(__byte_perm(four[0], four[1], 0x0040), __byte_perm(four[2], four[3], 0x0040), 0x5410);
     eight.sum = __dp4a(static_cast<int>(eight.codes[w]), 0x01010101, eight.sum);
   }
   return eight;

@@ -9,7 +9,7 @@
 #include <bit>
 
 #include "dependent_launch.cuh"
-#include "gemm_3_dp4a_staging.cuh"
+#include "gemm_3_dp4a_one.cuh"
 
 namespace quantgemm::dp4a {
 
@@ -19,89 +19,8 @@ struct Split {
   int lanes, log2_lanes, rows;        // lanes · rows = 32, and that as often as Plan::kDepth
 };
 
-// sums[r][t] += weights of window r · token t, for the span's first `groups` groups.
-template <BlockFormat F, int Tokens, bool Tabled>
-__device__ __forceinline__ void multiply_span(
-    float (&sums)[Plan<F, Tokens, Tabled>::kDepth][Tokens],
-    const Window<Plan<F, Tokens, Tabled>::kSpanBytes> (&windows)[Plan<F, Tokens, Tabled>::kDepth],
-    const uint8_t* x, int groups, const LaneTable<F, Tabled>& table) {
-  using P = Plan<F, Tokens, Tabled>;
-  constexpr bool kWhole = F::kElems == P::kSpan;  // spans are inside the row or outside
-#pragma unroll
-  for (int g = 0; g < P::kGroups; ++g) {
-    uint32_t records[Tokens][P::kRecord / 4];
-#pragma unroll
-    for (int t = 0; t < Tokens; ++t)
-      memcpy(records[t],
-             __builtin_assume_aligned(x + t * P::kTokenBytes + P::kSpan + g * P::kRecord, P::kRecord),
-             P::kRecord);
-    float added[P::kDepth][Tokens] = {};
-#pragma unroll
-    for (int p = 0; p < P::kGroupParts; ++p) {
-      const int e = g * kGroup + p * kPart<F>, within = e % F::kElems, at = e / F::kElems * F::kBytes;
-      constexpr int kPlanes = P::kPlanes.count, kLast = kPlanes - 1;
-      int dots[P::kDepth][Tokens][kPlanes] = {};
-#pragma unroll
-      for (int r = 0; r < P::kDepth; ++r)
-#pragma unroll
-        for (int t = 0; t < Tokens; ++t) {
-          int& start = dots[r][t][kLast];
-          start = P::kStarts > 0 ? static_cast<int>(records[t][1 + p]) : kMagicBits;
-          if constexpr (P::kHalves)
-            start = __dp2a_lo(start, static_cast<int>(F::zeros(windows[r].bytes + at, within / kPart<F>)),
-                              kMagicBits);
-        }
-#pragma unroll
-      for (int v = 0; v < kPart<F>; v += 16) {
-        uint32_t codes[P::kDepth][4];
-#pragma unroll
-        for (int r = 0; r < P::kDepth; ++r)
-#pragma unroll
-          for (int j = 0; j < 4; ++j)
-            codes[r][j] =
-                few_codes<F, P::kStrided, Tabled>(windows[r].bytes + at, (within + v) / 4 + j, table);
-#pragma unroll
-        for (int t = 0; t < Tokens; ++t) {
-          const uint4 a = *reinterpret_cast<const uint4*>(x + t * P::kTokenBytes + e + v);
-#pragma unroll
-          for (int r = 0; r < P::kDepth; ++r) {
-            int (&planes)[kPlanes] = dots[r][t];
-            planes[0] = dot4(codes[r][0], a.x, planes[0]);
-            planes[1 % kPlanes] = dot4(codes[r][1], a.y, planes[1 % kPlanes]);
-            planes[2 % kPlanes] = dot4(codes[r][2], a.z, planes[2 % kPlanes]);
-            planes[3 % kPlanes] = dot4(codes[r][3], a.w, planes[3 % kPlanes]);
-          }
-        }
-      }
-#pragma unroll
-      for (int r = 0; r < P::kDepth; ++r) {
-        const Affine affine = F::affine(windows[r].bytes + at, within / F::kGroup);
-#pragma unroll
-        for (int t = 0; t < Tokens; ++t) {
-          int dot = dots[r][t][0];
-#pragma unroll
-          for (int plane = 1; plane < kPlanes; ++plane) dot = (dot << P::kPlanes.bits) + dots[r][t][plane];
-          added[r][t] += affine.scale * __uint_as_float(records[t][0]) * (__int_as_float(dot) - kMagic);
-          if constexpr (F::kOffset)
-            added[r][t] += affine.offset * __uint_as_float(records[t][1 + P::kStarts + p]);
-        }
-      }
-    }
-    const bool inside = kWhole || g < groups;  // bytes behind the row's end may decode to NaN
-#pragma unroll
-    for (int r = 0; r < P::kDepth; ++r)
-#pragma unroll
-      for (int t = 0; t < Tokens; ++t) sums[r][t] = inside ? sums[r][t] + added[r][t] : sums[r][t];
-  }
-#pragma unroll
-  for (int r = 0; r < P::kDepth; ++r)
-#pragma unroll
-    for (int t = 0; t < Tokens; ++t) sums[r][t] = groups > 0 ? sums[r][t] : 0.0f;
-}
-
 // Block b owns rows b · rows_per_block …; panel by panel, its warps share the items, slice by slice,
-// evenly. Partial sums lie in shared memory, [slices of a panel][rows][Tokens]; a single token's rows that
-// are one slice have none.
+// evenly. Partial sums lie in shared memory, [slices of a panel][rows][Tokens].
 template <BlockFormat F, int Tokens, bool Tabled>
 __global__ void __launch_bounds__(32 * Plan<F, Tokens, Tabled>::kWarps, Plan<F, Tokens, Tabled>::kBlocks)
     few_tokens_kernel(const GemmArgs args, const Split split) {
@@ -128,53 +47,36 @@ __global__ void __launch_bounds__(32 * Plan<F, Tokens, Tabled>::kWarps, Plan<F, 
     while (item.chunk >= chunks) item.chunk -= chunks, ++item.slice;
   };
 
-  // Copies go from and to multiples of 16 bytes. Where a slice is a whole row, an item's rows are neighbours
-  // and one copy brings them; else the lanes of a row copy its piece.
-  const bool whole = Tokens == 1 && split.slices == 1;
-  const int copies = whole ? 1 : P::kDepth, copy_row = whole ? 0 : row_in_item,
-            copy_lane = whole ? lane : span, copy_lanes = whole ? 32 : split.lanes;
+  // Copies go from and to multiples of 16 bytes; the lanes of a row copy its piece.
   const uint8_t *const w_end = args.w + args.n * row_bytes, *const w_block = args.w + first_row * row_bytes;
-  Arrivals arrivals(barriers + warp * P::kStages, P::kStages, whole ? 1 : item_rows, lane);
+  Arrivals arrivals(barriers + warp * P::kStages, P::kStages, item_rows, lane);
   Item ahead{0, warp};
   settle(ahead);
   const auto fetch = [&](int stage) {
     if (ahead.slice < split.slices) {
       const int64_t at = static_cast<int64_t>(ahead.slice) * slice_bytes, rest = row_bytes - at;
 #pragma unroll 1
-      for (int r = 0; r < copies; ++r) {
-        const int row = ahead.chunk * item_rows + r * split.rows + copy_row, below = rows - row;
+      for (int r = 0; r < P::kDepth; ++r) {
+        const int row = ahead.chunk * item_rows + r * split.rows + row_in_item;
         const uint8_t* const piece = w_block + row * row_bytes + at;
         const int shift = static_cast<int>(reinterpret_cast<uintptr_t>(piece) & 15),
-                  length = whole ? (below < item_rows ? below : item_rows) * static_cast<int>(row_bytes)
-                                 : static_cast<int>(rest < slice_bytes ? rest : slice_bytes),
-                  last = shift + length;
+                  last = shift + static_cast<int>(rest < slice_bytes ? rest : slice_bytes);
         const uint8_t* const from = piece - shift;
-        uint8_t* const to = ring + stage * P::kItemBytes + r * P::kPieceBytes + copy_row * slot_bytes;
-        int bytes = below > 0 ? (last + 15) & ~15 : 0;
-        if (below > 0 && bytes > w_end - from) {  // w ends inside the last 16
+        uint8_t* const to = ring + stage * P::kItemBytes + r * P::kPieceBytes + row_in_item * slot_bytes;
+        int bytes = row < rows ? (last + 15) & ~15 : 0;
+        if (row < rows && bytes > w_end - from) {  // w ends inside the last 16
           bytes = static_cast<int>(w_end - from) & ~15;
-          for (int i = bytes + copy_lane; i < last; i += copy_lanes) to[i] = from[i];
+          for (int i = bytes + span; i < last; i += split.lanes) to[i] = from[i];
         }
-        arrivals.start(stage, shared_address(to), from, bytes, copy_lane, copy_lanes);
+        arrivals.start(stage, shared_address(to), from, bytes, span, split.lanes);
       }
       ahead.chunk += warps;
       settle(ahead);
     }
     arrivals.close();
   };
-  // A block that begins while the kernel before is busy has the L2 fetch its weights meanwhile.
-  if (P::kBlocks > 1 && whole && lane == 0) {
-#pragma unroll 1
-    for (int s = 0, chunk = warp; s < P::kStages && chunk < chunks; ++s, chunk += warps) {
-      const int row = chunk * item_rows, below = rows - row;
-      const uint8_t* const from = w_block + row * row_bytes;
-      const auto shift = reinterpret_cast<uintptr_t>(from) & 15;
-      const auto bytes = static_cast<int>((below < item_rows ? below : item_rows) * row_bytes + shift);
-      prefetch_to_l2(from - shift, bytes & ~15);
-    }
-  }
   if (P::kFolds) let_next_kernel_start();
-  LaneTable<F, Tabled>::fill(shared);
+  fill_table<F, Tabled>(shared);
   const LaneTable<F, Tabled> table(shared, lane);
   // What quantises activations writes no weights, any other kernel before this one may have done so.
   const int most = split.panel * split.lanes * P::kSpan;  // activations of a panel
@@ -219,10 +121,7 @@ __global__ void __launch_bounds__(32 * Plan<F, Tokens, Tabled>::kWarps, Plan<F, 
       Window<P::kSpanBytes> windows[P::kDepth];
 #pragma unroll
       for (int r = 0; r < P::kDepth; ++r)
-        windows[r].load(whole ? slot + place(item.chunk * item_rows) +
-                                    (row_in_item + r * split.rows) * static_cast<int>(row_bytes)
-                              : slot + place(row + r * split.rows) + row_in_item * slot_bytes +
-                                    r * P::kPieceBytes);
+        windows[r].load(slot + place(row + r * split.rows) + row_in_item * slot_bytes + r * P::kPieceBytes);
       const int inside = count - (slice * split.lanes + span) * P::kSpan;
       float sums[P::kDepth][Tokens] = {};
       multiply_span<F, Tokens, Tabled>(sums, windows, staged + (slice * split.lanes + span) * P::kPitch,
@@ -238,13 +137,6 @@ __global__ void __launch_bounds__(32 * Plan<F, Tokens, Tabled>::kWarps, Plan<F, 
 #pragma unroll
       for (int r = 0; r < P::kDepth; ++r) {
         if (span != 0 || row + r * split.rows >= rows) continue;
-        if (whole) {
-#pragma unroll
-          for (int t = 0; t < Tokens; ++t)
-            if (t < args.m)
-              store_real(args.y, t * args.n + first_row + row + r * split.rows, sums[r][t], args.type);
-          continue;
-        }
         float* to = partial + (slice * rows + row + r * split.rows) * Tokens;
 #pragma unroll
         for (int t = 0; t < Tokens; ++t) to[t] = first_slice == 0 ? sums[r][t] : to[t] + sums[r][t];
@@ -252,7 +144,6 @@ __global__ void __launch_bounds__(32 * Plan<F, Tokens, Tabled>::kWarps, Plan<F, 
       stage = stage + 1 == P::kStages ? 0 : stage + 1;
     }
   }
-  if (whole) return;
   __syncthreads();
 
   const int parts = split.slices < split.panel ? split.slices : split.panel;
@@ -270,16 +161,12 @@ __global__ void __launch_bounds__(32 * Plan<F, Tokens, Tabled>::kWarps, Plan<F, 
 template <BlockFormat F, int Tokens, bool Tabled>
 cudaError_t launch(const GemmArgs& args, const Device& device, cudaStream_t stream) {
   using P = Plan<F, Tokens, Tabled>;
+  if constexpr (Tokens == 1 && Tabled == kHasTable<F>)
+    if (fits_one_slice<F, Tabled>(args, device)) return launch_one_slice<F, Tabled>(args, device, stream);
   const int shared = device.shared_per_block - kReserved;
+  const Slices of_row = slices_of<P>(args.k);
   Split split{};
-  // As many lanes to a row as leave fewest of them without weights.
-  const int64_t spans = (args.k + P::kSpan - 1) / P::kSpan;
-  int64_t fewest = -1;
-  for (int lanes = P::kMostLanes; lanes >= P::kFewestLanes; lanes /= 2) {
-    const int64_t slices = (spans + lanes - 1) / lanes;
-    if (fewest >= 0 && slices * lanes >= fewest) continue;
-    fewest = slices * lanes, split.lanes = lanes, split.slices = static_cast<int>(slices);
-  }
+  split.lanes = of_row.lanes, split.slices = of_row.count;
   split.log2_lanes = std::countr_zero(static_cast<unsigned>(split.lanes));
   split.rows = 32 / split.lanes;
 
@@ -310,6 +197,14 @@ cudaError_t launch(const GemmArgs& args, const Device& device, cudaStream_t stre
   return cudaLaunchKernelEx(&launch.config, kernel, args, split);
 }
 
+// Where tables leave half of the shared memory, or enough for the rings of eight warps.
+template <BlockFormat F>
+bool has_room_for_table(const Device& device) {
+  using P = Plan<F, 1, true>;
+  const int shared = device.shared_per_block - kReserved, table = LaneTable<F, true>::kBytes;
+  return 2 * table <= shared || table + 8 * P::kStages * P::kItemBytes <= shared / 8 * 7;
+}
+
 // m up to Tokens.
 template <int Tokens>
 cudaError_t launch_few_tokens(const GemmArgs& args, cudaStream_t stream) {
@@ -318,8 +213,8 @@ cudaError_t launch_few_tokens(const GemmArgs& args, cudaStream_t stream) {
   if (status != cudaSuccess) return status;
   BlockFormats::visit(args.qtype, [&]<class F>(F) {
     if constexpr (kServes<F>) {
-      if constexpr (Tokens == 1 && TableFormat<F>)
-        if (2 * LaneTable<F, true>::kBytes <= device.shared_per_block - kReserved) {
+      if constexpr (Tokens == 1 && kHasTable<F>)
+        if (has_room_for_table<F>(device)) {
           status = launch<F, Tokens, true>(args, device, stream);
           return;
         }

@@ -104,8 +104,8 @@ struct Rounding {
   uint4 asked[2] = {};
 
   __device__ __forceinline__ void ask(const GemmArgs& args, int64_t first, int count, int v) {
-    const int units = count / 8, token = Tokens > 1 ? v / units : 0;
-    if (v >= static_cast<int>(args.m) * units) return;
+    const int units = count >> 3, token = Tokens > 1 ? v / units : 0;
+    if (v >= (Tokens > 1 ? static_cast<int>(args.m) * units : units)) return;
     const int64_t at = token * args.k + first + 8 * (v - token * units);
     if (args.type == Real::kFloat32) {
       const auto* x = reinterpret_cast<const uint4*>(static_cast<const float*>(args.x) + at);
@@ -130,14 +130,15 @@ struct Rounding {
   }
 
   __device__ __forceinline__ void stage(uint8_t* staged, const GemmArgs& args, int64_t first, int count) {
-    const int units = count / 8, all = static_cast<int>(args.m) * units, lane = threadIdx.x % 32;
+    const uint32_t units = static_cast<uint32_t>(count) / 8,
+                   all = Tokens > 1 ? static_cast<uint32_t>(args.m) * units : units, lane = threadIdx.x % 32;
 #pragma unroll 1
-    for (int v = threadIdx.x; v - lane < all; v += blockDim.x) {
-      const int inside = v < all ? v : 0, token = Tokens > 1 ? inside / units : 0,
-                unit = inside - token * units, group = unit / 4, quarter = v % 4;
+    for (uint32_t v = threadIdx.x; v - lane < all; v += blockDim.x) {
+      const uint32_t inside = v < all ? v : 0, token = Tokens > 1 ? inside / units : 0,
+                     unit = inside - token * units, group = unit / 4, quarter = v % 4;
       float values[8];
       answer(values, args.type);
-      ask(args, first, count, v + blockDim.x);
+      ask(args, first, count, static_cast<int>(v + blockDim.x));
       const EightActivations eight = quantize_eight(values);
       const int pair = eight.sum + __shfl_xor_sync(~0u, eight.sum, 1);
       const int sum = P::kGroupParts == 1 ? pair + __shfl_xor_sync(~0u, pair, 2) : pair;

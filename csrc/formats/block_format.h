@@ -66,6 +66,16 @@ concept TableFormat =
       { F::table_word(i) } -> std::same_as<uint32_t>;
     };
 
+// A table whose index has more than eight bits may come in 256 rows of kRowWords words, row_word(row, i).
+// table.whole(names, j, places, k) is the word in the row that byte j of `names` says, at the place in byte k
+// of `places`: bits 6 and 7 say which word, and table.copy() is added to bytes 0 and 2, or eight bits higher
+// to 1 and 3; byte k ^ 1 is zero. table.entry(…) is one half of the word, by bit 1.
+template <class F>
+concept RowTableFormat = BlockFormat<F> && requires(int i) {
+  { F::kRowWords } -> std::convertible_to<int>;
+  { F::row_word(i, i) } -> std::same_as<uint32_t>;
+};
+
 // Where neighbouring codes lie in neighbouring bits, every eighth is easier to get at:
 // strided_codes(block, 8g + j) are the codes of weights 32g + j, + 8, + 16 and + 24.
 template <class F>
@@ -77,17 +87,26 @@ concept StridedFormat = BlockFormat<F> && requires(bytes_ptr block, int i) {
 // belong to plane i % count: a product sums each plane by itself, then the planes, each 2^bits of the next,
 // and has `unit` times what it wants. Eight fields of a word cost eight masks, but two or four shifts less.
 struct Planes {
-  int count, bits, unit;
+  int count, bits, unit, shift = 0;  // 2^shift of the last plane, then
 };
 // strided_codes in planes.
 template <class F>
 concept PlanarStrides = StridedFormat<F> && requires { Planes{F::kPlanes}; };
-// Look-ups in planes, planar_codes(block, i, table), of codes unit · q − zero. Byte 0 of zeros(block, g)
-// is that (negative) zero in the first half of group g, byte 1 in the second; groups are of 16 or 32.
+// Look-ups in planes, planar_codes(block, i, table), of codes unit · q − zero (with 2^shift in them). Byte 0
+// of zeros(block, g) is that (negative) zero in the first half of group g, byte 1 in the second; groups are
+// of 16 or 32.
 template <class F>
-concept PlanarTable = TableFormat<F> && requires(bytes_ptr block, int i) {
+concept PlanarTable = (TableFormat<F> || RowTableFormat<F>) && requires(bytes_ptr block, int i) {
   { Planes{F::kPlanes} };
   { F::zeros(block, i) } -> std::same_as<uint32_t>;
+};
+
+// Small integer scales, affine(block, g).scale = factor(block) · scale(block, g): a product takes the groups
+// of 32 weights together as integers. With int8 activations their sum must stay below 2^22.
+template <class F>
+concept SmallScales = BlockFormat<F> && requires(bytes_ptr block, int i) {
+  { F::factor(block) } -> std::same_as<float>;
+  { F::scale(block, i) } -> std::same_as<int>;
 };
 
 // Where groups have integer scales, a format may give eight of them at once, a signed byte each (one of

@@ -8,6 +8,9 @@
 
 namespace quantgemm {
 
+// Byte i of a block that lies, as those do whose tables are used, at a multiple of four.
+QG_HD uint32_t aligned_byte(bytes_ptr b, int i) { return byte_of(load<uint32_t, 4>(b + (i & ~3)), i & 3); }
+
 // Four magnitudes of an IQ2 grid point (levels 8, 25, 43); half selects its lower or upper four.
 QG_HD uint32_t iq2_magnitudes(uint16_t entry, int half) {
   if constexpr (kPicksBytes) return pick_bytes(0x002b1908u, 0, pairs_to_nibbles(entry) >> (16 * half));
@@ -42,8 +45,8 @@ struct IQ2_XXS {
   static constexpr bool kOffset = false;
   QG_HD static uint32_t signs_and_scale(bytes_ptr b, int g) { return load<uint32_t, 2>(b + 2 + 8 * g + 4); }
   QG_HD static Affine affine(bytes_ptr b, int g) {
-    const auto s = static_cast<float>(signs_and_scale(b, g) >> 28);
-    return {half_to_float(load<uint16_t, 2>(b)) * (0.5f + s) * 0.25f, 0};
+    const uint32_t s = signs_and_scale(b, g) >> 28;
+    return {half_to_float(load<uint16_t, 2>(b)) * 0.25f * (0.5f + static_cast<float>(s & 15)), 0};
   }
   QG_HD static uint32_t quad(bytes_ptr b, int i) {
     const int g = i >> 3, point = (i >> 1) & 3, half = i & 1;
@@ -58,7 +61,7 @@ struct IQ2_XXS {
   QG_HD static uint32_t quad(bytes_ptr b, int i, const Table& table) {
     const int g = i >> 3, point = (i >> 1) & 3;
     const uint32_t signs = (signs_and_scale(b, g) >> (7 * point)) & 127;
-    return iq2_point(table(byte_of(load<uint32_t, 2>(b + 2 + 8 * g), point)) | table(256, signs), i & 1);
+    return iq2_point(table(aligned_byte(b, 2 + 8 * g + point)) | table(256, signs), i & 1);
   }
 };
 
@@ -68,21 +71,21 @@ struct IQ2_XS {
   static constexpr const char* kName = "IQ2_XS";
   static constexpr bool kOffset = false;
   QG_HD static Affine affine(bytes_ptr b, int g) {
-    const auto s = static_cast<float>((b[66 + (g >> 1)] >> (4 * (g & 1))) & 15);
-    return {half_to_float(load<uint16_t, 2>(b)) * (0.5f + s) * 0.25f, 0};
+    const uint32_t s = b[66 + (g >> 1)] >> (4 * (g & 1));
+    return {half_to_float(load<uint16_t, 2>(b)) * 0.25f * (0.5f + static_cast<float>(s & 15)), 0};
   }
   QG_HD static uint32_t quad(bytes_ptr b, int i) {
     const uint32_t point = load<uint16_t, 2>(b + 2 + 2 * (i >> 1));
     return negate_bytes(iq2_magnitudes(kGridIQ2XS[point & 511], i & 1), even_signs(point >> 9, i & 1));
   }
-  static constexpr int kTableWords = 512 + 128;
+  static constexpr int kTableWords = 512 + 256;  // signs by whole bytes, of which bit 0 is the index's
   QG_HD static uint32_t table_word(int i) {
-    return i < 512 ? pairs_to_nibbles(kGridIQ2XS[i]) : signs_to_nibbles(all_signs(i - 512));
+    return i < 512 ? pairs_to_nibbles(kGridIQ2XS[i]) : signs_to_nibbles(all_signs((i - 512) >> 1));
   }
   template <class Table>
   QG_HD static uint32_t quad(bytes_ptr b, int i, const Table& table) {
     const uint32_t point = load<uint16_t, 2>(b + 2 + 2 * (i >> 1));
-    return iq2_point(table(point & 511) | table(512, point >> 9), i & 1);
+    return iq2_point(table(point & 511) | table(512 + aligned_byte(b, 3 + 2 * (i >> 1))), i & 1);
   }
 };
 
@@ -92,23 +95,26 @@ struct IQ2_S {
   static constexpr const char* kName = "IQ2_S";
   static constexpr bool kOffset = false;
   QG_HD static Affine affine(bytes_ptr b, int g) {
-    const auto s = static_cast<float>((b[74 + (g >> 1)] >> (4 * (g & 1))) & 15);
-    return {half_to_float(load<uint16_t, 2>(b)) * (0.5f + s) * 0.25f, 0};
+    const uint32_t s = b[74 + (g >> 1)] >> (4 * (g & 1));
+    return {half_to_float(load<uint16_t, 2>(b)) * 0.25f * (0.5f + static_cast<float>(s & 15)), 0};
   }
   QG_HD static uint32_t quad(bytes_ptr b, int i) {
     const int point = i >> 1;
     const int index = b[2 + point] | ((b[66 + (point >> 2)] >> (2 * (point & 3))) & 3) << 8;
     return negate_bytes(iq2_magnitudes(kGridIQ2S[index], i & 1), b[34 + point] >> (4 * (i & 1)));
   }
-  static constexpr int kTableWords = 1024 + 256;
-  QG_HD static uint32_t table_word(int i) {
-    return i < 1024 ? pairs_to_nibbles(kGridIQ2S[i]) : signs_to_nibbles(i - 1024);
-  }
+  static constexpr int kRowWords = 4, kTableWords = 256;
+  QG_HD static uint32_t row_word(int row, int i) { return pairs_to_nibbles(kGridIQ2S[row + 256 * i]); }
+  QG_HD static uint32_t table_word(int i) { return signs_to_nibbles(i); }
   template <class Table>
   QG_HD static uint32_t quad(bytes_ptr b, int i, const Table& table) {
-    const int point = i >> 1;
-    const uint32_t high = ((b[66 + (point >> 2)] >> (2 * (point & 3))) & 3) << 8;
-    return iq2_point(table(b[2 + point], high) | table(1024, b[34 + point]), i & 1);
+    const int point = i >> 1, of_four = point & 3, up = of_four < 2 ? 0 : 8, at = 2 + point;
+    // Index bits 8 and 9 of points 0 and 1 or 2 and 3 to where an entry's place has them.
+    const uint32_t words = aligned_byte(b, 66 + (point >> 2)) * (of_four < 2 ? 0x00100040u : 0x01000400u);
+    const uint32_t places = (words & (0x00c000c0u << up)) | table.copy() << up;
+    const int k = 2 * (of_four & 1) + (of_four >> 1);
+    const uint32_t levels = table.whole(load<uint32_t, 4>(b + (at & ~3)), at & 3, places, k);
+    return iq2_point(levels | table(aligned_byte(b, 34 + point)), i & 1);
   }
 };
 
@@ -185,11 +191,15 @@ QG_HD uint32_t iq1_codes(uint16_t entry, int half, bool minus) {
   return sub_bytes(level * 8 + (minus ? 0u : 0x02020202u), 0x09090909u);
 }
 
-// The levels of a point for integer products: of its first four weights in low nibbles, of the others in high
-// ones. In planes: 16 · level = 2 · (q + 7) or, of a negative ⅛, 2 · (q + 9).
-QG_HD uint32_t iq1_levels(int i) { return spread_pairs(kGridIQ1[i]) | spread_pairs(kGridIQ1[i] >> 8) << 4; }
-QG_HD uint32_t iq1_plane(uint32_t levels, int half) {
-  return levels & (half != 0 ? 0xf0f0f0f0u : 0x0f0f0f0fu);
+// For integer products a point's levels lie in 16 bits so that one shift makes room for all: 0, 4, 2, 6 in
+// the lower halves of its nibbles, 1, 5, 3, 7 in the upper. In planes, 8 · level = q + 7, or q + 9 with −⅛.
+QG_HD uint32_t iq1_row_word(int row, int i) {
+  const uint32_t two = kGridIQ1[row + 512 * i] | static_cast<uint32_t>(kGridIQ1[row + 512 * i + 256]) << 16;
+  const uint32_t change = (two ^ (two >> 6)) & 0x00cc00ccu;  // levels 1 and 3 for 4 and 6
+  return two ^ change ^ (change << 6);
+}
+QG_HD uint32_t iq1_plane(uint32_t entry, int half) {
+  return either_and(entry, entry << 12, half != 0 ? 0x0c0c0c0cu : 0x03030303u);
 }
 
 // | d f16 | 32 index low bytes | 8 × u16: 4 × index bits 8-10, scale s, sign of ⅛ |   groups of 32
@@ -198,8 +208,8 @@ struct IQ1_S {
   static constexpr const char* kName = "IQ1_S";
   static constexpr bool kOffset = false;
   QG_HD static Affine affine(bytes_ptr b, int g) {
-    const int s = (load<uint16_t, 2>(b + 34 + 2 * g) >> 12) & 7;
-    return {half_to_float(load<uint16_t, 2>(b)) * static_cast<float>(2 * s + 1) * 0.125f, 0};
+    const uint32_t high = load<uint16_t, 2>(b + 34 + 2 * g);
+    return {half_to_float(load<uint16_t, 2>(b)) * 0.125f * (static_cast<float>((high >> 11) & 14) + 1), 0};
   }
   QG_HD static uint32_t quad(bytes_ptr b, int i) {
     const int point = i >> 1;
@@ -207,20 +217,25 @@ struct IQ1_S {
     const uint32_t index = b[2 + point] | ((high >> (3 * (point & 3))) & 7) << 8;
     return iq1_codes(kGridIQ1[index], i & 1, (high & 0x8000u) != 0);
   }
-  static constexpr int kTableWords = 2048;
-  static constexpr Planes kPlanes{2, 4, 2};
-  QG_HD static uint32_t table_word(int i) { return iq1_levels(i); }
+  static constexpr int kRowWords = 4;
+  static constexpr Planes kPlanes{2, 2, 1, 1};
+  QG_HD static uint32_t row_word(int row, int i) { return iq1_row_word(row, i); }
   template <class Table>
   QG_HD static uint32_t planar_codes(bytes_ptr b, int i, const Table& table) {
     const int g = i >> 3, point = (i >> 1) & 3;
-    const uint32_t high = load<uint16_t, 2>(b + 34 + 2 * g);
-    const uint32_t pairs = (high & 0x003fu) | ((high << 10) & 0x003f0000u);
-    const uint32_t top =
-        (pairs & 0x00070007u) | ((pairs << 5) & 0x07000700u);  // index bits 8-10 of four points
-    return iq1_plane(table(two_bytes_of(load<uint32_t, 2>(b + 2 + 4 * g), point, top, point)), i & 1);
+    const uint32_t high = load<uint16_t, 2>(b + 34 + 2 * g) & 0x0fffu;
+    // Index bits 9 and 10, and 8, of points 0 and 1 or 2 and 3 to where an entry's place has them.
+    const uint32_t words = high * (point < 2 ? 0x00040020u : 0x00100080u),
+                   halves = high * (point < 2 ? 0x00004002u : 0x00010008u);
+    const int up = point < 2 ? 0 : 8;
+    const uint32_t places =
+        (words & (0x00c000c0u << up)) | (halves & (0x00020002u << up)) | table.copy() << up;
+    const int k = 2 * (point & 1) + (point >> 1);
+    const int at = 2 + 4 * g + point;
+    return iq1_plane(table.entry(load<uint32_t, 4>(b + (at & ~3)), at & 3, places, k), i & 1);
   }
   QG_HD static uint32_t zeros(bytes_ptr b, int g) {
-    return 0xf2f2u - ((load<uint16_t, 2>(b + 34 + 2 * g) >> 13) & 4) * 0x0101u;
+    return 0xf9f9u - ((load<uint16_t, 2>(b + 34 + 2 * g) >> 14) & 2) * 0x0101u;
   }
 };
 
@@ -230,32 +245,38 @@ struct IQ1_M {
   static constexpr int kType = 29, kElems = 256, kBytes = 56, kGroup = 16;
   static constexpr const char* kName = "IQ1_M";
   static constexpr bool kOffset = false;
-  QG_HD static Affine affine(bytes_ptr b, int g) {
+  QG_HD static float factor(bytes_ptr b) {
     uint32_t d = 0;
     for (int i = 0; i < 4; ++i)
       d |= static_cast<uint32_t>(load<uint16_t, 2>(b + 48 + 2 * i) >> 12) << (4 * i);
-    const int s = (load<uint16_t, 2>(b + 48 + 2 * (g >> 2)) >> (3 * (g & 3))) & 7;
-    return {half_to_float(static_cast<uint16_t>(d)) * static_cast<float>(2 * s + 1) * 0.125f, 0};
+    return half_to_float(static_cast<uint16_t>(d)) * 0.125f;
   }
+  QG_HD static int scale(bytes_ptr b, int g) {
+    const uint32_t s = load<uint16_t, 2>(b + 48 + 2 * (g >> 2)), from = 3 * (g & 3);
+    return static_cast<int>((from == 0 ? s << 1 : s >> (from - 1)) & 14) + 1;
+  }
+  QG_HD static Affine affine(bytes_ptr b, int g) { return {factor(b) * static_cast<float>(scale(b, g)), 0}; }
   QG_HD static uint32_t quad(bytes_ptr b, int i) {
     const int point = i >> 1;
     const int high = b[32 + (point >> 1)] >> (4 * (point & 1));
     return iq1_codes(kGridIQ1[b[point] | (high & 7) << 8], i & 1, (high & 8) != 0);
   }
-  static constexpr int kTableWords = 2048;
-  static constexpr Planes kPlanes{2, 4, 2};
-  QG_HD static uint32_t table_word(int i) { return iq1_levels(i); }
+  static constexpr int kRowWords = 4;
+  static constexpr Planes kPlanes{2, 2, 1, 1};
+  QG_HD static uint32_t row_word(int row, int i) { return iq1_row_word(row, i); }
   template <class Table>
   QG_HD static uint32_t planar_codes(bytes_ptr b, int i, const Table& table) {
-    const int point = i >> 1;
-    const uint32_t high = load<uint32_t, 4>(b + 32 + 4 * (point >> 3)) >> (4 * (point & 1));
-    const uint32_t low = load<uint32_t, 4>(b + 4 * (point >> 2));
-    return iq1_plane(table(two_bytes_of(low, point & 3, high & 0x07070707u, (point >> 1) & 3)), i & 1);
+    const int point = i >> 1, k = (point >> 1) & 3, up = 8 * (k & 1);
+    const uint32_t high = load<uint32_t, 4>(b + 32 + 4 * (point >> 3));
+    const uint32_t words = point & 1 ? high << 1 : high << 5, halves = point & 1 ? high >> 3 : high << 1;
+    const uint32_t places =
+        (words & (0x00c000c0u << up)) | (halves & (0x00020002u << up)) | table.copy() << up;
+    return iq1_plane(table.entry(load<uint32_t, 4>(b + 4 * (point >> 2)), point & 3, places, k), i & 1);
   }
   QG_HD static uint32_t zeros(bytes_ptr b, int g) {
     const uint32_t signs = load<uint32_t, 4>(b + 32 + 4 * (g >> 2));
-    const uint32_t even = 0xf2f2f2f2u - ((signs >> 1) & 0x04040404u);
-    const uint32_t odd = 0xf2f2f2f2u - ((signs >> 5) & 0x04040404u);
+    const uint32_t even = 0xf9f9f9f9u - ((signs >> 2) & 0x02020202u);
+    const uint32_t odd = 0xf9f9f9f9u - ((signs >> 6) & 0x02020202u);
     return pick_bytes(even, odd, 0x0040u + (g & 3) * 0x0011u);
   }
 };

@@ -161,7 +161,7 @@ QG_HD uint32_t pick_bytes(uint32_t low, uint32_t high, uint32_t selectors) {
 }
 #endif
 
-// Byte j of a word. The same with byte k of another, one of 0…127, above it.
+// Byte j of a word.
 QG_HD uint32_t byte_of(uint32_t word, int j) {
 #ifdef __CUDA_ARCH__
   return pick_bytes(word, 0, 0x4440u + j);
@@ -169,11 +169,15 @@ QG_HD uint32_t byte_of(uint32_t word, int j) {
   return (word >> (8 * j)) & 0xffu;
 #endif
 }
-QG_HD uint32_t two_bytes_of(uint32_t word, int j, uint32_t above, int k) {
+
+// (a | b) & mask in one instruction, also where a | b is wanted twice.
+QG_HD uint32_t either_and(uint32_t a, uint32_t b, uint32_t mask) {
 #ifdef __CUDA_ARCH__
-  return pick_bytes(word, above, 0xcc40u + j + k * 0x1110u);  // nibbles of 8 and more: that byte's sign, 0
+  uint32_t bits;
+  asm("lop3.b32 %0, %1, %2, %3, 0xa8;" : "=r"(bits) : "r"(a), "r"(b), "r"(mask));
+  return bits;
 #else
-  return byte_of(word, j) | byte_of(above, k) << 8;
+  return (a | b) & mask;
 #endif
 }
 
