@@ -1,26 +1,30 @@
 # SPDX-License-Identifier: MIT
 """The native cache and the sparse container on the GPU: decode attention beside SDPA, compression.
 
-    python benchmarks/bench_sparse_kv.py [--quick] [--out FOLDER]
+    python benchmarks/bench_sparse_kv.py [--quick] [--only TABLE ...] [--rivals] [--out FOLDER]
 
-32 query heads, 8 key-value heads, head dimension 128, one new token. Attention is three launches:
-logits, softmax, output; each of them is also timed alone. The rival is the fastest backend of
-torch's scaled_dot_product_attention on the dense float16 cache, measured in the same run. Keys and
-values are rotated among copies that together exceed the L2 several times.
+32 query heads, 8 key-value heads, head dimension 128, one new token. The container's attention is
+three launches: logits, softmax, output; each of them is also timed alone. The rival is the fastest
+backend of torch's scaled_dot_product_attention on the dense float16 cache, measured in the same
+run; --rivals adds compiled FlexAttention and transformers' own quantised cache. Keys and values
+are rotated among copies that together exceed the L2 several times. Every row is printed as it
+comes.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import gc
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import copy_bandwidth, print_table, pyplot, save, time_gpu
+from common import copy_bandwidth, pyplot, save, time_gpu
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -60,7 +64,6 @@ def dense_cache(batch: int, tokens: int, seed: int) -> torch.Tensor:
 @functools.cache
 def sdpa_times(batch: int, tokens: int) -> dict[str, float]:
     """µs of each backend that takes the shape."""
-    print(f"batch {batch}, {tokens} tokens", flush=True)
     count = num_copies(2 * batch * HEADS * tokens * DIM * 2)
     caches = [
         [dense_cache(batch, tokens, i).view(batch, HEADS, tokens, DIM) for i in (2 * n, 2 * n + 1)]
@@ -90,10 +93,9 @@ def attention(
     return kv.sparse_value_spmm(scores, *values, head_dim=DIM, groups=GROUPS, bits=bits[1])
 
 
-def attention_table(
+def attention_rows(
     shapes: list[tuple[int, int]], settings: dict[str, tuple[float, int, int]]
-) -> list[dict[str, Any]]:
-    rows = []
+) -> Iterator[dict[str, Any]]:
     for batch, tokens in shapes:
         sdpa = sdpa_times(batch, tokens)
         best = min(sdpa.values())
@@ -110,26 +112,22 @@ def attention_table(
             bits = (key_bits, value_bits)
             whole = [partial(attention, query, *pair, bits, tokens) for pair in pairs]
             total = time_gpu(whole).median
-            rows.append(
-                {
-                    "B": batch,
-                    "T": tokens,
-                    "container": name,
-                    "key_us": time_gpu([partial(key, query, *p[0]) for p in pairs]).median,
-                    "value_us": time_gpu([partial(value, scores, *p[1]) for p in pairs]).median,
-                    "attention_us": total,
-                    **{f"sdpa_{n}_us": t for n, t in sdpa.items()},
-                    "sdpa/ours": best / total,
-                    "bits/element": (keys.num_bytes + values.num_bytes) * 4 / k.numel(),
-                }
-            )
-            del pairs
-    return rows
+            yield {
+                "B": batch,
+                "T": tokens,
+                "container": name,
+                "key_us": time_gpu([partial(key, query, *p[0]) for p in pairs]).median,
+                "value_us": time_gpu([partial(value, scores, *p[1]) for p in pairs]).median,
+                "attention_us": total,
+                **{f"sdpa_{n}_us": t for n, t in sdpa.items()},
+                "sdpa/ours": best / total,
+                "bits/element": (keys.num_bytes + values.num_bytes) * 4 / k.numel(),
+            }
+            del whole, pairs, keys, values
 
 
-def native_table(shapes: list[tuple[int, int]]) -> list[dict[str, Any]]:
+def native_rows(shapes: list[tuple[int, int]]) -> Iterator[dict[str, Any]]:
     """SparseKVCache: one fused kernel; every layer is another copy."""
-    rows = []
     for batch, tokens in shapes:
         sdpa = sdpa_times(batch, tokens)
         query = torch.randn(batch, QUERY_HEADS, DIM, device="cuda").half()
@@ -140,35 +138,38 @@ def native_table(shapes: list[tuple[int, int]]) -> list[dict[str, Any]]:
             cache = SparseKVCache(
                 layers, HEADS, DIM, form, max_tokens=tokens + 256, batch=batch, device="cuda"
             )
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             for layer in range(layers):
+                if layer == layers - 1:
+                    start.record()
                 cache.append(layer, k, v)
+            end.record()
             cache.advance(tokens)
             timing = time_gpu([partial(cache.attend, layer, query) for layer in range(layers)])
             one = torch.zeros(batch, HEADS, 1, DIM, device="cuda", dtype=torch.float16)
             appends = [partial(cache.append, layer, one, one) for layer in range(layers)]
-            rows.append(
-                {
-                    "B": batch,
-                    "T": tokens,
-                    "format": form,
-                    "attention_us": timing.median,
-                    "low": timing.low,
-                    "high": timing.high,
-                    **{f"sdpa_{n}_us": t for n, t in sdpa.items()},
-                    "sdpa/ours": min(sdpa.values()) / timing.median,
-                    "TB/s": 2 * k.numel() * bits / 8 / timing.median * 1e-6,
-                    "append_us": time_gpu(appends).median,
-                }
-            )
-            del cache
-    return rows
+            yield {
+                "B": batch,
+                "T": tokens,
+                "format": form,
+                "attention_us": timing.median,
+                "low": timing.low,
+                "high": timing.high,
+                **{f"sdpa_{n}_us": t for n, t in sdpa.items()},
+                "sdpa/ours": min(sdpa.values()) / timing.median,
+                "TB/s": 2 * k.numel() * bits / 8 / timing.median * 1e-6,
+                "append_us": time_gpu(appends).median,
+                "prefill_us": start.elapsed_time(end) * 1000,
+            }
+            del cache, appends
 
 
-def compression_table(bandwidth: float, shapes: list[tuple[int, int]]) -> list[dict[str, Any]]:
-    rows = []
+def compression_rows(
+    bandwidth: float, shapes: list[tuple[int, int]], settings: dict[str, tuple[float, int, int]]
+) -> Iterator[dict[str, Any]]:
     for batch, tokens in shapes:
         caches = [dense_cache(batch, tokens, i) for i in range(2)]
-        for name, (sparsity, key_bits, value_bits) in SETTINGS.items():
+        for name, (sparsity, key_bits, value_bits) in settings.items():
             for what, bits in (("key", key_bits), ("value", value_bits)):
                 keep = kv.kept_values(sparsity, DIM)
                 calls: list[Callable[[], Any]] = [
@@ -177,62 +178,155 @@ def compression_table(bandwidth: float, shapes: list[tuple[int, int]]) -> list[d
                 need = caches[0].numel() * 2
                 need += kv.ops._compress(caches[0], sparsity, bits, what == "value").num_bytes
                 timing = time_gpu(calls)
-                rows.append(
-                    {
-                        "B": batch,
-                        "T": tokens,
-                        "container": name,
-                        "of": what,
-                        "us": timing.median,
-                        "low": timing.low,
-                        "high": timing.high,
-                        "of_copy": need / bandwidth * 1e6 / timing.median,
-                    }
-                )
-    return rows
+                yield {
+                    "B": batch,
+                    "T": tokens,
+                    "container": name,
+                    "of": what,
+                    "us": timing.median,
+                    "low": timing.low,
+                    "high": timing.high,
+                    "of_copy": need / bandwidth * 1e6 / timing.median,
+                }
+
+
+def rival_rows(shapes: list[tuple[int, int]]) -> Iterator[dict[str, Any]]:
+    """FlexAttention, compiled; transformers' own quantised cache, which unpacks all of a layer."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    flex = torch.compile(flex_attention, dynamic=False)
+    for batch, tokens in shapes:
+        times = sdpa_times(batch, tokens)
+        query = torch.randn(batch, QUERY_HEADS, 1, DIM, device="cuda").half()
+        sources = [
+            [
+                dense_cache(batch, tokens, i).view(batch, HEADS, tokens, DIM)
+                for i in (2 * n, 2 * n + 1)
+            ]
+            for n in range(num_copies(2 * batch * HEADS * tokens * DIM * 2))
+        ]
+        row: dict[str, Any] = {"B": batch, "T": tokens, "sdpa_us": min(times.values())}
+        try:
+            call = partial(flex, query, enable_gqa=True)
+            row["flex_us"] = time_gpu([partial(call, key=k, value=v) for k, v in sources]).median
+        except Exception as error:  # the compiler's own kinds
+            print(f"FlexAttention at batch {batch}: {str(error).splitlines()[0]}")
+        try:
+            from transformers import QuantizedCache
+
+            cache = QuantizedCache("quanto", _llama_like(), nbits=2)
+            k, v = sources[0]
+            cache.update(k, v, 0)
+            one = k[:, :, :1]
+            row["transformers_2_bit_us"] = _time_eager(partial(cache.update, one, one, 0))
+        except Exception as error:  # not installed, or its back end is not
+            print(f"transformers' quantised cache: {str(error).splitlines()[0]}")
+        yield row
+
+
+def _llama_like() -> Any:
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        num_hidden_layers=1, num_attention_heads=QUERY_HEADS, num_key_value_heads=HEADS
+    )
+
+
+def _time_eager(call: Callable[[], Any], times: int = 10) -> float:
+    """µs, for what cannot be captured in a graph."""
+    call()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(times):
+        call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) * 1000 / times
+
+
+def show(rows: Iterator[dict[str, Any]], since: float) -> list[dict[str, Any]]:
+    """All of them, each printed as it comes."""
+    kept: list[dict[str, Any]] = []
+    for row in rows:
+        texts = [f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()]
+        widths = [max(len(k), 6) for k in row]
+        if not kept or kept[-1].keys() != row.keys():
+            print("     s  " + "  ".join(k.rjust(w) for k, w in zip(row, widths, strict=True)))
+        line = "  ".join(t.rjust(w) for t, w in zip(texts, widths, strict=True))
+        print(f"{time.perf_counter() - since:6.1f}  {line}", flush=True)
+        kept.append(row)
+    return kept
+
+
+# Relative L2 of attention's output, Gauss, and bits per element, keys and values together:
+# tests/test_kv_accuracy.py and Container.num_bytes.
+ERRORS = {
+    "dense4": (4.375, 0.089),
+    "dense2": (2.375, 0.364),
+    "4 bits, 50 %": (4.22, 0.235),
+    "2 bits, 50 %": (3.22, 0.482),
+    "2 bits, 70 %": (2.9, 0.490),
+}
 
 
 def plot(rows: list[dict[str, Any]], folder: Path) -> None:
+    """Speed against dense SDPA over the number of tokens; error over bits per element."""
     if (plt := pyplot()) is None:
         return
 
-    figure, axes = plt.subplots(figsize=(7, 4.5))
-    for name in dict.fromkeys(row["container"] for row in rows):
-        chosen = sorted(
-            (row["B"] * row["T"], row["sdpa/ours"]) for row in rows if row["container"] == name
-        )
-        axes.plot([c[0] for c in chosen], [c[1] for c in chosen], marker="o", label=name)
-    axes.axhline(1, color="#888888", linewidth=1)
-    axes.set(xscale="log", xlabel="batch · context", ylabel="speed against dense SDPA")
-    axes.legend(fontsize=8)
+    figure, (speed, error) = plt.subplots(1, 2, figsize=(10, 4.2))
+    names = [row.get("format") or row["container"] for row in rows]
+    for name in dict.fromkeys(names):
+        own = [row for row, n in zip(rows, names, strict=True) if n == name]
+        chosen = sorted((row["B"] * row["T"], row["sdpa/ours"]) for row in own)
+        speed.plot([c[0] for c in chosen], [c[1] for c in chosen], marker="o", label=name)
+    speed.axhline(1, color="#888888", linewidth=1)
+    speed.set(xscale="log", xlabel="batch · context", ylabel="speed against dense SDPA")
+    speed.set_ylim(bottom=0)
+    speed.legend(fontsize=8)
+    for name, (bits, size) in ERRORS.items():
+        error.plot(bits, size, "o", color="#3b6ea5" if name.startswith("dense") else "#b5651d")
+        error.annotate(name, (bits, size), (5, 5), textcoords="offset points", fontsize=8)
+    error.set(xlabel="bits per element", ylabel="error of the output (statistical model)")
+    error.set_ylim(0, 0.6)
+    error.set_xlim(2, 5.2)
     figure.tight_layout()
     figure.savefig(folder / "sparse_kv.svg")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    names = ("cache", "container", "compression")
     parser.add_argument("--quick", action="store_true", help="two shapes, three containers")
+    parser.add_argument("--only", nargs="*", choices=names, default=names, help="these tables")
+    parser.add_argument("--rivals", action="store_true", help="FlexAttention and others as well")
     parser.add_argument("--out", default="", help="also save CSV, JSON and a plot in this folder")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         print("no GPU: nothing to measure (examples/04_sparse_kv_decode.py runs on a CPU)")
         return 0
+    gc.freeze()  # a capture collects garbage; what is here now is none
+    since = time.perf_counter()
     quick = ("2 bits, 70 %", "4 bits, 50 %", "16 bits, 70 %")
     settings = {n: s for n, s in SETTINGS.items() if not options.quick or n in quick}
     bandwidth = copy_bandwidth()
     print(f"copy: {bandwidth / 1e12:.2f} TB/s")
     shapes = SHAPES[:2] if options.quick else SHAPES
-    tables = {
-        "kv_cache": native_table(shapes),
-        "sparse_kv_attention": attention_table(shapes, settings),
-        "sparse_kv_compression": compression_table(bandwidth, SHAPES[1:2]),
+    tables: dict[str, Iterator[dict[str, Any]]] = {
+        "kv_cache": native_rows(shapes),
+        "sparse_kv_attention": attention_rows(shapes, settings),
+        "sparse_kv_compression": compression_rows(bandwidth, SHAPES[1:2], settings),
     }
-    for name, rows in tables.items():
-        print_table(rows)
-        if options.out:
-            save(name, rows, Path(options.out))
+    wanted = {
+        n: t for (n, t), short in zip(tables.items(), names, strict=True) if short in options.only
+    }
+    if options.rivals:
+        wanted["kv_rivals"] = rival_rows(shapes)
+    kept = {name: show(rows, since) for name, rows in wanted.items()}
     if options.out:
-        plot(tables["sparse_kv_attention"], Path(options.out))
+        for name, rows in kept.items():
+            save(name, rows, Path(options.out))
+        plot(kept.get("kv_cache", []) + kept.get("sparse_kv_attention", []), Path(options.out))
     return 0
 
 

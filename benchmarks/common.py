@@ -46,6 +46,7 @@ class Timing:
 def time_gpu(calls: Sequence[Callable[[], Any]], replays: int = 20) -> Timing:
     """Microseconds of one call; `calls` are the same work on different copies of its data."""
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())  # what the calls read may still be on its way
     with torch.cuda.stream(side):
         calls[0]()  # loads kernels before the capture
     side.synchronize()

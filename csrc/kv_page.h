@@ -3,7 +3,7 @@
 //
 //   sequence   sinks | pages of 64 tokens ... | the recent ones, in a ring of ring() slots
 //   page       codes, scale [n] half, shift [n] half; n = channels for keys, 64 tokens for values
-//   value      (code/2^bits + 1 + shift) · scale: code/2^bits + 1 is a half made of the code's bits alone
+//   value      (code/2^bits + shift) · scale
 //
 // Codes of a key page are rows = tokens, columns k = channels; of a value page the other way round.
 #pragma once
@@ -47,30 +47,39 @@ QG_HD CodeOrigin code_origin(int word, int num_k, int bits) {
   return {row, 16 * step + 8 * half + 2 * (lane % 4)};
 }
 
-// Where the fit of column k lies: those that lane 4r + c needs are neighbours.
-QG_HD int fit_place(int k, int num_k) { return k % 8 / 2 * (num_k / 4) + k / 8 * 2 + k % 2; }
+// Where the fit of column k lies: those that lane 4r + c needs of 32 columns are neighbours, and so are
+// the four lanes' ones.
+QG_HD int fit_place(int k) { return ((k / 32 * 4 + k % 8 / 2) * 4 + k / 8 % 4) * 2 + k % 2; }
 
 struct PageFit {
   uint16_t scale, shift;  // half
 };
-QG_HD float page_value(uint32_t code, PageFit fit, int bits) {
-  const float steps = static_cast<float>(1 << bits);
-  return rounded_product(static_cast<float>(code) / steps + (1.0f + half_to_float(fit.shift)),
-                         half_to_float(fit.scale));
-}
-QG_HD uint32_t page_code(float x, PageFit fit, int bits) {
-  const float steps = static_cast<float>(1 << bits);
-  const float code = rintf((x / half_to_float(fit.scale) - (1.0f + half_to_float(fit.shift))) * steps);
-  return static_cast<uint32_t>(code >= 0.0f ? (code < steps ? code : steps - 1.0f) : 0.0f);  // 0 for NaN
-}
+// Codes and values of a fit. Nothing is divided and nothing fused: CPU and CUDA agree.
+struct PageCoder {
+  float scale, shift, step, inverse, lift, top;  // lift: shift in steps
+
+  QG_HD PageCoder(PageFit fit, int bits)
+      : scale(half_to_float(fit.scale)),
+        shift(half_to_float(fit.shift)),
+        step(1.0f / static_cast<float>(1 << bits)) {
+    const float steps = static_cast<float>(1 << bits);
+    inverse = 1.0f / scale * steps, lift = shift * steps, top = steps - 1.0f;
+  }
+  QG_HD float code(float x) const {
+    constexpr float kMagic = 12582912.0f;  // 1.5 · 2^23: sums with it are rounded to integers
+    const float rounded = (rounded_product(x, inverse) - lift + kMagic) - kMagic;
+    return rounded >= 0.0f ? (rounded < top ? rounded : top) : 0.0f;  // 0 for NaN
+  }
+  QG_HD float value(float code) const { return rounded_product(code * step + shift, scale); }
+};
 
 // lo is code 0 and hi the largest one.
 QG_HD PageFit fit_page_range(float lo, float hi, int bits) {
   const float levels = static_cast<float>((1 << bits) - 1), steps = levels + 1.0f;
-  if (lo == hi) return {float_to_half(lo), 0};  // exactly: code 0
+  if (lo == hi) return {float_to_half(lo), 0x3c00};  // exactly: code 0, shift 1
   uint16_t scale = float_to_half((hi - lo) / levels * steps);
   if (scale == 0) scale = 1;
-  return {scale, float_to_half(lo / half_to_float(scale) - 1.0f)};
+  return {scale, float_to_half(lo / half_to_float(scale))};
 }
 
 // The fit of x(0) … x(count - 1). With four levels the extremes are worth less than the middle: the range
@@ -89,9 +98,10 @@ QG_HD PageFit fit_page_group(X&& x, int count, int bits) {
   for (int step = 0; step < 6; ++step) {
     const float cut = rounded_product(0.045f * static_cast<float>(step), hi - lo);
     const PageFit fit = fit_page_range(lo + cut, hi - cut, bits);
+    const PageCoder coder(fit, bits);
     float error = 0.0f;
     for (int i = 0; i < count; ++i) {
-      const float d = x(i) - page_value(page_code(x(i), fit, bits), fit, bits);
+      const float v = x(i), d = v - coder.value(coder.code(v));
       error += rounded_product(d, d);
     }
     if (step > 0 && !(error < best_error)) break;
@@ -106,10 +116,13 @@ struct SequenceParts {
 };
 QG_HD int64_t ring_slots(const KvCacheArgs& c) { return c.recent - c.sinks; }
 QG_HD SequenceParts parts_of(const KvCacheArgs& c, int64_t tokens) {
+  if (tokens < 0) tokens = 0;
   const int64_t sinks = tokens < c.sinks ? tokens : c.sinks, rest = tokens - sinks;
   int64_t pages = rest > c.window ? (rest - c.window) / kPageTokens : 0;
   if (pages > c.max_pages) pages = c.max_pages;
-  return {sinks, pages, pages * kPageTokens, rest};
+  // A length that the cache cannot have, not yet written perhaps, must not become a loop without end.
+  const int64_t first = pages * kPageTokens, most = first + ring_slots(c);
+  return {sinks, pages, first, rest < most ? rest : most};
 }
 // The slot of a token's position.
 QG_HD int64_t recent_slot(const KvCacheArgs& c, int64_t position) {

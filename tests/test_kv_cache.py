@@ -223,6 +223,21 @@ def test_nan_reaches_the_output_of_its_head(device: str) -> None:
     assert out[0, :2].isfinite().all() and out[0, 2:].isnan().any()
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_lengths_that_cannot_be_do_not_hang(device: str) -> None:
+    """Lengths are data on the device; before they are written there may be anything in them."""
+    k, v = (x.to(device) for x in tokens_of(3, 1, 500, 64))
+    query = torch.randn(3, 4, 64, device=device).half()
+    cache = SparseKVCache(1, 1, 64, max_tokens=500, batch=3, device=device)
+    cache.append(0, k, v)
+    cache.advance(500)
+    want, _ = cache.attend(0, query)
+    cache.lens.copy_(torch.tensor([2**62, -(2**62), 500]))
+    out, lse = cache.attend(0, query)
+    assert out.isfinite().all() and not out[1].any() and (lse[1] == -torch.inf).all()
+    assert_same(out[2], want[2])
+
+
 def test_bytes() -> None:
     """Bits per element of the pages: codes, and 32 bits per channel or per token."""
     cache = SparseKVCache(1, 1, 128, "dense2", max_tokens=64 * 100, window=0, sinks=0)

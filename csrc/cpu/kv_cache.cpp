@@ -26,7 +26,7 @@ struct Page {
 
   uint16_t* fits() const { return reinterpret_cast<uint16_t*>(codes + int64_t{rows} * num_k * bits / 8); }
   PageFit fit(int k) const {
-    const int at = fit_place(k, num_k);
+    const int at = fit_place(k);
     return {fits()[at], fits()[num_k + at]};
   }
 
@@ -34,7 +34,7 @@ struct Page {
     const CodePlace at = code_place(row, k, num_k, bits);
     uint32_t word;
     std::memcpy(&word, codes + 4 * at.word, 4);
-    return page_value(word >> at.shift & ((1u << bits) - 1), fit(k), bits);
+    return PageCoder(fit(k), bits).value(static_cast<float>(word >> at.shift & ((1u << bits) - 1)));
   }
 
   // x(row, k)
@@ -43,11 +43,12 @@ struct Page {
     std::fill_n(codes, int64_t{rows} * num_k * bits / 8, uint8_t{0});
     for (int k = 0; k < num_k; ++k) {
       const PageFit fit = fit_page_group([&](int row) { return x(row, k); }, rows, bits);
-      const int place = fit_place(k, num_k);
+      const int place = fit_place(k);
       fits()[place] = fit.scale, fits()[num_k + place] = fit.shift;
+      const PageCoder coder(fit, bits);
       for (int row = 0; row < rows; ++row) {
         const CodePlace at = code_place(row, k, num_k, bits);
-        or_into<4>(codes + 4 * at.word, page_code(x(row, k), fit, bits) << at.shift);
+        or_into<4>(codes + 4 * at.word, static_cast<uint32_t>(coder.code(x(row, k))) << at.shift);
       }
     }
   }

@@ -119,6 +119,13 @@ __device__ __forceinline__ void grow_registers() {
 #endif
 }
 
+// 2^x, about 2 ulp; results below 2^-126 are 0. PTX ISA 9.7.3.20 (ex2).
+__device__ __forceinline__ float fast_exp2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // The 8×8 matrix of 16-bit values of which lane 4r + c holds columns 2c 2c+1 of row r, transposed.
 // PTX ISA 9.7.14.5.17 (movmatrix), sm_75.
 __device__ __forceinline__ uint32_t transpose_8x8(uint32_t pair) {

@@ -1,53 +1,87 @@
 // SPDX-License-Identifier: MIT
 // Attention over the native key-value cache: how the context is cut, and the sum over the cuts.
 #include "../kv_page.h"
+#include "dependent_launch.cuh"
 #include "launch.h"
 #include "memory.cuh"
+#include "ptx.cuh"
+#include "sparse_kv_attention.cuh"
 
 namespace quantgemm {
 
 // In sparse_kv_attention_*.cu
-template <int Channels>
-cudaError_t launch_attention_of(const KvAttentionArgs& args, cudaStream_t stream);
+extern template cudaError_t launch_attention_of<64>(const KvAttentionArgs&, cudaStream_t);
+extern template cudaError_t launch_attention_of<128>(const KvAttentionArgs&, cudaStream_t);
+extern template cudaError_t launch_attention_of<256>(const KvAttentionArgs&, cudaStream_t);
 
 namespace {
 
-// One block per query head: out = Σ parts of the context, each with its own maximum (in powers of 2).
-template <class Real16>
-__global__ void __launch_bounds__(128) merge_kernel(KvAttentionArgs args) {
-  const KvCacheArgs& c = args.cache;
-  const int64_t head = blockIdx.x, stride = c.channels + 2, heads = gridDim.x;
-  const float* parts = args.partial + head * stride;
-  float top = -INFINITY, mass = 0.0f;
-  for (int64_t s = 0; s < args.split; ++s) top = fmaxf(top, parts[s * heads * stride + c.channels]);
-  const auto factor = [&](int64_t s) {
-    const float own = parts[s * heads * stride + c.channels];
-    return own == -INFINITY ? 0.0f : exp2f(own - top);
-  };
-  for (int64_t s = 0; s < args.split; ++s) mass += factor(s) * parts[s * heads * stride + c.channels + 1];
-  for (int d = static_cast<int>(threadIdx.x); d < c.channels; d += 128) {
-    float sum = 0.0f;
-    for (int64_t s = 0; s < args.split; ++s) sum += factor(s) * parts[s * heads * stride + d];
-    store1(static_cast<Real16*>(args.out) + head * c.channels + d, mass == 0.0f ? 0.0f : sum / mass);
-  }
-  if (threadIdx.x == 0)
-    args.lse[head] = top == -INFINITY && mass == mass ? -INFINITY : (top + log2f(mass)) / 1.4426950408889634f;
-}
+constexpr int kMergeThreads = 256;
 
-int num_multiprocessors() {
-  int device = 0, count = 0;
-  if (cudaGetDevice(&device) != cudaSuccess) return 1;
-  if (cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) != cudaSuccess) return 1;
-  return count;
+// One block per query head: out = Σ parts of the context, each with its own maximum (in powers of 2).
+// Shared memory: a factor per part.
+template <class Real16>
+__global__ void __launch_bounds__(kMergeThreads) merge_kernel(KvAttentionArgs args) {
+  extern __shared__ float factors[];
+  __shared__ float sums[kMergeThreads];
+  const KvCacheArgs& c = args.cache;
+  const int channels = static_cast<int>(c.channels), split = static_cast<int>(args.split);
+  const int64_t head = blockIdx.x, stride = channels + 2, part = gridDim.x * stride;
+  const float* parts = args.partial + head * stride;
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % 32;
+  wait_for_previous_kernel();
+  let_next_kernel_start();
+  // This thread's first parts are on their way while every warp finds the maximum and the mass for itself.
+  constexpr int kFirst = 8;
+  const int d = thread % channels, each = kMergeThreads / channels;
+  float first[kFirst];
+#pragma unroll
+  for (int i = 0; i < kFirst; ++i) {
+    const int s = thread / channels + i * each;
+    first[i] = s < split ? parts[s * part + d] : 0.0f;
+  }
+  float top = -INFINITY, mass = 0.0f;
+  for (int s = lane; s < split; s += 32) top = fmaxf(top, parts[s * part + channels]);
+  for (int step = 1; step < 32; step *= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, step));
+  for (int s = lane; s < split; s += 32) {
+    const float own = parts[s * part + channels], factor = own == -INFINITY ? 0.0f : fast_exp2(own - top);
+    mass += factor * parts[s * part + channels + 1];
+    if (thread < 32) factors[s] = factor;
+  }
+  for (int step = 1; step < 32; step *= 2) mass += __shfl_xor_sync(~0u, mass, step);
+  __syncthreads();  // factors
+
+  float sum = 0.0f;
+#pragma unroll
+  for (int i = 0; i < kFirst; ++i) {
+    const int s = thread / channels + i * each;
+    if (s < split) sum += factors[s] * first[i];
+  }
+#pragma unroll 8
+  for (int s = thread / channels + kFirst * each; s < split; s += each)
+    sum += factors[s] * parts[s * part + d];
+  sums[thread] = sum;
+  __syncthreads();  // sums
+  if (thread < channels) {
+    for (int i = thread + channels; i < kMergeThreads; i += channels) sum += sums[i];
+    store1(static_cast<Real16*>(args.out) + head * channels + d, mass == 0.0f ? 0.0f : sum / mass);
+  }
+  if (thread == 0)
+    args.lse[head] = top == -INFINITY && mass == mass ? -INFINITY : (top + log2f(mass)) / 1.4426950408889634f;
 }
 
 }  // namespace
 
 int64_t sparse_kv_attention_split(const KvAttentionArgs& args) {
   const KvCacheArgs& c = args.cache;
-  // No more than one wave of blocks of four warps, a unit or more for each warp.
+  // No more than one wave of blocks, and a page or more for each warp.
+  const Device device = current_device();
+  const int64_t shared = attention_shared(c.channels, c.key_bits, c.value_bits);
+  int64_t blocks = device.shared_per_multiprocessor / (shared + 256 + kReservedShared);
+  const int64_t most_blocks = attention_blocks(c.channels);
+  blocks = blocks < 1 ? 1 : (blocks < most_blocks ? blocks : most_blocks);
   const int64_t rows = c.batch * c.heads * ((args.groups + 7) / 8);
-  const int64_t each = c.channels == 256 ? 2 : 4, wave = each * num_multiprocessors() / (rows > 0 ? rows : 1);
+  const int64_t wave = blocks * device.multiprocessors / (rows > 0 ? rows : 1);
   const int64_t most = (c.max_pages + c.recent / kPageTokens + 4) / 4;
   const int64_t split = wave < most ? wave : most;
   return split < 1 ? 1 : split;
@@ -60,12 +94,12 @@ cudaError_t launch_sparse_kv_attention(const KvAttentionArgs& args, cudaStream_t
   if (c.channels == 128) status = launch_attention_of<128>(args, stream);
   if (c.channels == 256) status = launch_attention_of<256>(args, stream);
   if (status != cudaSuccess) return status;
-  const auto heads = static_cast<unsigned>(c.batch * c.heads * args.groups);
-  if (c.type == Real::kFloat16)
-    merge_kernel<Half><<<heads, 128, 0, stream>>>(args);
-  else
-    merge_kernel<BFloat16><<<heads, 128, 0, stream>>>(args);
-  return cudaGetLastError();
+  Device device;
+  if ((status = device.read()) != cudaSuccess) return status;
+  const DependentLaunch launch(static_cast<unsigned>(c.batch * c.heads * args.groups), kMergeThreads, device,
+                               stream, static_cast<int>(4 * args.split));
+  const auto kernel = c.type == Real::kFloat16 ? merge_kernel<Half> : merge_kernel<BFloat16>;
+  return cudaLaunchKernelEx(&launch.config, kernel, args);
 }
 
 }  // namespace quantgemm

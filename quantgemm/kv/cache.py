@@ -296,12 +296,12 @@ def unpack_pages(pages: Tensor, head_dim: int, bits: int, value: bool) -> Tensor
     pair = (row // 64 * (num_k // 16) + k // 16) * 2 + k // 8 % 2
     own = pair * (8 // per_half) + row // 8 % 8 // per_half
     word = (own // 4 * 32 + row % 8 * 4 + k % 8 // 2) * 4 + own % 4
-    shift = row // 8 % per_half * bits + 16 * (k % 2)
+    at = row // 8 % per_half * bits + 16 * (k % 2)
     end = rows * num_k * bits // 8
     words = pages[..., :end].contiguous().view(torch.int32)[..., word]
-    codes = words.long() >> shift & (2**bits - 1)
+    codes = words.long() >> at & (2**bits - 1)
     fits = pages[..., end:].contiguous().view(torch.float16).float()
-    place = (k % 8 // 2 * (num_k // 4) + k // 8 * 2 + k % 2)[0]
-    scale, lift = fits[..., place], 1 + fits[..., num_k + place]
-    x: Tensor = (codes / 2**bits + lift[..., None, :]) * scale[..., None, :]
+    place = (((k // 32 * 4 + k % 8 // 2) * 4 + k // 8 % 4) * 2 + k % 2)[0]
+    scale, shift = fits[..., place], fits[..., num_k + place]
+    x: Tensor = (codes / 2**bits + shift[..., None, :]) * scale[..., None, :]
     return x.transpose(-1, -2) if value else x

@@ -1,0 +1,100 @@
+// SPDX-License-Identifier: MIT
+// The largest magnitudes of a token, whose values lie with two neighbouring lanes: vectors 2i + half of
+// eight channels. Ranks are counted bit by bit over bit planes: 32 values to an instruction or two.
+#pragma once
+#include "../kv.h"
+
+namespace quantgemm {
+
+// Word i's halves become bit i of the halves of words 0 … 15: both 16×16 matrices of bits transposed.
+__device__ __forceinline__ void transpose_16x16(uint32_t (&w)[16]) {
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    const uint32_t a = w[i], b = w[i + 8];
+    w[i] = __byte_perm(a, b, 0x6240), w[i + 8] = __byte_perm(a, b, 0x7351);
+  }
+#pragma unroll
+  for (int step = 4; step > 0; step /= 2) {
+    const uint32_t low = step == 4 ? 0x0f0f0f0fu : (step == 2 ? 0x33333333u : 0x55555555u);
+#pragma unroll
+    for (int i = 0; i < 16; ++i) {
+      if (i & step) continue;
+      const uint32_t a = w[i], b = w[i + step];
+      w[i] = (a & low) | (b << step & ~low), w[i + step] = (a >> step & low) | (b & ~low);
+    }
+  }
+}
+
+template <int Words>
+struct Pruning {
+  static constexpr int kUnits = Words / 16;
+  static constexpr uint32_t kNoSigns = 0x7fff7fffu, kSigns = 0x80008000u;
+  uint32_t cutoff = 0;     // the keep-th largest magnitude
+  uint32_t equal[kUnits];  // this lane's values of that magnitude, word 16u + i in bits i and i + 16
+  int excess = 0;          // how many of the token's equal ones must go, the last ones
+
+  // keep is at least 1.
+  __device__ __forceinline__ void find(const uint32_t (&pairs)[Words], int keep) {
+    uint32_t planes[kUnits][16];
+#pragma unroll
+    for (int u = 0; u < kUnits; ++u) {
+      equal[u] = ~0u;
+#pragma unroll
+      for (int i = 0; i < 16; ++i) planes[u][i] = pairs[16 * u + i];
+      transpose_16x16(planes[u]);
+    }
+    const auto of_both = [](int count) { return count + __shfl_xor_sync(~0u, count, 1); };
+#pragma unroll
+    for (int bit = 14; bit >= 0; --bit) {
+      uint32_t set[kUnits];
+      int count = 0;
+#pragma unroll
+      for (int u = 0; u < kUnits; ++u) set[u] = equal[u] & planes[u][bit], count += __popc(set[u]);
+      count = of_both(count);
+      const bool is_set = count >= keep;
+      const uint32_t others = is_set ? 0u : ~0u;
+#pragma unroll
+      for (int u = 0; u < kUnits; ++u) equal[u] = (equal[u] & others) ^ set[u];
+      if (is_set)
+        cutoff |= 1u << bit;
+      else
+        keep -= count;
+    }
+    int count = 0;
+#pragma unroll
+    for (int u = 0; u < kUnits; ++u) count += __popc(equal[u]);
+    excess = of_both(count) - keep;
+  }
+
+  // What is below the cutoff becomes zero.
+  __device__ __forceinline__ uint32_t kept(uint32_t pair) const {
+    // A 15-bit difference borrows bit 15 and nothing else.
+    const uint32_t stays = ((pair & kNoSigns) | kSigns) - cutoff * 0x10001u;
+    uint32_t mask;  // the top bit of each half all over it. PTX ISA 9.7.9.7 (prmt)
+    asm("prmt.b32 %0, %1, 0, 0xbb99;" : "=r"(mask) : "r"(stays));
+    return pair & mask;
+  }
+
+  // The last ones of those that are equal become zero too, in row: the token's channels. By a whole warp.
+  __device__ __forceinline__ void drop_excess(uint16_t* row, int half) {
+    if (cutoff == 0) excess = 0;  // zeros
+    for (; __any_sync(~0u, excess > 0); --excess) {
+      int last = -1, unit = 0;
+      uint32_t bit = 0;
+#pragma unroll
+      for (int u = 0; u < kUnits; ++u) {
+        if (equal[u] == 0) continue;
+        const int i = 31 - __clz((equal[u] | equal[u] >> 16) & 0xffffu), odd = equal[u] >> (16 + i) & 1;
+        const int word = 16 * u + i;
+        last = (word / 4 * 2 + half) * 8 + word % 4 * 2 + odd;
+        unit = u, bit = 1u << (16 * odd + i);
+      }
+      if (last <= __shfl_xor_sync(~0u, last, 1) || excess <= 0) continue;
+      row[last] = 0;
+#pragma unroll
+      for (int u = 0; u < kUnits; ++u) equal[u] &= u == unit ? ~bit : ~0u;
+    }
+  }
+};
+
+}  // namespace quantgemm
