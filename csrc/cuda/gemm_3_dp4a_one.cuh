@@ -25,7 +25,7 @@ struct OnePlan : Plan<F, 1, Tabled> {
   // Lanes of an item's rows lie side by side, so that loads of activations coincide, but for types whose
   // weights come in loads as wide: there it is those that would meet in a bank.
   static constexpr bool kBeside = P::kSpanBytes % 16 != 0;
-  static constexpr int kMostRows = 4096;  // of a block
+  static constexpr int kMostRows = 4096, kMostLanes = 32;  // of a block, of a row
 };
 
 template <BlockFormat F, bool Tabled>
@@ -144,7 +144,7 @@ int one_slice_bytes(int lanes) {
 
 template <BlockFormat F, bool Tabled>
 bool fits_one_slice(const GemmArgs& args, const Device& device) {
-  const Slices of_row = slices_of<Plan<F, 1, Tabled>>(args.k);
+  const Slices of_row = slices_of<OnePlan<F, Tabled>>(args.k);
   return of_row.count == 1 && one_slice_bytes<F, Tabled>(of_row.lanes) <= device.shared_per_block - kReserved;
 }
 
