@@ -84,6 +84,8 @@ class NinjaBuild(build_ext):
             info["CUDA_VERSION"] = re.search(r"release ([\d.]+)", output_of(nvcc, "--version"))[1]
             includes.append(f"{toolkit}/include")
             defines += " -DQG_WITH_CUDA"
+            if "9.0a" in archs:
+                defines += " -DQG_SM90A"  # wgmma
             flags = f"-ccbin={cxx} {NVCC_FLAGS} {gencode_flags(archs)}"
             rules["nvcc"] = f"{nvcc} -MMD -MF $out.d {flags} $extra -c $in -o $out"
         flags = f"{CXX_FLAGS} {defines} " + " ".join(f"-isystem {path}" for path in includes)

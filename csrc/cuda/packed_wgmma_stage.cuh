@@ -1,0 +1,141 @@
+// SPDX-License-Identifier: MIT
+// How a packed product on wgmma lays out its shared memory (Tile), goes from tile to tile (Walk), and how
+// activations and weights get there: rings of places, each with a barrier for "full" and one for "empty".
+#pragma once
+#include "gemm_packed_wgmma.h"
+#include "packed_tile.cuh"
+#include "tensor_copy.cuh"
+
+namespace quantgemm::packed_wgmma {
+
+constexpr int kGroups = 2, kGroupThreads = 128, kMultipliers = kGroups * kGroupThreads;
+constexpr int kThreads = kMultipliers + 128;  // the last four warps copy
+constexpr int kMultiplierRegisters = 232, kCopierRegisters = 40;
+constexpr int kStrips = kRows / kStripRows, kMultiplierWarps = kMultipliers / 32;
+constexpr int kSharedBytes = 232448;
+
+template <PackableFormat F, class X, int Tokens>
+struct Tile {
+  using Format = F;
+  using T = X;
+  using L = PackedLayout<F>;
+  using Fragment = PackedFragment<F, X, false>;
+  static constexpr int kTokens = Tokens, kSumTokens = Tokens < 128 ? Tokens : 128;  // of one wgmma
+  static constexpr int kSums = Tokens / kSumTokens;
+  // Weights arrive in slots of whole records, at least two steps: steps use two sets of registers in turn.
+  static constexpr int kSlotSteps = L::kSpan / kTileCols > 2 ? L::kSpan / kTileCols : 2;
+  static constexpr int kSlotRecords = kSlotSteps * kTileCols / L::kSpan;
+  // A strip in a slot is like a strip of packed.h: low bits, high bits, pieces of heads.
+  static constexpr int kHighAt = kSlotSteps * L::kLowTile, kHeadsAt = kHighAt + kSlotSteps * L::kHighTile;
+  static constexpr int kStripBytes = kHeadsAt + kSlotRecords * kStripRows * L::kRecordBytes;
+  static constexpr int kSlotBytes = kStrips * kStripBytes;
+  static_assert(kStripBytes % 16 == 0);
+  // Shared memory: activations [place][token][64], swizzled; y on its way out [group][token][64 rows]; slots.
+  static constexpr int kPlaces = Tokens == 256 ? 4 : Tokens == 128 ? 6 : 8, kPlaceBytes = Tokens * 128;
+  static constexpr int kOutAt = kPlaces * kPlaceBytes, kOutBytes = kSumTokens * 128;
+  static constexpr int kSlotsAt = kOutAt + kGroups * kOutBytes;
+  static constexpr int kFit = (kSharedBytes - 1024 - 256 - kSlotsAt) / kSlotBytes,
+                       kSlots = kFit < 6 ? kFit : 6;
+  static_assert(kSlots >= 2);
+  static constexpr int kBarriersAt = kSlotsAt + kSlots * kSlotBytes;
+  static constexpr int kBytes = 1024 + kBarriersAt + 16 * (kPlaces + kSlots);
+  static_assert(kBytes <= kSharedBytes && kPlaces * kPlaceBytes >= Tokens * kRows * 4);  // sums go there
+};
+
+// A place in a ring, its barriers (full, then empty), and how often the ring was used up.
+template <int Count>
+struct Ring {
+  uint32_t barriers;
+  int place = 0;
+  uint32_t turn = 0;
+
+  __device__ uint32_t full() const { return barriers + 16 * place; }
+  __device__ uint32_t empty() const { return full() + 8; }
+  __device__ __forceinline__ void step() {
+    if (++place == Count) place = 0, turn ^= 1;
+  }
+};
+
+// What a block is in its cluster, and the tile that the cluster is at:
+//     for (Walk at(schedule); at.valid(); at.next())
+struct Walk {
+  const Schedule& s;
+  int part, mate, tile, row_tile, token_tile, first_slot, last_slot;
+
+  __device__ __forceinline__ explicit Walk(const Schedule& schedule, int slots)
+      : s(schedule),
+        part(static_cast<int>(blockIdx.x) % s.ranks() / s.mates),
+        mate(static_cast<int>(blockIdx.x) % s.mates),
+        tile(static_cast<int>(blockIdx.x) / s.ranks()),
+        first_slot(static_cast<int>(int64_t{slots} * part / s.parts)),
+        last_slot(static_cast<int>(int64_t{slots} * (part + 1) / s.parts)) {
+    locate();
+  }
+  __device__ __forceinline__ bool valid() const { return tile < s.tiles; }
+  __device__ __forceinline__ void next() {
+    tile += static_cast<int>(gridDim.x) / s.ranks();
+    locate();
+  }
+  // Some token tiles with all rows, then the next ones: what is read at a time fits in the L2.
+  __device__ __forceinline__ void locate() {
+    const int together = kTilesTogether * s.row_sets, band = tile / together, in_band = tile % together;
+    const int height = min(kTilesTogether, s.token_tiles - band * kTilesTogether);
+    if (!valid()) return;
+    token_tile = band * kTilesTogether + in_band % height;
+    row_tile = in_band / height * s.mates + mate;
+  }
+};
+
+template <class P>
+__device__ __forceinline__ void copy_activations(const Schedule& s, const CUtensorMap& x, uint32_t smem) {
+  Ring<P::kPlaces> ring{smem + P::kBarriersAt};
+  for (Walk at(s, s.slots(P::kSlotSteps)); at.valid(); at.next()) {
+    const int first = at.first_slot * P::kSlotSteps, last = min(at.last_slot * P::kSlotSteps, s.steps);
+    const int share = P::kTokens / s.mates, row = at.token_tile * P::kTokens + at.mate * share;
+    const int blocks = ((1 << s.mates) - 1) << at.part * s.mates;
+#pragma unroll 1
+    for (int step = first; step < last; ++step, ring.step()) {
+      mbarrier_wait(ring.empty(), ring.turn ^ 1);
+      mbarrier_arrive_expecting(ring.full(), P::kPlaceBytes);
+      copy_tile(smem + ring.place * P::kPlaceBytes + at.mate * share * 128, x, step * 128, row, ring.full(),
+                blocks);
+    }
+  }
+}
+
+// Lane i copies strip i of the tile. Bytes go where they are in the strip, less what lies before the slot.
+template <class P>
+__device__ __forceinline__ void copy_weights(const GemmPackedArgs& args, const Schedule& s, uint32_t smem) {
+  using L = typename P::L;
+  Ring<P::kSlots> ring{smem + P::kBarriersAt + 16 * P::kPlaces};
+  const int lane = threadIdx.x % 32;
+  const int64_t strip_bytes = L::strip_bytes(args.k);
+  const auto strips = static_cast<int>(num_strips(args.n));
+  for (Walk at(s, s.slots(P::kSlotSteps)); at.valid(); at.next()) {
+    const int strip = at.row_tile * kStrips + lane, present = min(strips - at.row_tile * kStrips, kStrips);
+    bytes_ptr const from = args.packed + strip * strip_bytes;
+#pragma unroll 1
+    for (int slot = at.first_slot; slot < at.last_slot; ++slot, ring.step()) {
+      mbarrier_wait(ring.empty(), ring.turn ^ 1);
+      const int step = slot * P::kSlotSteps, count = min(s.steps - step, P::kSlotSteps);
+      const int records = count * kTileCols / L::kSpan;
+      const int64_t record = static_cast<int64_t>(step) * kTileCols / L::kSpan;
+      const int bytes = count * (L::kLowTile + L::kHighTile) + records * kStripRows * L::kRecordBytes;
+      if (lane == 0) mbarrier_arrive_expecting(ring.full(), max(present, 0) * bytes);
+      __syncwarp();
+      if (lane >= present) continue;
+      const uint32_t to = smem + P::kSlotsAt + ring.place * P::kSlotBytes + lane * P::kStripBytes;
+      copy_bulk(to, from + int64_t{step} * L::kLowTile, count * L::kLowTile, ring.full());
+      if constexpr (L::kHighBits > 0)
+        copy_bulk(to + P::kHighAt, from + L::high_at(args.k) + int64_t{step} * L::kHighTile,
+                  count * L::kHighTile, ring.full());
+#pragma unroll
+      for (int first = 0; first < L::kRecordBytes; first += L::piece_bytes(first))
+        copy_bulk(to + P::kHeadsAt + P::kSlotRecords * kStripRows * first,
+                  from + L::piece_at(args.k, first) + L::row_in_piece(record, 0, first),
+                  records * kStripRows * L::piece_bytes(first), ring.full());
+    }
+  }
+}
+
+}  // namespace quantgemm::packed_wgmma
