@@ -50,48 +50,50 @@ struct SlotWeights {
   float scale[2], start[2];
 
   template <int First = 0>
-  __device__ __forceinline__ void load_heads(const uint8_t* strip, int records) {
+  __device__ __forceinline__ void load_heads(const uint8_t* strip, int first, int records) {
     if constexpr (First < L::kRecordBytes) {
       constexpr int kSize = L::piece_bytes(First);
-      const uint8_t* piece = strip + P::kHeadsAt + P::kSlotRecords * kStripRows * First +
-                             static_cast<int>(L::row_in_piece(0, threadIdx.x % 32 / 4, First));
+      const uint8_t* piece =
+          strip + P::kHeadsAt + P::kSlotRecords * kStripRows * First +
+          static_cast<int>(L::row_in_piece(first * kTileCols / L::kSpan, threadIdx.x % 32 / 4, First));
 #pragma unroll
       for (int i = 0; i < P::kSlotRecords; ++i)
         if (i < records) load_shared<kSize / 2>(batch.heads[i] + First / 2, piece + i * kStripRows * kSize);
-      load_heads<First + kSize>(strip, records);
+      load_heads<First + kSize>(strip, first, records);
     }
   }
-  // `records` and `step` are constants where these are used.
-  __device__ __forceinline__ void begin(const uint8_t* strip, int records) {
-    load_heads(strip, records);
+  // `records`, `step` and `s` are constants where these are used.
+  __device__ __forceinline__ void begin(const uint8_t* strip, int first, int records) {
+    load_heads(strip, first, records);
     affines[0].prepare(batch, 0);
     affines[1].prepare(batch, 1);
   }
-  __device__ __forceinline__ void decode(uint32_t (&a)[4][4], const uint8_t* strip, int step) {
-    const int lane = threadIdx.x % 32;
+  // Of the steps from `first` on, that one.
+  __device__ __forceinline__ void load(const uint8_t* strip, int first, int step) {
+    const int lane = threadIdx.x % 32, tile = first + step;
     load_shared<L::kLowBits, L::kLowBits == 8 ? 512 : 16>(
-        batch.low[step], strip + step * L::kLowTile + PackedField<L::kLowBits>::at(lane, 0));
+        batch.low[step], strip + tile * L::kLowTile + PackedField<L::kLowBits>::at(lane, 0));
     if constexpr (L::kHighBits > 0)
       load_shared<L::kHighBits>(batch.high[step],
-                                strip + P::kHighAt + step * L::kHighTile + lane * 4 * L::kHighBits);
+                                strip + P::kHighAt + tile * L::kHighTile + lane * 4 * L::kHighBits);
+  }
+  // Fragment s of a step that is loaded.
+  __device__ __forceinline__ void decode(uint32_t (&a)[4], int step, int s) {
+    const int col = step * kTileCols + 16 * s;
+    if (s == 0 || col % F::kGroup == 0) {
 #pragma unroll
-    for (int s = 0; s < 4; ++s) {
-      const int col = step * kTileCols + 16 * s;
-      if (s == 0 || col % F::kGroup == 0) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const Affine affine = affines[half].get(batch, col, half);
-          scale[half] = affine.scale;
-          start[half] = __fmaf_rn(-1.0f * P::Fragment::kBias, affine.scale, affine.offset);
-        }
+      for (int half = 0; half < 2; ++half) {
+        const Affine affine = affines[half].get(batch, col, half);
+        scale[half] = affine.scale;
+        start[half] = __fmaf_rn(-1.0f * P::Fragment::kBias, affine.scale, affine.offset);
       }
-      P::Fragment::make(batch, step, s, a[s]);
-#pragma unroll
-      for (int j = 0; j < 4; ++j)
-        a[s][j] = pack_pair(__fmaf_rn(low_float(a[s][j], typename P::T{}), scale[j % 2], start[j % 2]),
-                            __fmaf_rn(high_float(a[s][j], typename P::T{}), scale[j % 2], start[j % 2]),
-                            typename P::T{});
     }
+    P::Fragment::make(batch, step, s, a);
+#pragma unroll
+    for (int j = 0; j < 4; ++j)
+      a[j] = pack_pair(__fmaf_rn(low_float(a[j], typename P::T{}), scale[j % 2], start[j % 2]),
+                       __fmaf_rn(high_float(a[j], typename P::T{}), scale[j % 2], start[j % 2]),
+                       typename P::T{});
   }
 };
 
@@ -180,45 +182,52 @@ __device__ __forceinline__ void multiply(const GemmPackedArgs& args, const Sched
 
   for (Walk at(s, s.slots(P::kSlotSteps)); at.valid(); at.next()) {
     Sums<P> sums = {};
-    uint32_t a[2][4][4];
-    int before = -1;  // the place of the step that is still multiplied
+    uint32_t a[4][4];
+    int before = -1;  // the place of the step before, which may still be multiplied
     const auto release = [&] {
       if (before >= 0 && lane < s.mates)
         mbarrier_arrive_there(address_in(smem + P::kBarriersAt + 16 * before + 8, at.part * s.mates + lane));
     };
-    const auto slot = [&]<int Steps>(std::integral_constant<int, Steps>) {
-      mbarrier_wait(w.full(), w.turn);
+    // Steps from `first` on of a slot; if they are its `last` ones, it is free then.
+    const auto multiply_steps = [&]<int Steps>(std::integral_constant<int, Steps>, int first, bool last) {
+      if (first == 0) mbarrier_wait(w.full(), w.turn);
       const uint8_t* const strip = memory + P::kSlotsAt + w.place * P::kSlotBytes + warp * P::kStripBytes;
       SlotWeights<P> weights;
-      weights.begin(strip, Steps * kTileCols / P::L::kSpan > 0 ? Steps * kTileCols / P::L::kSpan : 1);
+      weights.begin(strip, first, Steps * kTileCols / P::L::kSpan);
 #pragma unroll
       for (int step = 0; step < Steps; ++step) {
-        weights.decode(a[step % 2], strip, step);
-        if (step == Steps - 1) {
+        weights.load(strip, first, step);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          weights.decode(a[i], step, i);
+          if (i == 0) mbarrier_wait(x.full(), x.turn);
+          const uint64_t tokens = swizzled_rows(smem + x.place * P::kPlaceBytes) + 2 * i;
+          wgmma_fence();
+#pragma unroll
+          for (int part = 0; part < P::kSums; ++part)
+            wgmma(sums[part], a[i], tokens + part * (P::kSumTokens * 128 / 16), T{});
+          wgmma_commit();
+          wgmma_wait<2>();
+          if (i == 2) release();  // all of the step before are done
+        }
+        if (step == Steps - 1 && last) {
           __syncwarp();
           if (lane == 0) mbarrier_arrive(w.empty());
           w.step();
         }
-        mbarrier_wait(x.full(), x.turn);
-        const uint64_t tokens = swizzled_rows(smem + x.place * P::kPlaceBytes);
-        wgmma_fence();
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-#pragma unroll
-          for (int part = 0; part < P::kSums; ++part)
-            wgmma(sums[part], a[step % 2][i], tokens + 2 * i + part * (P::kSumTokens * 128 / 16), T{});
-        wgmma_commit();
-        wgmma_wait<1>();
-        release();
         before = x.place;
         x.step();
       }
     };
     const int whole = min(at.last_slot, s.steps / P::kSlotSteps);
 #pragma unroll 1
-    for (int i = at.first_slot; i < whole; ++i) slot(std::integral_constant<int, P::kSlotSteps>{});
-    if constexpr (P::kSlotSteps == 2)
-      if (whole < at.last_slot) slot(std::integral_constant<int, 1>{});
+    for (int i = at.first_slot; i < whole; ++i)
+      multiply_steps(std::integral_constant<int, P::kSlotSteps>{}, 0, true);
+    if constexpr (P::L::kSpan == kTileCols) {
+      const int rest = whole < at.last_slot ? s.steps - whole * P::kSlotSteps : 0;
+#pragma unroll 1
+      for (int i = 0; i < rest; ++i) multiply_steps(std::integral_constant<int, 1>{}, i, i + 1 == rest);
+    }
     wgmma_wait<0>();
 #pragma unroll
     for (auto& part : sums) sums_are_ready(part);

@@ -22,8 +22,9 @@ struct Tile {
   using Fragment = PackedFragment<F, X, false>;
   static constexpr int kTokens = Tokens, kSumTokens = Tokens < 128 ? Tokens : 128;  // of one wgmma
   static constexpr int kSums = Tokens / kSumTokens;
-  // Weights arrive in slots of whole records, at least two steps: steps use two sets of registers in turn.
-  static constexpr int kSlotSteps = L::kSpan / kTileCols > 2 ? L::kSpan / kTileCols : 2;
+  // Weights arrive in slots of whole records.
+  static constexpr int kSlotSteps = L::kLowBits == 8 ? 2 : 4;
+  static_assert(kSlotSteps * kTileCols % L::kSpan == 0);
   static constexpr int kSlotRecords = kSlotSteps * kTileCols / L::kSpan;
   // A strip in a slot is like a strip of packed.h: low bits, high bits, pieces of heads.
   static constexpr int kHighAt = kSlotSteps * L::kLowTile, kHeadsAt = kHighAt + kSlotSteps * L::kHighTile;
