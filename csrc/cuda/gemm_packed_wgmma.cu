@@ -16,10 +16,10 @@ struct Choice {
   double clocks = 1e300;
 };
 
-// Clusters of so many blocks that fit on the device at once, one block a multiprocessor. An H200's parts
-// have 16 or 18 multiprocessors each, some not all of them for clusters of eight.
+// Clusters of so many blocks that fit on the device at once, one block a multiprocessor: 30 of four and 15 of
+// eight on an H200's 132, whose parts have 16 or 18 each.
 int clusters_at_once(int multiprocessors, int ranks) {
-  return ranks == 8 ? multiprocessors / 9 : multiprocessors / ranks;
+  return ranks <= 2 ? multiprocessors / ranks : multiprocessors * 10 / (11 * ranks);
 }
 
 void consider(Choice& best, const GemmPackedArgs& args, int multiprocessors, int tokens, int mates,
@@ -32,7 +32,9 @@ void consider(Choice& best, const GemmPackedArgs& args, int multiprocessors, int
   const int64_t tiles = int64_t{s.row_sets} * s.token_tiles;
   s.steps = static_cast<int>(padded_cols(args.k) / kTileCols);
   const int most = clusters_at_once(multiprocessors, s.ranks());
-  if (tiles > 1 << 30 || most == 0 || (parts > 1 && (tiles > most || s.steps < 8 * parts))) return;
+  if (tiles > 1 << 30 || most == 0 || tokens / parts < kStoreTokens ||
+      (parts > 1 && (tiles > most || s.steps < 8 * parts)))
+    return;
   s.tiles = static_cast<int>(tiles);
   s.clusters = s.tiles < most ? s.tiles : most;
   const int turns = (s.tiles + s.clusters - 1) / s.clusters;

@@ -7,95 +7,10 @@
 // Limit: the tensor cores, from 128 tokens on.
 #pragma once
 #include "dependent_launch.cuh"
-#include "packed_wgmma_stage.cuh"
+#include "packed_wgmma_weights.cuh"
 #include "wgmma.cuh"
 
 namespace quantgemm::packed_wgmma {
-
-// ---- a lane's weights ----
-template <int Words, int Step = 16>
-__device__ __forceinline__ void load_shared(uint32_t* words, const uint8_t* p) {
-  if constexpr (Words >= 4) {
-#pragma unroll
-    for (int w = 0; w < Words; w += 4) {
-      const uint4 v = *reinterpret_cast<const uint4*>(p + w / 4 * Step);
-      words[w] = v.x, words[w + 1] = v.y, words[w + 2] = v.z, words[w + 3] = v.w;
-    }
-  } else if constexpr (Words == 2) {
-    const uint2 v = *reinterpret_cast<const uint2*>(p);
-    words[0] = v.x, words[1] = v.y;
-  } else {
-    words[0] = *reinterpret_cast<const uint32_t*>(p);
-  }
-}
-
-__device__ __forceinline__ float low_float(uint32_t pair, BFloat16) { return __uint_as_float(pair << 16); }
-__device__ __forceinline__ float high_float(uint32_t pair, BFloat16) {
-  return __uint_as_float(pair & 0xffff0000u);
-}
-__device__ __forceinline__ float low_float(uint32_t pair, Half) {
-  return half_to_float(static_cast<uint16_t>(pair));
-}
-__device__ __forceinline__ float high_float(uint32_t pair, Half) {
-  return half_to_float(static_cast<uint16_t>(pair >> 16));
-}
-
-// Those of a strip's slot: weight = scale · (code + bias) + (offset − bias · scale), float32, rounded once.
-template <class P>
-struct SlotWeights {
-  using L = typename P::L;
-  using F = typename P::Format;
-  PackedBatch<F> batch;
-  BatchAffines<F> affines[2];
-  float scale[2], start[2];
-
-  template <int First = 0>
-  __device__ __forceinline__ void load_heads(const uint8_t* strip, int first, int records) {
-    if constexpr (First < L::kRecordBytes) {
-      constexpr int kSize = L::piece_bytes(First);
-      const uint8_t* piece =
-          strip + P::kHeadsAt + P::kSlotRecords * kStripRows * First +
-          static_cast<int>(L::row_in_piece(first * kTileCols / L::kSpan, threadIdx.x % 32 / 4, First));
-#pragma unroll
-      for (int i = 0; i < P::kSlotRecords; ++i)
-        if (i < records) load_shared<kSize / 2>(batch.heads[i] + First / 2, piece + i * kStripRows * kSize);
-      load_heads<First + kSize>(strip, first, records);
-    }
-  }
-  // `records`, `step` and `s` are constants where these are used.
-  __device__ __forceinline__ void begin(const uint8_t* strip, int first, int records) {
-    load_heads(strip, first, records);
-    affines[0].prepare(batch, 0);
-    affines[1].prepare(batch, 1);
-  }
-  // Of the steps from `first` on, that one.
-  __device__ __forceinline__ void load(const uint8_t* strip, int first, int step) {
-    const int lane = threadIdx.x % 32, tile = first + step;
-    load_shared<L::kLowBits, L::kLowBits == 8 ? 512 : 16>(
-        batch.low[step], strip + tile * L::kLowTile + PackedField<L::kLowBits>::at(lane, 0));
-    if constexpr (L::kHighBits > 0)
-      load_shared<L::kHighBits>(batch.high[step],
-                                strip + P::kHighAt + tile * L::kHighTile + lane * 4 * L::kHighBits);
-  }
-  // Fragment s of a step that is loaded.
-  __device__ __forceinline__ void decode(uint32_t (&a)[4], int step, int s) {
-    const int col = step * kTileCols + 16 * s;
-    if (s == 0 || col % F::kGroup == 0) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const Affine affine = affines[half].get(batch, col, half);
-        scale[half] = affine.scale;
-        start[half] = __fmaf_rn(-1.0f * P::Fragment::kBias, affine.scale, affine.offset);
-      }
-    }
-    P::Fragment::make(batch, step, s, a);
-#pragma unroll
-    for (int j = 0; j < 4; ++j)
-      a[j] = pack_pair(__fmaf_rn(low_float(a[j], typename P::T{}), scale[j % 2], start[j % 2]),
-                       __fmaf_rn(high_float(a[j], typename P::T{}), scale[j % 2], start[j % 2]),
-                       typename P::T{});
-  }
-};
 
 // ---- y ----
 // Sums of 16 tokens, as two tiles of an accumulator, to a warpgroup's [token][64 rows], 16-byte pieces
@@ -132,101 +47,233 @@ __device__ __forceinline__ void store_rows(T* to, int64_t n, const uint8_t* out,
   }
 }
 
+// Where a row group's part of a tile goes. All threads of one warpgroup, to which `out` belongs.
 template <class P>
 struct Output {
   using T = typename P::T;
+  const CUtensorMap& map;  // of y, if its rows begin at multiples of 16 bytes
+  int64_t n, first_row, first_token;
   T* y;
-  int64_t n;
-  int tokens, rows;  // from here on
+  uint8_t* out;
+  int group, tokens, rows;  // that are there
   float bias[2];
 
-  __device__ __forceinline__ Output(const GemmPackedArgs& args, const Walk& at) : n(args.n) {
-    const int group = threadIdx.x / kGroupThreads, in_group = threadIdx.x % kGroupThreads;
-    const int64_t row = int64_t{at.row_tile} * kRows + group * kGroupRows;
-    const int64_t token = int64_t{at.token_tile} * P::kTokens;
-    y = static_cast<T*>(args.y) + token * n + row;
-    tokens = static_cast<int>(min(args.m - token, int64_t{P::kTokens}));
-    rows = static_cast<int>(max(min(n - row, int64_t{kGroupRows}), int64_t{0}));
-    const int own = in_group / 32 * 16 + in_group % 32 / 4;
+  __device__ __forceinline__ Output(const GemmPackedArgs& args, const CUtensorMap& map, const Walk& at,
+                                    uint8_t* out)
+      : map(map),
+        n(args.n),
+        first_token(int64_t{at.token_tile} * P::kTokens),
+        out(out),
+        group(static_cast<int>(threadIdx.x) / kGroupThreads % kRowGroups) {
+    first_row = int64_t{at.row_tile} * kRows + group * kGroupRows;
+    y = static_cast<T*>(args.y) + first_token * n + first_row;
+    tokens = static_cast<int>(min(args.m - first_token, int64_t{P::kTokens}));
+    rows = static_cast<int>(max(min(n - first_row, int64_t{kGroupRows}), int64_t{0}));
+    const int own =
+        static_cast<int>(threadIdx.x) % kGroupThreads / 32 * 16 + static_cast<int>(threadIdx.x) % 32 / 4;
 #pragma unroll
     for (int half = 0; half < 2; ++half)
       bias[half] = args.bias != nullptr && own + 8 * half < rows
-                       ? to_float(static_cast<const T*>(args.bias)[row + own + 8 * half])
+                       ? to_float(static_cast<const T*>(args.bias)[first_row + own + 8 * half])
                        : 0.0f;
   }
-  // Tokens of the tile from `first` on, `count` of them at most, from the warpgroup's part of shared memory.
-  __device__ __forceinline__ void store(const uint8_t* out, int first, int count) const {
-    store_rows(y + first * n, n, out, min(tokens - first, count), rows);
+  __device__ __forceinline__ bool is_first() const { return threadIdx.x % kGroupThreads == 0; }
+  __device__ __forceinline__ void sync() const {
+    if (group == 0)
+      sync_some<1, kGroupThreads>();
+    else
+      sync_some<2, kGroupThreads>();
+  }
+  // `out` is free. Then sums are put there, and sent: tokens of the tile from `first` on, at most `count`.
+  __device__ __forceinline__ void begin() const {
+    if (is_first()) wait_for_stores();
+    sync();
+  }
+  __device__ __forceinline__ void put(int token, const float (&v)[8]) const {
+    turn_sums(shared_address(out), token, v, bias, T{});
+  }
+  __device__ __forceinline__ void send(int first, int count) const {
+    const bool whole_rows = n % 8 == 0;
+    if (whole_rows) publish_to_copies();
+    sync();
+    if (!whole_rows) {
+      store_rows(y + first * n, n, out, min(tokens - first, count), rows);
+    } else if (is_first() && rows > 0) {
+      for (int token = 0; token < count && first + token < tokens; token += kStoreTokens)
+        store_tile(map, 2 * static_cast<int>(first_row), static_cast<int>(first_token) + first + token,
+                   shared_address(out) + token * 128);
+      commit_stores();
+    }
   }
 };
-
-// bar.sync of a warpgroup.
-__device__ __forceinline__ void sync_group() {
-  if (threadIdx.x < kGroupThreads)
-    sync_some<1, kGroupThreads>();
-  else
-    sync_some<2, kGroupThreads>();
-}
 
 template <class P>
 using Sums = float[P::kSums][P::kSumTokens / 2];
 
+// Row group's sums of odd steps to those of even ones, 64 tokens at a time, through `out`.
 template <class P>
-__device__ __forceinline__ void multiply(const GemmPackedArgs& args, const Schedule& s, uint8_t* memory) {
+__device__ __forceinline__ void add_odd_steps(Sums<P>& sums, uint8_t* out) {
+  const int group = threadIdx.x / kGroupThreads;
+  auto* const own = reinterpret_cast<float4*>(out) + threadIdx.x % kGroupThreads;
+  const auto sync = [&] {
+    if (group % kRowGroups == 0)
+      sync_some<3, 2 * kGroupThreads>();
+    else
+      sync_some<4, 2 * kGroupThreads>();
+  };
+  if (group < kRowGroups && threadIdx.x % kGroupThreads == 0) wait_for_stores();
+#pragma unroll
+  for (int part = 0; part < P::kSumTokens / 64; ++part) {
+    sync();  // `out` is read
+#pragma unroll
+    for (int i = 0; i < 8 && group >= kRowGroups; ++i) {
+      const float* d = sums[0] + 32 * part + 4 * i;
+      own[i * kGroupThreads] = make_float4(d[0], d[1], d[2], d[3]);
+    }
+    sync();
+#pragma unroll
+    for (int i = 0; i < 8 && group < kRowGroups; ++i) {
+      float* d = sums[0] + 32 * part + 4 * i;
+      const float4 more = own[i * kGroupThreads];
+      d[0] += more.x, d[1] += more.y, d[2] += more.z, d[3] += more.w;
+    }
+  }
+}
+
+template <class P>
+__device__ __forceinline__ void store_tile_sums(const Output<P>& output, const Sums<P>& sums) {
+#pragma unroll
+  for (int part = 0; part < P::kSums; ++part) {
+    output.begin();
+#pragma unroll
+    for (int q = 0; q < P::kSumTokens / 16; ++q) {
+      float v[8];
+#pragma unroll
+      for (int e = 0; e < 8; ++e) v[e] = sums[part][8 * q + e];
+      output.put(16 * q, v);
+    }
+    output.send(part * P::kSumTokens, P::kSumTokens);
+  }
+}
+
+// Sums of the columns of all `parts` blocks, of which each stores its share of tokens. They lie where
+// activations did, which all have been used: this is the only tile.
+constexpr int kHolders = kRowGroups * kGroupThreads;  // threads that have sums
+template <class P>
+__device__ __forceinline__ void leave_sums(const Sums<P>& sums, uint8_t* memory) {
+  auto* const own = reinterpret_cast<float4*>(memory) + threadIdx.x;
+#pragma unroll
+  for (int part = 0; part < P::kSums; ++part)
+#pragma unroll
+    for (int i = 0; i < P::kSumTokens / 8; ++i) {
+      const float* d = sums[part] + 4 * i;
+      own[(part * P::kSumTokens / 8 + i) * kHolders] = make_float4(d[0], d[1], d[2], d[3]);
+    }
+}
+template <class P>
+__device__ __forceinline__ void store_share(const Output<P>& output, const Walk& at, uint32_t smem) {
+  const int share = P::kTokens / at.s.parts;
+  output.begin();
+#pragma unroll 1
+  for (int token = 0; token < share; token += 16) {
+    float v[8] = {};
+    const uint32_t from =
+        smem + ((at.part * share + token) / 8 * kHolders + threadIdx.x) * int{sizeof(float4)};
+#pragma unroll 4
+    for (int part = 0; part < at.s.parts; ++part) {
+      const uint32_t there = address_in(from, part * at.s.mates + at.mate);
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const float4 more = load_there(there + e * kHolders * int{sizeof(float4)});
+        v[4 * e] += more.x, v[4 * e + 1] += more.y, v[4 * e + 2] += more.z, v[4 * e + 3] += more.w;
+      }
+    }
+    output.put(token, v);
+  }
+  output.send(at.part * share, share);
+}
+
+template <class P>
+__device__ __forceinline__ void multiply(const GemmPackedArgs& args, const Schedule& s, const CUtensorMap& y,
+                                         uint8_t* memory) {
   using T = typename P::T;
   const uint32_t smem = shared_address(memory);
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, group = warp / 4;
+  const int lane = threadIdx.x % 32, strip_of_tile = threadIdx.x / 32 % kStrips;
+  const int group = threadIdx.x / kGroupThreads, column_group = group / kRowGroups;
   Ring<P::kPlaces> x{smem + P::kBarriersAt};
   Ring<P::kSlots> w{smem + P::kBarriersAt + 16 * P::kPlaces};
-  uint8_t* const out = memory + P::kOutAt + group * P::kOutBytes;
+  uint8_t* const out = memory + P::kOutAt + group % kRowGroups * P::kOutBytes;
 
   for (Walk at(s, s.slots(P::kSlotSteps)); at.valid(); at.next()) {
     Sums<P> sums = {};
-    uint32_t a[4][4];
+    uint32_t a[P::kFragments][4];
     int before = -1;  // the place of the step before, which may still be multiplied
     const auto release = [&] {
       if (before >= 0 && lane < s.mates)
         mbarrier_arrive_there(address_in(smem + P::kBarriersAt + 16 * before + 8, at.part * s.mates + lane));
     };
-    // Steps from `first` on of a slot; if they are its `last` ones, it is free then.
-    const auto multiply_steps = [&]<int Steps>(std::integral_constant<int, Steps>, int first, bool last) {
-      if (first == 0) mbarrier_wait(w.full(), w.turn);
-      const uint8_t* const strip = memory + P::kSlotsAt + w.place * P::kSlotBytes + warp * P::kStripBytes;
-      SlotWeights<P> weights;
-      weights.begin(strip, first, Steps * kTileCols / P::L::kSpan);
+    // A step of weights that begin at strip; x is at its place.
+    const auto multiply_step = [&](SlotWeights<P>& weights, const uint8_t* strip, int base, int step,
+                                   bool fresh) {
+      weights.load(strip, base, step);
 #pragma unroll
-      for (int step = 0; step < Steps; ++step) {
-        weights.load(strip, first, step);
+      for (int i = 0; i < 4; ++i) {
+        weights.decode(a[i % P::kFragments], step, i, fresh && i == 0);
+        if (i == 0) mbarrier_wait(x.full(), x.turn);
+        const uint64_t tokens = swizzled_rows(smem + x.place * P::kPlaceBytes) + 2 * i;
+        wgmma_fence();
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          weights.decode(a[i], step, i);
-          if (i == 0) mbarrier_wait(x.full(), x.turn);
-          const uint64_t tokens = swizzled_rows(smem + x.place * P::kPlaceBytes) + 2 * i;
-          wgmma_fence();
-#pragma unroll
-          for (int part = 0; part < P::kSums; ++part)
-            wgmma(sums[part], a[i], tokens + part * (P::kSumTokens * 128 / 16), T{});
-          wgmma_commit();
-          wgmma_wait<2>();
-          if (i == 2) release();  // all of the step before are done
-        }
-        if (step == Steps - 1 && last) {
-          __syncwarp();
-          if (lane == 0) mbarrier_arrive(w.empty());
-          w.step();
-        }
-        before = x.place;
-        x.step();
+        for (int part = 0; part < P::kSums; ++part)
+          wgmma(sums[part], a[i % P::kFragments], tokens + part * (P::kSumTokens * 128 / 16), T{});
+        wgmma_commit();
+        wgmma_wait<P::kFragments / 2>();
+        if (i == P::kFragments / 2) release();  // all of the step before are done
       }
+      before = x.place;
+    };
+    const auto strip = [&] {
+      return memory + P::kSlotsAt + w.place * P::kSlotBytes + strip_of_tile * P::kStripBytes;
+    };
+    const auto finish_slot = [&] {
+      __syncwarp();
+      if (lane == 0) mbarrier_arrive(w.empty());
+      w.step();
+    };
+    // A whole slot: steps First, First + kColumnGroups, …
+    const auto multiply_slot = [&]<int First>(std::integral_constant<int, First>) {
+      mbarrier_wait(w.full(), w.turn);
+      SlotWeights<P> weights;
+      weights.begin(strip(), 0, P::kSlotRecords);
+      if constexpr (First > 0) x.step(First);
+#pragma unroll
+      for (int step = First; step < P::kSlotSteps; step += P::kColumnGroups) {
+        multiply_step(weights, strip(), 0, step, step == First || P::Format::kGroup <= kTileCols);
+        x.step(min(P::kColumnGroups, P::kSlotSteps - step));
+      }
+      finish_slot();
     };
     const int whole = min(at.last_slot, s.steps / P::kSlotSteps);
+    const auto multiply_slots = [&]<int First>(std::integral_constant<int, First> first) {
 #pragma unroll 1
-    for (int i = at.first_slot; i < whole; ++i)
-      multiply_steps(std::integral_constant<int, P::kSlotSteps>{}, 0, true);
-    if constexpr (P::L::kSpan == kTileCols) {
+      for (int i = at.first_slot; i < whole; ++i) multiply_slot(first);
+    };
+    if (P::kColumnGroups == 1 || column_group == 0)
+      multiply_slots(std::integral_constant<int, 0>{});
+    else
+      multiply_slots(std::integral_constant<int, P::kColumnGroups - 1>{});
+    if constexpr (P::L::kSpan == kTileCols) {  // the last slot may be shorter
       const int rest = whole < at.last_slot ? s.steps - whole * P::kSlotSteps : 0;
+      if (rest > 0) {
+        mbarrier_wait(w.full(), w.turn);
 #pragma unroll 1
-      for (int i = 0; i < rest; ++i) multiply_steps(std::integral_constant<int, 1>{}, i, i + 1 == rest);
+        for (int i = 0; i < rest; ++i, x.step()) {
+          if (i % P::kColumnGroups != column_group) continue;
+          SlotWeights<P> weights;
+          weights.begin(strip(), i, 1);
+          multiply_step(weights, strip(), i, 0, true);
+        }
+        finish_slot();
+      }
     }
     wgmma_wait<0>();
 #pragma unroll
@@ -234,58 +281,27 @@ __device__ __forceinline__ void multiply(const GemmPackedArgs& args, const Sched
     __syncwarp();
     release();
 
-    const Output<P> output(args, at);
-    if (s.parts == 1) {
-#pragma unroll
-      for (int part = 0; part < P::kSums; ++part) {
-        sync_group();  // the earlier ones are read
-#pragma unroll
-        for (int q = 0; q < P::kSumTokens / 16; ++q) {
-          float v[8];
-#pragma unroll
-          for (int e = 0; e < 8; ++e) v[e] = sums[part][8 * q + e];
-          turn_sums(shared_address(out), 16 * q, v, output.bias, T{});
-        }
-        sync_group();
-        output.store(out, part * P::kSumTokens, P::kSumTokens);
-      }
-    } else {  // the only tile; all activations are used
-      sync_some<3, kMultipliers>();
-      auto* own = reinterpret_cast<float4*>(memory) + threadIdx.x;
-#pragma unroll
-      for (int part = 0; part < P::kSums; ++part)
-#pragma unroll
-        for (int i = 0; i < P::kSumTokens / 8; ++i)
-          own[(part * P::kSumTokens / 8 + i) * kMultipliers] = make_float4(
-              sums[part][4 * i], sums[part][4 * i + 1], sums[part][4 * i + 2], sums[part][4 * i + 3]);
+    if constexpr (P::kColumnGroups > 1) add_odd_steps<P>(sums, out);
+    if (s.parts > 1) {
+      sync_some<5, P::kMultipliers>();
+      if (group < kRowGroups) leave_sums<P>(sums, memory);
       sync_cluster();
-      const int share = P::kTokens / s.parts;
-#pragma unroll 1
-      for (int token = 0; token < share; token += 16) {
-        float v[8] = {};
-        const uint32_t from =
-            smem + ((at.part * share + token) / 8 * kMultipliers + threadIdx.x) * int{sizeof(float4)};
-#pragma unroll 1
-        for (int part = 0; part < s.parts; ++part) {
-          const uint32_t there = address_in(from, part * s.mates + at.mate);
-#pragma unroll
-          for (int e = 0; e < 2; ++e) {
-            const float4 more = load_there(there + e * kMultipliers * int{sizeof(float4)});
-            v[4 * e] += more.x, v[4 * e + 1] += more.y, v[4 * e + 2] += more.z, v[4 * e + 3] += more.w;
-          }
-        }
-        turn_sums(shared_address(out), token, v, output.bias, T{});
-      }
-      sync_group();
-      output.store(out, at.part * share, share);
     }
+    if (group >= kRowGroups) continue;
+    const Output<P> output(args, y, at, out);
+    if (s.parts > 1)
+      store_share<P>(output, at, smem);
+    else
+      store_tile_sums<P>(output, sums);
   }
+  if (threadIdx.x % kGroupThreads == 0) wait_for_stores();
 }
 
 template <PackableFormat F, class X, int Tokens>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__((Tile<F, X, Tokens>::kThreads), 1)
     wgmma_kernel([[maybe_unused]] const GemmPackedArgs args, [[maybe_unused]] const Schedule schedule,
-                 [[maybe_unused]] const __grid_constant__ CUtensorMap x) {
+                 [[maybe_unused]] const __grid_constant__ CUtensorMap x,
+                 [[maybe_unused]] const __grid_constant__ CUtensorMap y) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using P = Tile<F, X, Tokens>;
   extern __shared__ __align__(128) uint8_t dynamic[];
@@ -294,23 +310,23 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (threadIdx.x < P::kPlaces + P::kSlots) {
     const bool counts_tokens = threadIdx.x < P::kPlaces;
     mbarrier_init(barriers + 16 * threadIdx.x, 1);
-    mbarrier_init(barriers + 16 * threadIdx.x + 8, kMultiplierWarps * (counts_tokens ? schedule.mates : 1));
+    mbarrier_init(barriers + 16 * threadIdx.x + 8,
+                  counts_tokens ? kStrips * schedule.mates : P::kMultipliers / 32);
     publish_barriers();
   }
   sync_cluster();
   wait_for_previous_kernel();
   let_next_kernel_start();
-  if (threadIdx.x < kMultipliers) {
-    grow_registers<kMultiplierRegisters>();
-    multiply<P>(args, schedule, memory);
+  if (threadIdx.x < P::kMultipliers) {
+    grow_registers<P::kMultiplierRegisters>();
+    multiply<P>(args, schedule, y, memory);
   } else {
-    shrink_registers<kCopierRegisters>();
-    const unsigned warp = threadIdx.x / 32 - kMultiplierWarps;
-    if (warp == 0) {
-      if (threadIdx.x % 32 == 0) copy_activations<P>(schedule, x, smem);
-    } else if (warp == 1) {
+    shrink_registers<P::kCopierRegisters>();
+    const unsigned copier = threadIdx.x - P::kMultipliers;
+    if (copier == 0)
+      copy_activations<P>(schedule, x, smem);
+    else if (copier / 32 == 1)
       copy_weights<P>(args, schedule, smem);
-    }
     __syncwarp();
     if (schedule.parts > 1) sync_cluster();  // with the sums' exchange
   }
@@ -320,26 +336,28 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 template <PackableFormat F, class X, int Tokens>
 cudaError_t launch(const GemmPackedArgs& args, const Schedule& schedule, const CUtensorMap& x,
-                   const Device& device, cudaStream_t stream) {
+                   const CUtensorMap& y, const Device& device, cudaStream_t stream) {
   const auto kernel = wgmma_kernel<F, X, Tokens>;
   constexpr int kBytes = Tile<F, X, Tokens>::kBytes;
   const cudaError_t status =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   if (status != cudaSuccess) return status;
-  const DependentLaunch launch(schedule.clusters * schedule.ranks(), kThreads, device, stream, kBytes,
-                               schedule.ranks());
-  return cudaLaunchKernelEx(&launch.config, kernel, args, schedule, x);
+  const DependentLaunch launch(schedule.clusters * schedule.ranks(), Tile<F, X, Tokens>::kThreads, device,
+                               stream, kBytes, schedule.ranks());
+  return cudaLaunchKernelEx(&launch.config, kernel, args, schedule, x, y);
 }
 
 template <class X, int Tokens>
 cudaError_t launch_type(const GemmPackedArgs& args, const Schedule& schedule, const Device& device,
                         cudaStream_t stream) {
-  CUtensorMap x;
+  CUtensorMap x, y{};
   cudaError_t status = describe_tiles(x, {args.x, args.m, 2 * args.k}, Tokens / schedule.mates);
+  if (status == cudaSuccess && args.n % 8 == 0)
+    status = describe_tiles(y, {args.y, args.m, 2 * args.n}, kStoreTokens);
   if (status != cudaSuccess) return status;
   status = cudaErrorNotSupported;
   BlockFormats::visit(args.qtype, [&]<class F>(F) {
-    if constexpr (PackableFormat<F>) status = launch<F, X, Tokens>(args, schedule, x, device, stream);
+    if constexpr (PackableFormat<F>) status = launch<F, X, Tokens>(args, schedule, x, y, device, stream);
   });
   return status;
 }

@@ -8,10 +8,7 @@
 
 namespace quantgemm::packed_wgmma {
 
-constexpr int kGroups = 2, kGroupThreads = 128, kMultipliers = kGroups * kGroupThreads;
-constexpr int kThreads = kMultipliers + 128;  // the last four warps copy
-constexpr int kMultiplierRegisters = 232, kCopierRegisters = 40;
-constexpr int kStrips = kRows / kStripRows, kMultiplierWarps = kMultipliers / 32;
+constexpr int kStrips = kRows / kStripRows, kGroupThreads = 128, kRowGroups = kRows / kGroupRows;
 constexpr int kSharedBytes = 232448;
 
 template <PackableFormat F, class X, int Tokens>
@@ -19,7 +16,13 @@ struct Tile {
   using Format = F;
   using T = X;
   using L = PackedLayout<F>;
-  using Fragment = PackedFragment<F, X, false>;
+  // Two warpgroups decode too slowly for few tokens: then other two take the odd steps.
+  static constexpr int kColumnGroups = Tokens == 256 ? 1 : 2, kGroups = kRowGroups * kColumnGroups;
+  // Two warps of four more copy.
+  static constexpr int kMultipliers = kGroups * kGroupThreads, kThreads = kMultipliers + kGroupThreads;
+  static constexpr int kMultiplierRegisters = kGroups == 2 ? 232 : 112,
+                       kCopierRegisters = kGroups == 2 ? 40 : 32;
+  static constexpr int kFragments = kGroups == 2 ? 4 : 2;  // that are kept, of steps of 16 columns
   static constexpr int kTokens = Tokens, kSumTokens = Tokens < 128 ? Tokens : 128;  // of one wgmma
   static constexpr int kSums = Tokens / kSumTokens;
   // Weights arrive in slots of whole records.
@@ -31,10 +34,11 @@ struct Tile {
   static constexpr int kStripBytes = kHeadsAt + kSlotRecords * kStripRows * L::kRecordBytes;
   static constexpr int kSlotBytes = kStrips * kStripBytes;
   static_assert(kStripBytes % 16 == 0);
-  // Shared memory: activations [place][token][64], swizzled; y on its way out [group][token][64 rows]; slots.
-  static constexpr int kPlaces = Tokens == 256 ? 4 : Tokens == 128 ? 6 : 8, kPlaceBytes = Tokens * 128;
-  static constexpr int kOutAt = kPlaces * kPlaceBytes, kOutBytes = kSumTokens * 128;
-  static constexpr int kSlotsAt = kOutAt + kGroups * kOutBytes;
+  // Shared memory: activations [place][token][64], swizzled; y on its way out [row group][token][64 rows],
+  // the same; slots.
+  static constexpr int kPlaces = Tokens == 256 ? 4 : Tokens == 128 ? 6 : 10, kPlaceBytes = Tokens * 128;
+  static constexpr int kOutAt = kPlaces * kPlaceBytes, kOutBytes = 16384;  // or 64 sums
+  static constexpr int kSlotsAt = kOutAt + kRowGroups * kOutBytes;
   static constexpr int kFit = (kSharedBytes - 1024 - 256 - kSlotsAt) / kSlotBytes,
                        kSlots = kFit < 6 ? kFit : 6;
   static_assert(kSlots >= 2);
@@ -52,8 +56,9 @@ struct Ring {
 
   __device__ uint32_t full() const { return barriers + 16 * place; }
   __device__ uint32_t empty() const { return full() + 8; }
-  __device__ __forceinline__ void step() {
-    if (++place == Count) place = 0, turn ^= 1;
+  __device__ __forceinline__ void step(int steps = 1) {
+    place += steps;
+    if (place >= Count) place -= Count, turn ^= 1;
   }
 };
 
@@ -87,24 +92,26 @@ struct Walk {
   }
 };
 
+// One thread copies activations.
 template <class P>
 __device__ __forceinline__ void copy_activations(const Schedule& s, const CUtensorMap& x, uint32_t smem) {
   Ring<P::kPlaces> ring{smem + P::kBarriersAt};
   for (Walk at(s, s.slots(P::kSlotSteps)); at.valid(); at.next()) {
-    const int first = at.first_slot * P::kSlotSteps, last = min(at.last_slot * P::kSlotSteps, s.steps);
     const int share = P::kTokens / s.mates, row = at.token_tile * P::kTokens + at.mate * share;
     const int blocks = ((1 << s.mates) - 1) << at.part * s.mates;
+    const int last = 128 * min(at.last_slot * P::kSlotSteps, s.steps);
+    const uint32_t to = smem + at.mate * share * 128;
 #pragma unroll 1
-    for (int step = first; step < last; ++step, ring.step()) {
+    for (int col = 128 * at.first_slot * P::kSlotSteps; col < last; col += 128, ring.step()) {
       mbarrier_wait(ring.empty(), ring.turn ^ 1);
       mbarrier_arrive_expecting(ring.full(), P::kPlaceBytes);
-      copy_tile(smem + ring.place * P::kPlaceBytes + at.mate * share * 128, x, step * 128, row, ring.full(),
-                blocks);
+      copy_tile(to + ring.place * P::kPlaceBytes, x, col, row, ring.full(), blocks);
     }
   }
 }
 
-// Lane i copies strip i of the tile. Bytes go where they are in the strip, less what lies before the slot.
+// A warp copies weights, lane i strip i of the tile. Bytes go where they are in the strip, less what lies
+// before the slot.
 template <class P>
 __device__ __forceinline__ void copy_weights(const GemmPackedArgs& args, const Schedule& s, uint32_t smem) {
   using L = typename P::L;
@@ -117,11 +124,10 @@ __device__ __forceinline__ void copy_weights(const GemmPackedArgs& args, const S
     bytes_ptr const from = args.packed + strip * strip_bytes;
 #pragma unroll 1
     for (int slot = at.first_slot; slot < at.last_slot; ++slot, ring.step()) {
-      mbarrier_wait(ring.empty(), ring.turn ^ 1);
       const int step = slot * P::kSlotSteps, count = min(s.steps - step, P::kSlotSteps);
-      const int records = count * kTileCols / L::kSpan;
-      const int64_t record = static_cast<int64_t>(step) * kTileCols / L::kSpan;
+      const int records = count * kTileCols / L::kSpan, record = step * kTileCols / L::kSpan;
       const int bytes = count * (L::kLowTile + L::kHighTile) + records * kStripRows * L::kRecordBytes;
+      mbarrier_wait(ring.empty(), ring.turn ^ 1);
       if (lane == 0) mbarrier_arrive_expecting(ring.full(), max(present, 0) * bytes);
       __syncwarp();
       if (lane >= present) continue;

@@ -58,6 +58,22 @@ __device__ __forceinline__ void copy_bulk(uint32_t target, const void* source, i
       : "memory");
 }
 
+// The way back: a tile to where the matrix has room for it. Others' stores to shared memory come before it if
+// they made them visible to the copy engine and then met this thread at a barrier.
+__device__ __forceinline__ void publish_to_copies() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+__device__ __forceinline__ void store_tile(const CUtensorMap& map, int col, int row, uint32_t source) {
+  asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];" ::"l"(&map),
+               "r"(col), "r"(row), "r"(source)
+               : "memory");
+}
+__device__ __forceinline__ void commit_stores() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+// Shared memory is read.
+__device__ __forceinline__ void wait_for_stores() {
+  asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+}
+
 // Behind the initialisation of barriers that count such copies or arrivals of other blocks.
 __device__ __forceinline__ void publish_barriers() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
