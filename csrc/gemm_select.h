@@ -2,6 +2,7 @@
 // Which algorithm multiplies: pure functions of the problem, without a CUDA call, so that they are
 // tested where there is no GPU. `auto` never rounds activations; `auto_q8` may (to int8 per 32).
 #pragma once
+#include <algorithm>
 #include <optional>
 #include <string>
 
@@ -103,7 +104,7 @@ inline constexpr bool kHasWgmma = false;
 #endif
 
 struct PackedProblem {
-  int64_t m;
+  int64_t m, n, k;
   Real type;  // of x and y
   int arch;   // 10 · compute capability; 0 = the CPU
 };
@@ -115,13 +116,16 @@ inline const char* packed_obstacle(PackedAlgo algo, const PackedProblem& p) {
     if (p.arch != 90) return "wgmma needs compute capability 9.0";
     if (!kHasWgmma) return "this build has no machine code for 9.0a";
     if (p.type == Real::kFloat32) return "tensor cores would round float32 activations";
+    if (p.k == 0) return "there are no columns to copy";
+    if (std::max({p.m, p.n, p.k}) >= int64_t{1} << 30) return "the copy engine counts bytes in 32 bits";
   }
   return nullptr;
 }
-// The threshold of m as measured on an H200 (docs/performance.md).
+// Thresholds of m as measured on an H200 (docs/performance.md).
 inline PackedAlgo select_packed_gemm(const PackedProblem& p) {
   if (p.m <= 8) return PackedAlgo::kGemv;
-  return packed_obstacle(PackedAlgo::kWgmma, p) == nullptr ? PackedAlgo::kWgmma : PackedAlgo::kMma;
+  if (p.m > 16 && packed_obstacle(PackedAlgo::kWgmma, p) == nullptr) return PackedAlgo::kWgmma;
+  return PackedAlgo::kMma;
 }
 inline std::string able_packed_gemms(const PackedProblem& p) {
   std::string names = "auto";

@@ -19,8 +19,9 @@ PackedAlgo check_packed_algo(const std::string& name, const PackedProblem& probl
     known += concat(", ", name_of(algo));
     if (name != name_of(algo)) continue;
     const char* obstacle = packed_obstacle(algo, problem);
-    check_implemented(obstacle == nullptr, "algo: ", name, " cannot serve this product: ",
-                      obstacle == nullptr ? "" : obstacle, "; these can: ", able_packed_gemms(problem));
+    check_implemented(obstacle == nullptr, "algo: ", name,
+                      " cannot serve this product: ", obstacle == nullptr ? "" : obstacle,
+                      "; these can: ", able_packed_gemms(problem));
     return algo;
   }
   check_value(false, "algo: expected one of ", known, ", got '", name, "'");
@@ -97,7 +98,7 @@ Tensor gemm_packed(Tensor x, Tensor packed_weights, int64_t qtype, int64_t n, in
   }
   int64_t m = 1;
   for (int64_t i = 0; i + 1 < x.dim(); ++i) m *= x.size(i);
-  const PackedAlgo chosen = check_packed_algo(algo, {m, type, architecture_of(x)});
+  const PackedAlgo chosen = check_packed_algo(algo, {m, n, k, type, architecture_of(x)});
 
   // arguments and output
   const bool widen = !x.is_cuda() && type != Real::kFloat32;
