@@ -3,7 +3,7 @@
 
 namespace quantgemm::packed_wgmma {
 cudaError_t launch_f16_64(const GemmPackedArgs& args, const Schedule& schedule, const Device& device,
-                           cudaStream_t stream) {
+                          cudaStream_t stream) {
   return launch_type<Half, 64>(args, schedule, device, stream);
 }
 }  // namespace quantgemm::packed_wgmma
