@@ -15,24 +15,33 @@ struct ByteMatrix {
   int64_t rows, row_bytes;
 };
 
-// Describes tiles of `rows` rows × 128 bytes. The driver is asked for its function by name, so that nothing
-// has to be linked for it.
+// The driver is asked for its function by name, so that nothing has to be linked for it.
+struct TileEncoder {
+  decltype(&cuTensorMapEncodeTiled) encode = nullptr;
+  cudaError_t status;
+
+  TileEncoder() {
+    void* function = nullptr;
+    cudaDriverEntryPointQueryResult found{};
+    status = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault,
+                                              &found);
+    if (status == cudaSuccess && found != cudaDriverEntryPointSuccess) status = cudaErrorNotSupported;
+    encode = reinterpret_cast<decltype(encode)>(function);
+  }
+};
+
+// Describes tiles of `rows` rows × 128 bytes.
 inline cudaError_t describe_tiles(CUtensorMap& map, const ByteMatrix& matrix, int rows) {
-  using Encode = decltype(&cuTensorMapEncodeTiled);
-  void* function = nullptr;
-  cudaDriverEntryPointQueryResult found{};
-  const cudaError_t status =
-      cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found);
-  if (status != cudaSuccess) return status;
-  if (found != cudaDriverEntryPointSuccess) return cudaErrorNotSupported;
+  static const TileEncoder encoder;
+  if (encoder.status != cudaSuccess) return encoder.status;
   const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(matrix.row_bytes),
                                static_cast<cuuint64_t>(matrix.rows)};
   const cuuint64_t strides[1] = {static_cast<cuuint64_t>(matrix.row_bytes)};
   const cuuint32_t box[2] = {128, static_cast<cuuint32_t>(rows)}, steps[2] = {1, 1};
-  const CUresult result = reinterpret_cast<Encode>(function)(
-      &map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 2, const_cast<void*>(matrix.data), sizes, strides, box, steps,
-      CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
-      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUresult result =
+      encoder.encode(&map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 2, const_cast<void*>(matrix.data), sizes, strides,
+                     box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                     CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
