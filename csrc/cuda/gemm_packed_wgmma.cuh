@@ -111,7 +111,7 @@ template <class P>
 using Sums = float[P::kSums][P::kSumTokens / 2];
 
 // Row group's sums of odd steps to those of even ones, 64 tokens at a time, through `out`.
-template <class P>
+template <class P, int ColumnGroup>
 __device__ __forceinline__ void add_odd_steps(Sums<P>& sums, uint8_t* out) {
   const int group = threadIdx.x / kGroupThreads;
   auto* const own = reinterpret_cast<float4*>(out) + threadIdx.x % kGroupThreads;
@@ -121,18 +121,18 @@ __device__ __forceinline__ void add_odd_steps(Sums<P>& sums, uint8_t* out) {
     else
       sync_some<4, 2 * kGroupThreads>();
   };
-  if (group < kRowGroups && threadIdx.x % kGroupThreads == 0) wait_for_stores();
+  if (ColumnGroup == 0 && threadIdx.x % kGroupThreads == 0) wait_for_stores();
 #pragma unroll
   for (int part = 0; part < P::kSumTokens / 64; ++part) {
     sync();  // `out` is read
 #pragma unroll
-    for (int i = 0; i < 8 && group >= kRowGroups; ++i) {
+    for (int i = 0; i < 8 && ColumnGroup > 0; ++i) {
       const float* d = sums[0] + 32 * part + 4 * i;
       own[i * kGroupThreads] = make_float4(d[0], d[1], d[2], d[3]);
     }
     sync();
 #pragma unroll
-    for (int i = 0; i < 8 && group < kRowGroups; ++i) {
+    for (int i = 0; i < 8 && ColumnGroup == 0; ++i) {
       float* d = sums[0] + 32 * part + 4 * i;
       const float4 more = own[i * kGroupThreads];
       d[0] += more.x, d[1] += more.y, d[2] += more.z, d[3] += more.w;
@@ -193,13 +193,13 @@ __device__ __forceinline__ void store_share(const Output<P>& output, const Walk&
   output.send(at.part * share, share);
 }
 
-template <class P>
+template <class P, int ColumnGroup>
 __device__ __forceinline__ void multiply(const GemmPackedArgs& args, const Schedule& s, const CUtensorMap& y,
                                          uint8_t* memory) {
   using T = typename P::T;
   const uint32_t smem = shared_address(memory);
   const int lane = threadIdx.x % 32, strip_of_tile = threadIdx.x / 32 % kStrips;
-  const int group = threadIdx.x / kGroupThreads, column_group = group / kRowGroups;
+  const int group = threadIdx.x / kGroupThreads;
   Ring<P::kPlaces> x{smem + P::kBarriersAt};
   Ring<P::kSlots> w{smem + P::kBarriersAt + 16 * P::kPlaces};
   uint8_t* const out = memory + P::kOutAt + group % kRowGroups * P::kOutBytes;
@@ -212,10 +212,9 @@ __device__ __forceinline__ void multiply(const GemmPackedArgs& args, const Sched
       if (before >= 0 && lane < s.mates)
         mbarrier_arrive_there(address_in(smem + P::kBarriersAt + 16 * before + 8, at.part * s.mates + lane));
     };
-    // A step of weights that begin at strip; x is at its place.
-    const auto multiply_step = [&](SlotWeights<P>& weights, const uint8_t* strip, int base, int step,
-                                   bool fresh) {
-      weights.load(strip, base, step);
+    // A step of the slot whose weights lie at strip; x is at its place.
+    const auto multiply_step = [&](SlotWeights<P>& weights, const uint8_t* strip, int step, bool fresh) {
+      weights.load(strip, step);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         weights.decode(a[i % P::kFragments], step, i, fresh && i == 0);
@@ -231,49 +230,22 @@ __device__ __forceinline__ void multiply(const GemmPackedArgs& args, const Sched
       }
       before = x.place;
     };
-    const auto strip = [&] {
-      return memory + P::kSlotsAt + w.place * P::kSlotBytes + strip_of_tile * P::kStripBytes;
-    };
-    const auto finish_slot = [&] {
+#pragma unroll 1
+    for (int i = at.first_slot; i < at.last_slot; ++i) {
+      mbarrier_wait(w.full(), w.turn);
+      const uint8_t* const strip =
+          memory + P::kSlotsAt + w.place * P::kSlotBytes + strip_of_tile * P::kStripBytes;
+      SlotWeights<P> weights;
+      weights.begin(strip);
+      if constexpr (ColumnGroup > 0) x.step(ColumnGroup);
+#pragma unroll
+      for (int step = ColumnGroup; step < P::kSlotSteps; step += P::kColumnGroups) {
+        multiply_step(weights, strip, step, step == ColumnGroup || P::Format::kGroup <= kTileCols);
+        x.step(min(P::kColumnGroups, P::kSlotSteps - step));
+      }
       __syncwarp();
       if (lane == 0) mbarrier_arrive(w.empty());
       w.step();
-    };
-    // A whole slot: steps First, First + kColumnGroups, …
-    const auto multiply_slot = [&]<int First>(std::integral_constant<int, First>) {
-      mbarrier_wait(w.full(), w.turn);
-      SlotWeights<P> weights;
-      weights.begin(strip(), 0, P::kSlotRecords);
-      if constexpr (First > 0) x.step(First);
-#pragma unroll
-      for (int step = First; step < P::kSlotSteps; step += P::kColumnGroups) {
-        multiply_step(weights, strip(), 0, step, step == First || P::Format::kGroup <= kTileCols);
-        x.step(min(P::kColumnGroups, P::kSlotSteps - step));
-      }
-      finish_slot();
-    };
-    const int whole = min(at.last_slot, s.steps / P::kSlotSteps);
-    const auto multiply_slots = [&]<int First>(std::integral_constant<int, First> first) {
-#pragma unroll 1
-      for (int i = at.first_slot; i < whole; ++i) multiply_slot(first);
-    };
-    if (P::kColumnGroups == 1 || column_group == 0)
-      multiply_slots(std::integral_constant<int, 0>{});
-    else
-      multiply_slots(std::integral_constant<int, P::kColumnGroups - 1>{});
-    if constexpr (P::L::kSpan == kTileCols) {  // the last slot may be shorter
-      const int rest = whole < at.last_slot ? s.steps - whole * P::kSlotSteps : 0;
-      if (rest > 0) {
-        mbarrier_wait(w.full(), w.turn);
-#pragma unroll 1
-        for (int i = 0; i < rest; ++i, x.step()) {
-          if (i % P::kColumnGroups != column_group) continue;
-          SlotWeights<P> weights;
-          weights.begin(strip(), i, 1);
-          multiply_step(weights, strip(), i, 0, true);
-        }
-        finish_slot();
-      }
     }
     wgmma_wait<0>();
 #pragma unroll
@@ -281,20 +253,21 @@ __device__ __forceinline__ void multiply(const GemmPackedArgs& args, const Sched
     __syncwarp();
     release();
 
-    if constexpr (P::kColumnGroups > 1) add_odd_steps<P>(sums, out);
+    if constexpr (P::kColumnGroups > 1) add_odd_steps<P, ColumnGroup>(sums, out);
     if (s.parts > 1) {
       sync_some<5, P::kMultipliers>();
-      if (group < kRowGroups) leave_sums<P>(sums, memory);
+      if constexpr (ColumnGroup == 0) leave_sums<P>(sums, memory);
       sync_cluster();
     }
-    if (group >= kRowGroups) continue;
-    const Output<P> output(args, y, at, out);
-    if (s.parts > 1)
-      store_share<P>(output, at, smem);
-    else
-      store_tile_sums<P>(output, sums);
+    if constexpr (ColumnGroup == 0) {
+      const Output<P> output(args, y, at, out);
+      if (s.parts > 1)
+        store_share<P>(output, at, smem);
+      else
+        store_tile_sums<P>(output, sums);
+    }
   }
-  if (threadIdx.x % kGroupThreads == 0) wait_for_stores();
+  if (ColumnGroup == 0 && threadIdx.x % kGroupThreads == 0) wait_for_stores();
 }
 
 template <PackableFormat F, class X, int Tokens>
@@ -309,7 +282,7 @@ __global__ void __launch_bounds__((Tile<F, X, Tokens>::kThreads), 1)
   const uint32_t smem = shared_address(memory), barriers = smem + P::kBarriersAt;
   if (threadIdx.x < P::kPlaces + P::kSlots) {
     const bool counts_tokens = threadIdx.x < P::kPlaces;
-    mbarrier_init(barriers + 16 * threadIdx.x, 1);
+    mbarrier_init(barriers + 16 * threadIdx.x, counts_tokens ? 1 : 32 * kRowGroups);
     mbarrier_init(barriers + 16 * threadIdx.x + 8,
                   counts_tokens ? kStrips * schedule.mates : P::kMultipliers / 32);
     publish_barriers();
@@ -319,14 +292,17 @@ __global__ void __launch_bounds__((Tile<F, X, Tokens>::kThreads), 1)
   let_next_kernel_start();
   if (threadIdx.x < P::kMultipliers) {
     grow_registers<P::kMultiplierRegisters>();
-    multiply<P>(args, schedule, y, memory);
+    if (P::kColumnGroups == 1 || threadIdx.x < kHolders)
+      multiply<P, 0>(args, schedule, y, memory);
+    else
+      multiply<P, P::kColumnGroups - 1>(args, schedule, y, memory);
   } else {
     shrink_registers<P::kCopierRegisters>();
-    const unsigned copier = threadIdx.x - P::kMultipliers;
+    const int copier = static_cast<int>(threadIdx.x) - P::kMultipliers;
     if (copier == 0)
       copy_activations<P>(schedule, x, smem);
-    else if (copier / 32 == 1)
-      copy_weights<P>(args, schedule, smem);
+    else if (copier >= 64)
+      copy_weights<P>(args, schedule, smem, (copier - 64) / 32);
     __syncwarp();
     if (schedule.parts > 1) sync_cluster();  // with the sums' exchange
   }

@@ -18,7 +18,7 @@ struct Tile {
   using L = PackedLayout<F>;
   // Two warpgroups decode too slowly for few tokens: then other two take the odd steps.
   static constexpr int kColumnGroups = Tokens == 256 ? 1 : 2, kGroups = kRowGroups * kColumnGroups;
-  // Two warps of four more copy.
+  // Three warps of four more copy.
   static constexpr int kMultipliers = kGroups * kGroupThreads, kThreads = kMultipliers + kGroupThreads;
   static constexpr int kMultiplierRegisters = kGroups == 2 ? 232 : 112,
                        kCopierRegisters = kGroups == 2 ? 40 : 32;
@@ -99,7 +99,7 @@ __device__ __forceinline__ void copy_activations(const Schedule& s, const CUtens
   for (Walk at(s, s.slots(P::kSlotSteps)); at.valid(); at.next()) {
     const int share = P::kTokens / s.mates, row = at.token_tile * P::kTokens + at.mate * share;
     const int blocks = ((1 << s.mates) - 1) << at.part * s.mates;
-    const int last = 128 * min(at.last_slot * P::kSlotSteps, s.steps);
+    const int last = 128 * at.last_slot * P::kSlotSteps;  // zeros behind k
     const uint32_t to = smem + at.mate * share * 128;
 #pragma unroll 1
     for (int col = 128 * at.first_slot * P::kSlotSteps; col < last; col += 128, ring.step()) {
@@ -110,37 +110,59 @@ __device__ __forceinline__ void copy_activations(const Schedule& s, const CUtens
   }
 }
 
-// A warp copies weights, lane i strip i of the tile. Bytes go where they are in the strip, less what lies
+// Bytes, a multiple of 16 and at most Most, by a warp. The copy engine would want 95 clocks for each such
+// call.
+template <int Most>
+__device__ __forceinline__ void copy_run(uint32_t to, bytes_ptr from, int bytes) {
+  const int at = 16 * static_cast<int>(threadIdx.x % 32);
+#pragma unroll
+  for (int i = 0; i < Most; i += 512)
+    if (Most % 512 == 0 || at + i < Most) cp_async16(to + at + i, from + at + i, at + i < bytes ? 16 : 0);
+}
+
+template <class P, int First>
+__device__ __forceinline__ void copy_pieces(uint32_t to, bytes_ptr strip, int64_t k, int record,
+                                            int records) {
+  using L = typename P::L;
+  if constexpr (First < L::kRecordBytes) {
+    constexpr int kSize = L::piece_bytes(First);
+    copy_run<P::kSlotRecords * kStripRows * kSize>(
+        to + P::kSlotRecords * kStripRows * First,
+        strip + L::piece_at(k, First) + L::row_in_piece(record, 0, First), records * kStripRows * kSize);
+    copy_pieces<P, First + kSize>(to, strip, k, record, records);
+  }
+}
+
+// Each of two warps copies the weights of a row group. Bytes go where they are in the strip, less what lies
 // before the slot.
 template <class P>
-__device__ __forceinline__ void copy_weights(const GemmPackedArgs& args, const Schedule& s, uint32_t smem) {
+__device__ __forceinline__ void copy_weights(const GemmPackedArgs& args, const Schedule& s, uint32_t smem,
+                                             int group) {
   using L = typename P::L;
   Ring<P::kSlots> ring{smem + P::kBarriersAt + 16 * P::kPlaces};
-  const int lane = threadIdx.x % 32;
   const int64_t strip_bytes = L::strip_bytes(args.k);
   const auto strips = static_cast<int>(num_strips(args.n));
   for (Walk at(s, s.slots(P::kSlotSteps)); at.valid(); at.next()) {
-    const int strip = at.row_tile * kStrips + lane, present = min(strips - at.row_tile * kStrips, kStrips);
-    bytes_ptr const from = args.packed + strip * strip_bytes;
+    const int strip = at.row_tile * kStrips + group * kPanelStrips;
 #pragma unroll 1
     for (int slot = at.first_slot; slot < at.last_slot; ++slot, ring.step()) {
       const int step = slot * P::kSlotSteps, count = min(s.steps - step, P::kSlotSteps);
       const int records = count * kTileCols / L::kSpan, record = step * kTileCols / L::kSpan;
-      const int bytes = count * (L::kLowTile + L::kHighTile) + records * kStripRows * L::kRecordBytes;
       mbarrier_wait(ring.empty(), ring.turn ^ 1);
-      if (lane == 0) mbarrier_arrive_expecting(ring.full(), max(present, 0) * bytes);
-      __syncwarp();
-      if (lane >= present) continue;
-      const uint32_t to = smem + P::kSlotsAt + ring.place * P::kSlotBytes + lane * P::kStripBytes;
-      copy_bulk(to, from + int64_t{step} * L::kLowTile, count * L::kLowTile, ring.full());
-      if constexpr (L::kHighBits > 0)
-        copy_bulk(to + P::kHighAt, from + L::high_at(args.k) + int64_t{step} * L::kHighTile,
-                  count * L::kHighTile, ring.full());
-#pragma unroll
-      for (int first = 0; first < L::kRecordBytes; first += L::piece_bytes(first))
-        copy_bulk(to + P::kHeadsAt + P::kSlotRecords * kStripRows * first,
-                  from + L::piece_at(args.k, first) + L::row_in_piece(record, 0, first),
-                  records * kStripRows * L::piece_bytes(first), ring.full());
+      bytes_ptr from = args.packed + strip * strip_bytes;
+      uint32_t to = smem + P::kSlotsAt + ring.place * P::kSlotBytes + group * kPanelStrips * P::kStripBytes;
+      if (strip < strips) {
+#pragma unroll 1
+        for (int i = 0; i < kPanelStrips; ++i, from += strip_bytes, to += P::kStripBytes) {
+          copy_run<P::kHighAt>(to, from + int64_t{step} * L::kLowTile, count * L::kLowTile);
+          if constexpr (L::kHighBits > 0)
+            copy_run<P::kHeadsAt - P::kHighAt>(to + P::kHighAt,
+                                               from + L::high_at(args.k) + int64_t{step} * L::kHighTile,
+                                               count * L::kHighTile);
+          copy_pieces<P, 0>(to + P::kHeadsAt, from, args.k, record, records);
+        }
+      }
+      mbarrier_arrive_after_copies(ring.full());
     }
   }
 }

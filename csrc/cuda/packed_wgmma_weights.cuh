@@ -35,32 +35,30 @@ struct SlotWeights {
   float scale[2], start[2];
 
   template <int First = 0>
-  __device__ __forceinline__ void load_heads(const uint8_t* strip, int first, int records) {
+  __device__ __forceinline__ void load_heads(const uint8_t* strip) {
     if constexpr (First < L::kRecordBytes) {
       constexpr int kSize = L::piece_bytes(First);
-      const uint8_t* piece =
-          strip + P::kHeadsAt + P::kSlotRecords * kStripRows * First +
-          static_cast<int>(L::row_in_piece(first * kTileCols / L::kSpan, threadIdx.x % 32 / 4, First));
+      const uint8_t* piece = strip + P::kHeadsAt + P::kSlotRecords * kStripRows * First +
+                             static_cast<int>(L::row_in_piece(0, threadIdx.x % 32 / 4, First));
 #pragma unroll
       for (int i = 0; i < P::kSlotRecords; ++i)
-        if (i < records) load_shared<kSize / 2>(batch.heads[i] + First / 2, piece + i * kStripRows * kSize);
-      load_heads<First + kSize>(strip, first, records);
+        load_shared<kSize / 2>(batch.heads[i] + First / 2, piece + i * kStripRows * kSize);
+      load_heads<First + kSize>(strip);
     }
   }
-  // `records`, `step` and `s` are constants where these are used.
-  __device__ __forceinline__ void begin(const uint8_t* strip, int first, int records) {
-    load_heads(strip, first, records);
+  // `step` and `s` are constants where these are used.
+  __device__ __forceinline__ void begin(const uint8_t* strip) {
+    load_heads(strip);
     affines[0].prepare(batch, 0);
     affines[1].prepare(batch, 1);
   }
-  // Of the steps from `first` on, that one.
-  __device__ __forceinline__ void load(const uint8_t* strip, int first, int step) {
-    const int lane = threadIdx.x % 32, tile = first + step;
+  __device__ __forceinline__ void load(const uint8_t* strip, int step) {
+    const int lane = threadIdx.x % 32;
     load_shared<L::kLowBits, L::kLowBits == 8 ? 512 : 16>(
-        batch.low[step], strip + tile * L::kLowTile + PackedField<L::kLowBits>::at(lane, 0));
+        batch.low[step], strip + step * L::kLowTile + PackedField<L::kLowBits>::at(lane, 0));
     if constexpr (L::kHighBits > 0)
       load_shared<L::kHighBits>(batch.high[step],
-                                strip + P::kHighAt + tile * L::kHighTile + lane * 4 * L::kHighBits);
+                                strip + P::kHighAt + step * L::kHighTile + lane * 4 * L::kHighBits);
   }
   // Fragment s of a step that is loaded; `fresh` where it is the first to be decoded.
   __device__ __forceinline__ void decode(uint32_t (&a)[4], int step, int s, bool fresh) {
