@@ -83,7 +83,7 @@ class NinjaBuild(build_ext):
             toolkit = re.search(r"TOP=(\S+)", output_of(nvcc, "--dryrun", "x.cu"))[1]
             info["CUDA_VERSION"] = re.search(r"release ([\d.]+)", output_of(nvcc, "--version"))[1]
             includes.append(f"{toolkit}/include")
-            defines += " -DQG_WITH_CUDA"
+            defines += " -DQG_WITH_CUDA" + " -DQG_SM90A" * ("9.0a" in archs)
             flags = f"-ccbin={cxx} {NVCC_FLAGS} {gencode_flags(archs)}"
             rules["nvcc"] = f"{nvcc} -MMD -MF $out.d {flags} $extra -c $in -o $out"
         flags = f"{CXX_FLAGS} {defines} " + " ".join(f"-isystem {path}" for path in includes)

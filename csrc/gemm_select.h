@@ -2,6 +2,7 @@
 // Which algorithm multiplies: pure functions of the problem, without a CUDA call, so that they are
 // tested where there is no GPU. `auto` never rounds activations; `auto_q8` may (to int8 per 32).
 #pragma once
+#include <algorithm>
 #include <optional>
 #include <string>
 
@@ -84,10 +85,54 @@ inline GemmChoice select_gemm(const GemmProblem& p, bool may_round) {
 }
 
 // ---- packed weights (formats/packed.h) on a GPU ----
-enum class PackedAlgo { kGemv, kMma };
-inline constexpr PackedAlgo kPackedAlgos[] = {PackedAlgo::kGemv, PackedAlgo::kMma};
-inline const char* name_of(PackedAlgo algo) { return algo == PackedAlgo::kGemv ? "gemv" : "mma"; }
-inline PackedAlgo select_packed_gemm(int64_t m) { return m <= 8 ? PackedAlgo::kGemv : PackedAlgo::kMma; }
+enum class PackedAlgo { kGemv, kMma, kWgmma };
+inline constexpr PackedAlgo kPackedAlgos[] = {PackedAlgo::kGemv, PackedAlgo::kMma, PackedAlgo::kWgmma};
+inline const char* name_of(PackedAlgo algo) {
+  switch (algo) {
+    case PackedAlgo::kGemv: return "gemv";
+    case PackedAlgo::kMma: return "mma";
+    case PackedAlgo::kWgmma: return "wgmma";
+  }
+  return "";
+}
+
+// setup.py defines QG_SM90A where 9.0a is among the architectures.
+#ifdef QG_SM90A
+inline constexpr bool kHasWgmma = true;
+#else
+inline constexpr bool kHasWgmma = false;
+#endif
+
+struct PackedProblem {
+  int64_t m, n, k;
+  Real type;  // of x and y
+  int arch;   // 10 · compute capability; 0 = the CPU
+};
+
+// Why an algorithm cannot serve a problem; null if it can.
+inline const char* packed_obstacle(PackedAlgo algo, const PackedProblem& p) {
+  if (p.arch == 0) return "the CPU has no tensor cores";
+  if (algo == PackedAlgo::kWgmma) {
+    if (p.arch != 90) return "wgmma needs compute capability 9.0";
+    if (!kHasWgmma) return "this build has no machine code for 9.0a";
+    if (p.type == Real::kFloat32) return "tensor cores would round float32 activations";
+    if (p.k == 0) return "there are no columns to copy";
+    if (std::max({p.m, p.n, p.k}) >= int64_t{1} << 30) return "the copy engine counts bytes in 32 bits";
+  }
+  return nullptr;
+}
+// Thresholds of m as measured on an H200 (docs/performance.md).
+inline PackedAlgo select_packed_gemm(const PackedProblem& p) {
+  if (p.m <= 8) return PackedAlgo::kGemv;
+  if (packed_obstacle(PackedAlgo::kWgmma, p) == nullptr) return PackedAlgo::kWgmma;
+  return PackedAlgo::kMma;
+}
+inline std::string able_packed_gemms(const PackedProblem& p) {
+  std::string names = "auto";
+  for (const PackedAlgo algo : kPackedAlgos)
+    if (packed_obstacle(algo, p) == nullptr) names += std::string(", ") + name_of(algo);
+  return names;
+}
 
 // Algorithms that can serve a problem, e.g. "naive, tiled".
 inline std::string able_gemms(const GemmProblem& p) {

@@ -246,8 +246,10 @@ def gemm_packed(
     """Product with packed weights: ``y[..., n] = x[..., k] · wᵀ + bias`` for ``packed = pack(w)``.
 
     x: float32/float16/bfloat16, never rounded; bias: ``[n]`` of x's dtype. algo: ``gemv``
-    (weights are read once per 8 tokens), ``mma`` (per 16 or 32) or ``auto``; the CPU has ``auto``
-    alone. A row of y does not depend on the batch for a fixed algorithm.
+    (weights are read once per 8 tokens), ``mma`` (per 16 or 32), ``wgmma`` (per 64 to 256; float16
+    and bfloat16 on compute capability 9.0, weights are rounded to x's dtype) or ``auto``; the CPU
+    has ``auto`` alone. A row of y does not depend on the batch with ``gemv`` and ``mma``; ``wgmma``
+    divides its work by the number of tokens, and gives the same bits for the same sizes.
 
     On sm_90 and newer the kernel starts to read `packed` before the one launched right before it
     has ended. Bytes from `pack` or a memory copy are complete by then; where another kernel of

@@ -17,9 +17,15 @@ from quantgemm.formats import FORMATS, Format, QType, format_by_id
 
 PACKED = [FORMATS[row["type_id"]] for row in _C.format_table() if row["can_pack"]]
 NAMES = """Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K Q6_K IQ4_NL IQ4_XS MXFP4 NVFP4 TQ2_0 Q2_0"""
-ALGOS = {"cpu": ["auto"], "cuda": ["auto", "gemv", "mma"]}
 on_devices = pytest.mark.parametrize("device", DEVICES)
 by_name = pytest.mark.parametrize("fmt", PACKED, ids=lambda f: f.name)
+
+
+def algos(device: str, dtype: torch.dtype) -> list[str]:
+    if device == "cpu":
+        return ["auto"]
+    has_wgmma = torch.cuda.get_device_capability() == (9, 0) and dtype != torch.float32
+    return ["auto", "gemv", "mma"] + ["wgmma"] * has_wgmma
 
 
 def assert_accurate(y: torch.Tensor, x: torch.Tensor, weights: torch.Tensor) -> None:
@@ -149,7 +155,7 @@ def test_products(fmt: Format, device: str) -> None:
             random_x(n, dtype=dtype, device=device),
         )
         packed = ops.pack(w, fmt.type_id)
-        for algo in ALGOS[device]:
+        for algo in algos(device, dtype):
             y = ops.gemm_packed(x, packed, fmt.type_id, n, k, None, algo)
             assert_accurate(y, x, weights)
             biased = ops.gemm_packed(x, packed, fmt.type_id, n, k, bias, algo)
@@ -169,7 +175,7 @@ def test_infinite_and_nan_activations(fmt: Format, device: str) -> None:
         x = random_x(4, k, dtype=dtype, device=device)
         x[1, 3], x[2, 17] = float("inf"), float("nan")
         want = x.double() @ weights.T
-        for algo in ALGOS[device]:
+        for algo in algos(device, dtype):
             y = ops.gemm_packed(x, packed, fmt.type_id, n, k, None, algo).double()
             assert torch.equal(y.isnan(), want.isnan()) and y[[0, 3]].isfinite().all()
             assert torch.equal(y.isinf() & (y > 0), want.isinf() & (want > 0))
@@ -188,6 +194,45 @@ def test_gemv_rows_do_not_depend_on_the_batch() -> None:
                 assert torch.equal(part, whole[i : i + m])
             again = ops.gemm_packed(x, packed, fmt.type_id, n, k, None, "gemv")
             assert torch.equal(again, whole)
+
+
+@pytest.mark.cuda
+@by_name
+def test_tiles_of_wgmma(fmt: Format) -> None:
+    """All tiles of tokens, one and several of them, whole and shared columns, ragged n, m and k."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("wgmma is of compute capability 9.0")
+    e = max(fmt.block_elems, 32)
+    sizes = [
+        (9, 24, e),
+        (33, 200, 3 * e),
+        (64, 1000, 2048),
+        (100, 4096, 2048 + e),
+        (128, 333, 1536),
+    ]
+    sizes += [
+        (130, 12, 4096),
+        (200, 4200, 768),
+        (256, 2048, 2048),
+        (600, 4224, 1024 + e),
+        (2100, 2120, 512),
+    ]
+    for (m, n, k), dtype in itertools.product(sizes, (torch.float16, torch.bfloat16)):
+        w, weights = random_weights(fmt, n, k, "cuda")
+        x = random_x(m, k, dtype=dtype, device="cuda")
+        packed = ops.pack(w, fmt.type_id)
+        y = ops.gemm_packed(x, packed, fmt.type_id, n, k, None, "wgmma")
+        assert_accurate(y, x, weights)
+        again = ops.gemm_packed(x, packed, fmt.type_id, n, k, None, "wgmma")
+        assert torch.equal(y, again)
+
+
+@pytest.mark.cuda
+def test_wgmma_keeps_float32() -> None:
+    fmt = FORMATS[QType.Q4_0]
+    packed = ops.pack(random_weights(fmt, 64, 64, "cuda")[0], fmt.type_id)
+    with pytest.raises(NotImplementedError, match="these can: auto, gemv, mma"):
+        ops.gemm_packed(torch.zeros(9, 64, device="cuda"), packed, 2, 64, 64, None, "wgmma")
 
 
 @on_devices
@@ -258,7 +303,9 @@ def test_errors_name_the_argument() -> None:
          lambda: ops.gemm_packed(x, packed, 2, 3, 64, torch.zeros(4))),
         (NotImplementedError, "the CPU has no tensor cores",
          lambda: ops.gemm_packed(x, packed, 2, 3, 64, None, "gemv")),
-        (ValueError, "algo: expected one of auto, gemv, mma, got 'fast'",
+        (NotImplementedError, "wgmma cannot serve this product: .*; these can: auto$",
+         lambda: ops.gemm_packed(x, packed, 2, 3, 64, None, "wgmma")),
+        (ValueError, "algo: expected one of auto, gemv, mma, wgmma, got 'fast'",
          lambda: ops.gemm_packed(x, packed, 2, 3, 64, None, "fast")),
     ]  # fmt: skip
     for error, message, call in cases:

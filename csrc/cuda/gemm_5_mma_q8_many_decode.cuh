@@ -176,9 +176,11 @@ __device__ __forceinline__ void decode_many(const MmaProblem& p, const CUtensorM
     for (int slab = 0; slab < slabs; ++slab, ring.step()) {
       const int left = at.num_k - slab * L::kSlab;
       mbarrier_wait(ring.empty(), ring.turn ^ 1);
-      if (thread == 0)
+      if (thread == 0) {
+        mbarrier_arrive_expecting(ring.full(), L::kGroupsAt);
         copy_tile(ring.address(), codes, static_cast<int>(at.k0) + slab * L::kSlab,
-                  static_cast<int>(at.token0), ring.full(), L::kGroupsAt);
+                  static_cast<int>(at.token0), ring.full());
+      }
       stage_scales(ring.address(), slab * L::kSlab, left);
       mbarrier_arrive_after_copies(ring.full());
       const int chunk = slab / L::kChunkSlabs, within = slab % L::kChunkSlabs * L::kSlab;

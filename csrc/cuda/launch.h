@@ -27,6 +27,7 @@ cudaError_t launch_pack(const PackArgs& args, cudaStream_t stream);
 cudaError_t launch_unpack(const PackArgs& args, cudaStream_t stream);
 cudaError_t launch_gemv_packed(const GemmPackedArgs& args, cudaStream_t stream);
 cudaError_t launch_mma_packed(const GemmPackedArgs& args, cudaStream_t stream);
+cudaError_t launch_wgmma_packed(const GemmPackedArgs& args, cudaStream_t stream);  // kHasWgmma, sm_90
 
 cudaError_t launch_embedding(const EmbeddingArgs& args, cudaStream_t stream);
 

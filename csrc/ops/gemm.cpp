@@ -10,17 +10,6 @@
 namespace quantgemm {
 namespace {
 
-int architecture_of([[maybe_unused]] const Tensor& t) {
-#ifdef QG_WITH_CUDA
-  int major = 0, minor = 0;
-  if (t.is_cuda() &&
-      cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, t.get_device()) == cudaSuccess &&
-      cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, t.get_device()) == cudaSuccess)
-    return 10 * major + minor;
-#endif
-  return t.is_cuda() ? 10 : 0;
-}
-
 GemmAlgo check_algo(const std::string& name, const GemmProblem& problem) {
   if (name == "auto") return select_gemm(problem, false).algo;
   if (name == "auto_q8") return select_gemm(problem, true).algo;

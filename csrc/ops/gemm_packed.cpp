@@ -12,14 +12,16 @@
 namespace quantgemm {
 namespace {
 
-PackedAlgo check_packed_algo(const std::string& name, int64_t m, bool on_gpu) {
-  if (name == "auto") return select_packed_gemm(m);
+PackedAlgo check_packed_algo(const std::string& name, const PackedProblem& problem) {
+  if (name == "auto") return select_packed_gemm(problem);
   std::string known = "auto";
   for (const PackedAlgo algo : kPackedAlgos) {
     known += concat(", ", name_of(algo));
     if (name != name_of(algo)) continue;
-    check_implemented(on_gpu, "algo: ", name,
-                      " cannot serve this product: the CPU has no tensor cores; auto can");
+    const char* obstacle = packed_obstacle(algo, problem);
+    check_implemented(obstacle == nullptr, "algo: ", name,
+                      " cannot serve this product: ", obstacle == nullptr ? "" : obstacle,
+                      "; these can: ", able_packed_gemms(problem));
     return algo;
   }
   check_value(false, "algo: expected one of ", known, ", got '", name, "'");
@@ -31,6 +33,7 @@ cudaError_t launch_gemm_packed(const std::pair<PackedAlgo, GemmPackedArgs>& job,
   switch (job.first) {
     case PackedAlgo::kGemv: return launch_gemv_packed(job.second, stream);
     case PackedAlgo::kMma: return launch_mma_packed(job.second, stream);
+    case PackedAlgo::kWgmma: return launch_wgmma_packed(job.second, stream);
   }
   return cudaErrorInvalidValue;
 }
@@ -95,7 +98,7 @@ Tensor gemm_packed(Tensor x, Tensor packed_weights, int64_t qtype, int64_t n, in
   }
   int64_t m = 1;
   for (int64_t i = 0; i + 1 < x.dim(); ++i) m *= x.size(i);
-  const PackedAlgo chosen = check_packed_algo(algo, m, x.is_cuda());
+  const PackedAlgo chosen = check_packed_algo(algo, {m, n, k, type, architecture_of(x)});
 
   // arguments and output
   const bool widen = !x.is_cuda() && type != Real::kFloat32;

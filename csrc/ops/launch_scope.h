@@ -48,6 +48,18 @@ void run_on_gpu(const char* op, const Tensor& on, Launch launch, const Args& arg
                            "when it was built); reinstall where the CUDA toolkit is installed")
 #endif
 
+// 10 · compute capability of the device that t is on; 0 = the CPU.
+inline int architecture_of([[maybe_unused]] const Tensor& t) {
+#ifdef QG_WITH_CUDA
+  int major = 0, minor = 0;
+  if (t.is_cuda() &&
+      cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, t.get_device()) == cudaSuccess &&
+      cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, t.get_device()) == cudaSuccess)
+    return 10 * major + minor;
+#endif
+  return t.is_cuda() ? 10 : 0;
+}
+
 inline PyObject* out_of_memory_error() {
   pybind11::gil_scoped_acquire lock;
   return pybind11::object(pybind11::module_::import("torch").attr("OutOfMemoryError")).release().ptr();

@@ -1,0 +1,68 @@
+// SPDX-License-Identifier: MIT
+// Which tiles a packed product on wgmma has: tokens of a tile, blocks of a cluster. Kernels:
+// gemm_packed_wgmma.cuh, instantiated in gemm_packed_wgmma_<type>_<tokens>.cu.
+#include "gemm_packed_wgmma.h"
+
+#include "../formats/packed.h"
+
+namespace quantgemm {
+namespace {
+
+using packed_wgmma::Schedule;
+
+struct Choice {
+  int tokens = 0;
+  Schedule schedule{};
+  double clocks = 1e300;
+};
+
+// Clusters of so many blocks that fit on the device at once, one block a multiprocessor: 30 of four and 15 of
+// eight on an H200's 132, whose parts have 16 or 18 each.
+int clusters_at_once(int multiprocessors, int ranks) {
+  return ranks <= 2 ? multiprocessors / ranks : multiprocessors * 10 / (11 * ranks);
+}
+
+void consider(Choice& best, const GemmPackedArgs& args, int multiprocessors, int tokens, int mates,
+              int parts) {
+  using namespace packed_wgmma;
+  Schedule s{};
+  s.mates = mates, s.parts = parts;
+  s.row_sets = static_cast<int>((args.n + kRows * mates - 1) / (kRows * mates));
+  s.token_tiles = static_cast<int>((args.m + tokens - 1) / tokens);
+  const int64_t tiles = int64_t{s.row_sets} * s.token_tiles;
+  s.steps = static_cast<int>(padded_cols(args.k) / kTileCols);
+  const int most = clusters_at_once(multiprocessors, s.ranks());
+  if (tiles > 1 << 30 || most == 0 || tokens / parts < kStoreTokens ||
+      (parts > 1 && (tiles > most || s.steps < 8 * parts)))
+    return;
+  s.tiles = static_cast<int>(tiles);
+  s.clusters = s.tiles < most ? s.tiles : most;
+  const int turns = (s.tiles + s.clusters - 1) / s.clusters;
+  // Measured on an H200: clocks of a step, of a tile's end; bytes come from the L2 at 28 a clock.
+  const double work = 500 + 2.6 * tokens, copies = (128.0 * tokens / mates + 4608) / 28;
+  const double clocks = turns * ((work > copies ? work : copies) * s.steps / parts + 600 + 4 * tokens) +
+                        300 * (mates - 1) + 300 * (parts - 1);
+  if (clocks < best.clocks) best = {tokens, s, clocks};
+}
+
+}  // namespace
+
+cudaError_t launch_wgmma_packed(const GemmPackedArgs& args, cudaStream_t stream) {
+  Device device;
+  const cudaError_t status = device.read();
+  if (status != cudaSuccess) return status;
+  Choice best;
+  for (const int tokens : {256, 128, 64})
+    for (const int mates : {2, 1})
+      for (const int parts : {1, 2, 4}) consider(best, args, device.multiprocessors, tokens, mates, parts);
+  using namespace packed_wgmma;
+  const bool half = args.type == Real::kFloat16;
+  switch (best.tokens) {
+    case 64: return (half ? launch_f16_64 : launch_bf16_64)(args, best.schedule, device, stream);
+    case 128: return (half ? launch_f16_128 : launch_bf16_128)(args, best.schedule, device, stream);
+    case 256: return (half ? launch_f16_256 : launch_bf16_256)(args, best.schedule, device, stream);
+  }
+  return cudaErrorNotSupported;
+}
+
+}  // namespace quantgemm

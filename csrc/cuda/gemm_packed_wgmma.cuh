@@ -1,0 +1,300 @@
+// SPDX-License-Identifier: MIT
+// y[m, n] = x · wᵀ + bias for many tokens, w packed, on sm_90a. A warpgroup has 64 rows of w: its lanes
+// decode their own fragments from shared memory, once for all tokens of a tile, and wgmma takes them from
+// registers; while it multiplies a step of 64 columns the next one is decoded. One warp copies activations,
+// blocks of a cluster that share tokens each a part for all of them; another copies weights. Where y has few
+// tiles, blocks of a cluster share a tile's columns and add their sums up in the end.
+// Limit: the tensor cores, from 128 tokens on.
+#pragma once
+#include "dependent_launch.cuh"
+#include "packed_wgmma_weights.cuh"
+#include "wgmma.cuh"
+
+namespace quantgemm::packed_wgmma {
+
+// ---- y ----
+// Sums of 16 tokens, as two tiles of an accumulator, to a warpgroup's [token][64 rows], 16-byte pieces
+// swapped within a token. PTX ISA 9.7.14.5.16 (stmatrix), sm_90.
+template <class T>
+__device__ __forceinline__ void turn_sums(uint32_t out, int token, const float (&v)[8],
+                                          const float (&bias)[2], T type) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
+  const int row = token + lane / 16 * 8 + lane % 8, piece = 2 * warp + lane / 8 % 2;
+  uint32_t pairs[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) pairs[i] = pack_pair(v[2 * i] + bias[i % 2], v[2 * i + 1] + bias[i % 2], type);
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
+                   out + row * 128 + 16 * (piece ^ (row % 8))),
+               "r"(pairs[0]), "r"(pairs[1]), "r"(pairs[2]), "r"(pairs[3])
+               : "memory");
+}
+// A warpgroup's [tokens][64 rows] to y, whose first of them is `to`; rows and tokens that are there.
+template <class T>
+__device__ __forceinline__ void store_rows(T* to, int64_t n, const uint8_t* out, int tokens, int rows) {
+  const int thread = threadIdx.x % kGroupThreads, piece = thread % 8;
+#pragma unroll 1
+  for (int token = thread / 8; token < tokens; token += kGroupThreads / 8) {
+    const uint4 eight = *reinterpret_cast<const uint4*>(out + token * 128 + 16 * (piece ^ (token % 8)));
+    T* const at = to + token * n + 8 * piece;
+    if (n % 8 == 0) {
+      if (8 * piece < rows) *reinterpret_cast<uint4*>(at) = eight;
+    } else {
+      const uint32_t words[4] = {eight.x, eight.y, eight.z, eight.w};
+#pragma unroll
+      for (int e = 0; e < 8; ++e)
+        if (8 * piece + e < rows) at[e].bits = static_cast<uint16_t>(words[e / 2] >> 16 * (e % 2));
+    }
+  }
+}
+
+// Where a row group's part of a tile goes. All threads of one warpgroup, to which `out` belongs.
+template <class P>
+struct Output {
+  using T = typename P::T;
+  const CUtensorMap& map;  // of y, if its rows begin at multiples of 16 bytes
+  int64_t n, first_row, first_token;
+  T* y;
+  uint8_t* out;
+  int group, tokens, rows;  // that are there
+  float bias[2];
+
+  __device__ __forceinline__ Output(const GemmPackedArgs& args, const CUtensorMap& map, const Walk& at,
+                                    uint8_t* out)
+      : map(map),
+        n(args.n),
+        first_token(int64_t{at.token_tile} * P::kTokens),
+        out(out),
+        group(static_cast<int>(threadIdx.x) / kGroupThreads) {
+    first_row = int64_t{at.row_tile} * kRows + group * kGroupRows;
+    y = static_cast<T*>(args.y) + first_token * n + first_row;
+    tokens = static_cast<int>(min(args.m - first_token, int64_t{P::kTokens}));
+    rows = static_cast<int>(max(min(n - first_row, int64_t{kGroupRows}), int64_t{0}));
+    const int own =
+        static_cast<int>(threadIdx.x) % kGroupThreads / 32 * 16 + static_cast<int>(threadIdx.x) % 32 / 4;
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+      bias[half] = args.bias != nullptr && own + 8 * half < rows
+                       ? to_float(static_cast<const T*>(args.bias)[first_row + own + 8 * half])
+                       : 0.0f;
+  }
+  __device__ __forceinline__ bool is_first() const { return threadIdx.x % kGroupThreads == 0; }
+  __device__ __forceinline__ void sync() const {
+    if (group == 0)
+      sync_some<1, kGroupThreads>();
+    else
+      sync_some<2, kGroupThreads>();
+  }
+  // `out` is free. Then sums are put there, and sent: tokens of the tile from `first` on, at most `count`.
+  __device__ __forceinline__ void begin() const {
+    if (is_first()) wait_for_stores();
+    sync();
+  }
+  __device__ __forceinline__ void put(int token, const float (&v)[8]) const {
+    turn_sums(shared_address(out), token, v, bias, T{});
+  }
+  __device__ __forceinline__ void send(int first, int count) const {
+    const bool whole_rows = n % 8 == 0;
+    if (whole_rows) publish_to_copies();
+    sync();
+    if (!whole_rows) {
+      store_rows(y + first * n, n, out, min(tokens - first, count), rows);
+    } else if (is_first() && rows > 0) {
+      for (int token = 0; token < count && first + token < tokens; token += kStoreTokens)
+        store_tile(map, 2 * static_cast<int>(first_row), static_cast<int>(first_token) + first + token,
+                   shared_address(out) + token * 128);
+      commit_stores();
+    }
+  }
+};
+
+template <class P>
+using Sums = float[P::kSums][P::kSumTokens / 2];
+
+template <class P>
+__device__ __forceinline__ void store_tile_sums(const Output<P>& output, const Sums<P>& sums) {
+#pragma unroll
+  for (int part = 0; part < P::kSums; ++part) {
+    output.begin();
+#pragma unroll
+    for (int q = 0; q < P::kSumTokens / 16; ++q) {
+      float v[8];
+#pragma unroll
+      for (int e = 0; e < 8; ++e) v[e] = sums[part][8 * q + e];
+      output.put(16 * q, v);
+    }
+    output.send(part * P::kSumTokens, P::kSumTokens);
+  }
+}
+
+// Sums of the columns of all `parts` blocks, of which each stores its share of tokens. They lie where
+// activations did, which all have been used: this is the only tile.
+template <class P>
+__device__ __forceinline__ void leave_sums(const Sums<P>& sums, uint8_t* memory) {
+  auto* const own = reinterpret_cast<float4*>(memory) + threadIdx.x;
+#pragma unroll
+  for (int part = 0; part < P::kSums; ++part)
+#pragma unroll
+    for (int i = 0; i < P::kSumTokens / 8; ++i) {
+      const float* d = sums[part] + 4 * i;
+      own[(part * P::kSumTokens / 8 + i) * P::kMultipliers] = make_float4(d[0], d[1], d[2], d[3]);
+    }
+}
+template <class P>
+__device__ __forceinline__ void store_share(const Output<P>& output, const Walk& at, uint32_t smem) {
+  const int share = P::kTokens / at.s.parts;
+  output.begin();
+#pragma unroll 1
+  for (int token = 0; token < share; token += 16) {
+    float v[8] = {};
+    const uint32_t from =
+        smem + ((at.part * share + token) / 8 * P::kMultipliers + threadIdx.x) * int{sizeof(float4)};
+#pragma unroll 4
+    for (int part = 0; part < at.s.parts; ++part) {
+      const uint32_t there = address_in(from, part * at.s.mates + at.mate);
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const float4 more = load_there(there + e * P::kMultipliers * int{sizeof(float4)});
+        v[4 * e] += more.x, v[4 * e + 1] += more.y, v[4 * e + 2] += more.z, v[4 * e + 3] += more.w;
+      }
+    }
+    output.put(token, v);
+  }
+  output.send(at.part * share, share);
+}
+
+template <class P>
+__device__ __forceinline__ void multiply(const GemmPackedArgs& args, const Schedule& s, const CUtensorMap& y,
+                                         uint8_t* memory) {
+  using T = typename P::T;
+  const uint32_t smem = shared_address(memory);
+  const int lane = threadIdx.x % 32, strip_of_tile = threadIdx.x / 32 % kStrips;
+  const int group = threadIdx.x / kGroupThreads;
+  Ring<P::kPlaces> x{smem + P::kBarriersAt};
+  Ring<P::kSlots> w{smem + P::kBarriersAt + 16 * P::kPlaces};
+  uint8_t* const out = memory + P::kOutAt + group * P::kOutBytes;
+
+  for (Walk at(s, s.slots(P::kSlotSteps)); at.valid(); at.next()) {
+    Sums<P> sums = {};
+    uint32_t a[P::kFragments][4];
+    int before = -1;  // the place of the step before, which may still be multiplied
+    const auto release = [&] {
+      if (before >= 0 && lane < s.mates)
+        mbarrier_arrive_there(address_in(smem + P::kBarriersAt + 16 * before + 8, at.part * s.mates + lane));
+    };
+    // A step of the slot whose weights lie at strip; x is at its place.
+    const auto multiply_step = [&](SlotWeights<P>& weights, const uint8_t* strip, int step, bool fresh) {
+      weights.load(strip, step);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        weights.decode(a[i % P::kFragments], step, i, fresh && i == 0);
+        if (i == 0) mbarrier_wait(x.full(), x.turn);
+        const uint64_t tokens = swizzled_rows(smem + x.place * P::kPlaceBytes) + 2 * i;
+        wgmma_fence();
+#pragma unroll
+        for (int part = 0; part < P::kSums; ++part)
+          wgmma(sums[part], a[i % P::kFragments], tokens + part * (P::kSumTokens * 128 / 16), T{});
+        wgmma_commit();
+        wgmma_wait<P::kFragments / 2>();
+        if (i == P::kFragments / 2) release();  // all of the step before are done
+      }
+      before = x.place;
+    };
+#pragma unroll 1
+    for (int i = at.first_slot; i < at.last_slot; ++i) {
+      mbarrier_wait(w.full(), w.turn);
+      const uint8_t* const strip =
+          memory + P::kSlotsAt + w.place * P::kSlotBytes + strip_of_tile * P::kStripBytes;
+      SlotWeights<P> weights;
+      weights.begin(strip);
+#pragma unroll
+      for (int step = 0; step < P::kSlotSteps; ++step, x.step())
+        multiply_step(weights, strip, step, step == 0 || P::Format::kGroup <= kTileCols);
+      __syncwarp();
+      if (lane == 0) mbarrier_arrive(w.empty());
+      w.step();
+    }
+    wgmma_wait<0>();
+#pragma unroll
+    for (auto& part : sums) sums_are_ready(part);
+    __syncwarp();
+    release();
+
+    const Output<P> output(args, y, at, out);
+    if (s.parts > 1) {
+      sync_some<3, P::kMultipliers>();
+      leave_sums<P>(sums, memory);
+      sync_cluster();
+      store_share<P>(output, at, smem);
+    } else {
+      store_tile_sums<P>(output, sums);
+    }
+  }
+  if (threadIdx.x % kGroupThreads == 0) wait_for_stores();
+}
+
+template <PackableFormat F, class X, int Tokens>
+__global__ void __launch_bounds__((Tile<F, X, Tokens>::kThreads), 1)
+    wgmma_kernel([[maybe_unused]] const GemmPackedArgs args, [[maybe_unused]] const Schedule schedule,
+                 [[maybe_unused]] const __grid_constant__ CUtensorMap x,
+                 [[maybe_unused]] const __grid_constant__ CUtensorMap y) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  using P = Tile<F, X, Tokens>;
+  extern __shared__ __align__(128) uint8_t dynamic[];
+  uint8_t* const memory = dynamic + (-shared_address(dynamic) & 1023);
+  const uint32_t smem = shared_address(memory), barriers = smem + P::kBarriersAt;
+  if (threadIdx.x < P::kPlaces + P::kSlots) {
+    const bool counts_tokens = threadIdx.x < P::kPlaces;
+    mbarrier_init(barriers + 16 * threadIdx.x, counts_tokens ? 1 : 32 * kRowGroups);
+    mbarrier_init(barriers + 16 * threadIdx.x + 8,
+                  counts_tokens ? kStrips * schedule.mates : P::kMultipliers / 32);
+    publish_barriers();
+  }
+  sync_cluster();
+  wait_for_previous_kernel();
+  let_next_kernel_start();
+  if (threadIdx.x < P::kMultipliers) {
+    grow_registers<P::kMultiplierRegisters>();
+    multiply<P>(args, schedule, y, memory);
+  } else {
+    shrink_registers<P::kCopierRegisters>();
+    const int copier = static_cast<int>(threadIdx.x) - P::kMultipliers;
+    if (copier == 0)
+      copy_activations<P>(schedule, x, smem);
+    else if (copier >= 64)
+      copy_weights<P>(args, schedule, smem, (copier - 64) / 32);
+    __syncwarp();
+    if (schedule.parts > 1) sync_cluster();  // with the sums' exchange
+  }
+  sync_cluster();  // nobody copies to a block that has ended, or reads its sums
+#endif
+}
+
+template <PackableFormat F, class X, int Tokens>
+cudaError_t launch(const GemmPackedArgs& args, const Schedule& schedule, const CUtensorMap& x,
+                   const CUtensorMap& y, const Device& device, cudaStream_t stream) {
+  const auto kernel = wgmma_kernel<F, X, Tokens>;
+  constexpr int kBytes = Tile<F, X, Tokens>::kBytes;
+  const cudaError_t status =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+  if (status != cudaSuccess) return status;
+  const DependentLaunch launch(schedule.clusters * schedule.ranks(), Tile<F, X, Tokens>::kThreads, device,
+                               stream, kBytes, schedule.ranks());
+  return cudaLaunchKernelEx(&launch.config, kernel, args, schedule, x, y);
+}
+
+template <class X, int Tokens>
+cudaError_t launch_type(const GemmPackedArgs& args, const Schedule& schedule, const Device& device,
+                        cudaStream_t stream) {
+  CUtensorMap x, y{};
+  cudaError_t status = describe_tiles(x, {args.x, args.m, 2 * args.k, 2 * args.k}, Tokens / schedule.mates);
+  if (status == cudaSuccess && args.n % 8 == 0)
+    status = describe_tiles(y, {args.y, args.m, 2 * args.n, 2 * args.n}, kStoreTokens);
+  if (status != cudaSuccess) return status;
+  status = cudaErrorNotSupported;
+  BlockFormats::visit(args.qtype, [&]<class F>(F) {
+    if constexpr (PackableFormat<F>) status = launch<F, X, Tokens>(args, schedule, x, y, device, stream);
+  });
+  return status;
+}
+
+}  // namespace quantgemm::packed_wgmma

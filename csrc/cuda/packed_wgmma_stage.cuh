@@ -1,0 +1,167 @@
+// SPDX-License-Identifier: MIT
+// How a packed product on wgmma lays out its shared memory (Tile), goes from tile to tile (Walk), and how
+// activations and weights get there: rings of places, each with a barrier for "full" and one for "empty".
+#pragma once
+#include "gemm_packed_wgmma.h"
+#include "packed_tile.cuh"
+#include "tensor_copy.cuh"
+
+namespace quantgemm::packed_wgmma {
+
+constexpr int kStrips = kRows / kStripRows, kGroupThreads = 128, kRowGroups = kRows / kGroupRows;
+constexpr int kSharedBytes = 232448;
+
+template <PackableFormat F, class X, int Tokens>
+struct Tile {
+  using Format = F;
+  using T = X;
+  using L = PackedLayout<F>;
+  // Three warps of four more copy.
+  static constexpr int kMultipliers = kRowGroups * kGroupThreads, kThreads = kMultipliers + kGroupThreads;
+  static constexpr int kMultiplierRegisters = 232, kCopierRegisters = 40;
+  static constexpr int kFragments = 4;  // that are kept, of steps of 16 columns
+  static constexpr int kTokens = Tokens, kSumTokens = Tokens < 128 ? Tokens : 128;  // of one wgmma
+  static constexpr int kSums = Tokens / kSumTokens;
+  // Weights arrive in slots of whole records.
+  static constexpr int kSlotSteps = L::kLowBits == 8 ? 2 : 4;
+  static_assert(kSlotSteps * kTileCols % L::kSpan == 0);
+  static constexpr int kSlotRecords = kSlotSteps * kTileCols / L::kSpan;
+  // A strip in a slot is like a strip of packed.h: low bits, high bits, pieces of heads.
+  static constexpr int kHighAt = kSlotSteps * L::kLowTile, kHeadsAt = kHighAt + kSlotSteps * L::kHighTile;
+  static constexpr int kStripBytes = kHeadsAt + kSlotRecords * kStripRows * L::kRecordBytes;
+  static constexpr int kSlotBytes = kStrips * kStripBytes;
+  static_assert(kStripBytes % 16 == 0);
+  // Shared memory: activations [place][token][64], swizzled; y on its way out [row group][token][64 rows],
+  // the same; slots.
+  static constexpr int kPlaces = Tokens == 256 ? 4 : Tokens == 128 ? 6 : 10, kPlaceBytes = Tokens * 128;
+  static constexpr int kOutAt = kPlaces * kPlaceBytes, kOutBytes = 16384;  // or 64 sums
+  static constexpr int kSlotsAt = kOutAt + kRowGroups * kOutBytes;
+  static constexpr int kFit = (kSharedBytes - 1024 - 256 - kSlotsAt) / kSlotBytes,
+                       kSlots = kFit < 6 ? kFit : 6;
+  static_assert(kSlots >= 2);
+  static constexpr int kBarriersAt = kSlotsAt + kSlots * kSlotBytes;
+  static constexpr int kBytes = 1024 + kBarriersAt + 16 * (kPlaces + kSlots);
+  static_assert(kBytes <= kSharedBytes && kPlaces * kPlaceBytes >= Tokens * kRows * 4);  // sums go there
+};
+
+// A place in a ring, its barriers (full, then empty), and how often the ring was used up.
+template <int Count>
+struct Ring {
+  uint32_t barriers;
+  int place = 0;
+  uint32_t turn = 0;
+
+  __device__ uint32_t full() const { return barriers + 16 * place; }
+  __device__ uint32_t empty() const { return full() + 8; }
+  __device__ __forceinline__ void step(int steps = 1) {
+    place += steps;
+    if (place >= Count) place -= Count, turn ^= 1;
+  }
+};
+
+// What a block is in its cluster, and the tile that the cluster is at:
+//     for (Walk at(schedule); at.valid(); at.next())
+struct Walk {
+  const Schedule& s;
+  int part, mate, tile, row_tile, token_tile, first_slot, last_slot;
+
+  __device__ __forceinline__ explicit Walk(const Schedule& schedule, int slots)
+      : s(schedule),
+        part(static_cast<int>(blockIdx.x) % s.ranks() / s.mates),
+        mate(static_cast<int>(blockIdx.x) % s.mates),
+        tile(static_cast<int>(blockIdx.x) / s.ranks()),
+        first_slot(static_cast<int>(int64_t{slots} * part / s.parts)),
+        last_slot(static_cast<int>(int64_t{slots} * (part + 1) / s.parts)) {
+    locate();
+  }
+  __device__ __forceinline__ bool valid() const { return tile < s.tiles; }
+  __device__ __forceinline__ void next() {
+    tile += static_cast<int>(gridDim.x) / s.ranks();
+    locate();
+  }
+  // Some token tiles with all rows, then the next ones: what is read at a time fits in the L2.
+  __device__ __forceinline__ void locate() {
+    const int together = kTilesTogether * s.row_sets, band = tile / together, in_band = tile % together;
+    const int height = min(kTilesTogether, s.token_tiles - band * kTilesTogether);
+    if (!valid()) return;
+    token_tile = band * kTilesTogether + in_band % height;
+    row_tile = in_band / height * s.mates + mate;
+  }
+};
+
+// One thread copies activations.
+template <class P>
+__device__ __forceinline__ void copy_activations(const Schedule& s, const CUtensorMap& x, uint32_t smem) {
+  Ring<P::kPlaces> ring{smem + P::kBarriersAt};
+  for (Walk at(s, s.slots(P::kSlotSteps)); at.valid(); at.next()) {
+    const int share = P::kTokens / s.mates, row = at.token_tile * P::kTokens + at.mate * share;
+    const int blocks = ((1 << s.mates) - 1) << at.part * s.mates;
+    const int last = 128 * at.last_slot * P::kSlotSteps;  // zeros behind k
+    const uint32_t to = smem + at.mate * share * 128;
+#pragma unroll 1
+    for (int col = 128 * at.first_slot * P::kSlotSteps; col < last; col += 128, ring.step()) {
+      mbarrier_wait(ring.empty(), ring.turn ^ 1);
+      mbarrier_arrive_expecting(ring.full(), P::kPlaceBytes);
+      copy_tile(to + ring.place * P::kPlaceBytes, x, col, row, ring.full(), blocks);
+    }
+  }
+}
+
+// Bytes, a multiple of 16 and at most Most, by a warp. The copy engine would want 95 clocks for each such
+// call.
+template <int Most>
+__device__ __forceinline__ void copy_run(uint32_t to, bytes_ptr from, int bytes) {
+  const int at = 16 * static_cast<int>(threadIdx.x % 32);
+#pragma unroll
+  for (int i = 0; i < Most; i += 512)
+    if (Most % 512 == 0 || at + i < Most) cp_async16(to + at + i, from + at + i, at + i < bytes ? 16 : 0);
+}
+
+template <class P, int First>
+__device__ __forceinline__ void copy_pieces(uint32_t to, bytes_ptr strip, int64_t k, int record,
+                                            int records) {
+  using L = typename P::L;
+  if constexpr (First < L::kRecordBytes) {
+    constexpr int kSize = L::piece_bytes(First);
+    copy_run<P::kSlotRecords * kStripRows * kSize>(
+        to + P::kSlotRecords * kStripRows * First,
+        strip + L::piece_at(k, First) + L::row_in_piece(record, 0, First), records * kStripRows * kSize);
+    copy_pieces<P, First + kSize>(to, strip, k, record, records);
+  }
+}
+
+// Each of two warps copies the weights of a row group. Bytes go where they are in the strip, less what lies
+// before the slot.
+template <class P>
+__device__ __forceinline__ void copy_weights(const GemmPackedArgs& args, const Schedule& s, uint32_t smem,
+                                             int group) {
+  using L = typename P::L;
+  Ring<P::kSlots> ring{smem + P::kBarriersAt + 16 * P::kPlaces};
+  const int64_t strip_bytes = L::strip_bytes(args.k);
+  const auto strips = static_cast<int>(num_strips(args.n));
+  for (Walk at(s, s.slots(P::kSlotSteps)); at.valid(); at.next()) {
+    const int strip = at.row_tile * kStrips + group * kPanelStrips;
+#pragma unroll 1
+    for (int slot = at.first_slot; slot < at.last_slot; ++slot, ring.step()) {
+      const int step = slot * P::kSlotSteps, count = min(s.steps - step, P::kSlotSteps);
+      const int records = count * kTileCols / L::kSpan, record = step * kTileCols / L::kSpan;
+      mbarrier_wait(ring.empty(), ring.turn ^ 1);
+      bytes_ptr from = args.packed + strip * strip_bytes;
+      uint32_t to = smem + P::kSlotsAt + ring.place * P::kSlotBytes + group * kPanelStrips * P::kStripBytes;
+      if (strip < strips) {
+#pragma unroll 1
+        for (int i = 0; i < kPanelStrips; ++i, from += strip_bytes, to += P::kStripBytes) {
+          copy_run<P::kHighAt>(to, from + int64_t{step} * L::kLowTile, count * L::kLowTile);
+          if constexpr (L::kHighBits > 0)
+            copy_run<P::kHeadsAt - P::kHighAt>(to + P::kHighAt,
+                                               from + L::high_at(args.k) + int64_t{step} * L::kHighTile,
+                                               count * L::kHighTile);
+          copy_pieces<P, 0>(to + P::kHeadsAt, from, args.k, record, records);
+        }
+      }
+      mbarrier_arrive_after_copies(ring.full());
+    }
+  }
+}
+
+}  // namespace quantgemm::packed_wgmma

@@ -1,0 +1,108 @@
+// SPDX-License-Identifier: MIT
+// From a slot of packed weights in shared memory (packed_wgmma_stage.cuh) to A fragments of wgmma in
+// registers: each weight is made in float32 and rounded once. Nothing here knows a format.
+#pragma once
+#include "packed_wgmma_stage.cuh"
+
+namespace quantgemm::packed_wgmma {
+
+template <int Words, int Step = 16>
+__device__ __forceinline__ void load_shared(uint32_t* words, const uint8_t* p) {
+  if constexpr (Words >= 4) {
+#pragma unroll
+    for (int w = 0; w < Words; w += 4) {
+      const uint4 v = *reinterpret_cast<const uint4*>(p + w / 4 * Step);
+      words[w] = v.x, words[w + 1] = v.y, words[w + 2] = v.z, words[w + 3] = v.w;
+    }
+  } else if constexpr (Words == 2) {
+    const uint2 v = *reinterpret_cast<const uint2*>(p);
+    words[0] = v.x, words[1] = v.y;
+  } else {
+    words[0] = *reinterpret_cast<const uint32_t*>(p);
+  }
+}
+
+// Those of a strip's slot: weight = scale · (code + kBias) + (offset − kBias · scale), float32, rounded once.
+// Codes become floats by their bits, under an exponent: 128 + code, or 2^15 + a byte.
+template <class P>
+struct SlotWeights {
+  using L = typename P::L;
+  using F = typename P::Format;
+  using Fragment = PackedFragment<F, BFloat16, false>;
+  static constexpr float kBias = !Fragment::kBytes ? Fragment::kBias : Fragment::kSmall ? 192 : 32768 + 128;
+  PackedBatch<F> batch;
+  BatchAffines<F> affines[2];
+  float scale[2], start[2];
+
+  template <int First = 0>
+  __device__ __forceinline__ void load_heads(const uint8_t* strip) {
+    if constexpr (First < L::kRecordBytes) {
+      constexpr int kSize = L::piece_bytes(First);
+      const uint8_t* piece = strip + P::kHeadsAt + P::kSlotRecords * kStripRows * First +
+                             static_cast<int>(L::row_in_piece(0, threadIdx.x % 32 / 4, First));
+#pragma unroll
+      for (int i = 0; i < P::kSlotRecords; ++i)
+        load_shared<kSize / 2>(batch.heads[i] + First / 2, piece + i * kStripRows * kSize);
+      load_heads<First + kSize>(strip);
+    }
+  }
+  // `step` and `s` are constants where these are used.
+  __device__ __forceinline__ void begin(const uint8_t* strip) {
+    load_heads(strip);
+    affines[0].prepare(batch, 0);
+    affines[1].prepare(batch, 1);
+  }
+  __device__ __forceinline__ void load(const uint8_t* strip, int step) {
+    const int lane = threadIdx.x % 32;
+    load_shared<L::kLowBits, L::kLowBits == 8 ? 512 : 16>(
+        batch.low[step], strip + step * L::kLowTile + PackedField<L::kLowBits>::at(lane, 0));
+    if constexpr (L::kHighBits > 0)
+      load_shared<L::kHighBits>(batch.high[step],
+                                strip + P::kHighAt + step * L::kHighTile + lane * 4 * L::kHighBits);
+  }
+  // Fragment s of a step that is loaded; `fresh` where it is the first to be decoded.
+  __device__ __forceinline__ void decode(uint32_t (&a)[4], int step, int s, bool fresh) {
+    const int col = step * kTileCols + 16 * s;
+    if (fresh || col % F::kGroup == 0) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const Affine affine = affines[half].get(batch, col, half);
+        scale[half] = affine.scale;
+        start[half] = __fmaf_rn(-kBias, affine.scale, affine.offset);
+      }
+    }
+    float codes[4][2];
+    codes_of_fragment(codes, step, s);
+#pragma unroll
+    for (int j = 0; j < 4; ++j)
+      a[j] = pack_pair(__fmaf_rn(codes[j][0], scale[j % 2], start[j % 2]),
+                       __fmaf_rn(codes[j][1], scale[j % 2], start[j % 2]), typename P::T{});
+  }
+  __device__ __forceinline__ void codes_of_fragment(float (&codes)[4][2], int step, int s) {
+    if constexpr (Fragment::kBytes) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        const int half = i / 4, byte = i % 4;  // of columns + 0, + 8, + 1, + 9
+        uint32_t quad;
+        if constexpr (L::kBits == 8)
+          quad = batch.low[step][2 * s + half];
+        else
+          quad = F::levels((batch.low[step][s] >> (4 * half)) & 0x0f0f0f0fu);
+        quad = Fragment::kSmall ? (quad & 0x7f7f7f7fu) ^ 0x40404040u : quad ^ 0x80808080u;
+        codes[half + byte % 2 * 2][byte / 2] =
+            __uint_as_float(Fragment::kSmall ? __byte_perm(quad, 0x43000000u, 0x7044 | byte << 8)
+                                             : __byte_perm(quad, 0x47000000u, 0x7404 | byte << 4));
+      }
+    } else {
+      uint32_t pairs[4];
+      Fragment::make(batch, step, s, pairs);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        codes[j][0] = __uint_as_float(pairs[j] << 16);
+        codes[j][1] = __uint_as_float(pairs[j] & 0xffff0000u);
+      }
+    }
+  }
+};
+
+}  // namespace quantgemm::packed_wgmma
