@@ -96,6 +96,15 @@ inline const char* name_of(PackedAlgo algo) {
   return "";
 }
 
+inline const char* reason_for(PackedAlgo algo) {
+  switch (algo) {
+    case PackedAlgo::kGemv: return "few tokens: weights are read once, as fast as memory gives them";
+    case PackedAlgo::kMma: return "tensor cores, activations kept as they are";
+    case PackedAlgo::kWgmma: return "Hopper's tensor cores, activations kept as they are";
+  }
+  return "";
+}
+
 // setup.py defines QG_SM90A where 9.0a is among the architectures.
 #ifdef QG_SM90A
 inline constexpr bool kHasWgmma = true;

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from quantgemm import ops
 from quantgemm.formats import FORMATS, Format, QType
 from quantgemm.gguf.tensor import GGUFTensor
-from quantgemm.plan import GemmPlan, as_format, check_algo, explain_gemm
+from quantgemm.plan import GemmPlan, as_format, check_algo, check_packed, explain_gemm
 
 __all__ = ["QuantEmbedding", "QuantLinear", "ReplaceReport", "Replaced", "replace_linear"]
 
@@ -47,7 +47,7 @@ class QuantModule(torch.nn.Module):
 
     def __init__(self, rows: int, cols: int, fmt: Format, device: Device) -> None:
         super().__init__()
-        self._type_id, self._cols = fmt.type_id, cols
+        self._type_id, self._rows, self._cols = fmt.type_id, rows, cols
         # Zero bytes are zero weights in every format: a fresh layer has no NaN in it.
         blocks = torch.zeros(rows, fmt.row_bytes(cols), dtype=torch.uint8, device=device)
         self.weight = _frozen(blocks)
@@ -66,12 +66,12 @@ class QuantModule(torch.nn.Module):
     @property
     def weight_shape(self) -> torch.Size:
         """Of the numbers, not of the bytes: ``[rows, cols]``."""
-        return torch.Size((self.weight.shape[0], self._cols))
+        return torch.Size((self._rows, self._cols))
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the packed weights."""
-        return self.weight.shape[0] * self.format.row_bytes(self._cols)
+        """Bytes of the rows."""
+        return self._rows * self.format.row_bytes(self._cols)
 
     @property
     def bits_per_weight(self) -> float:
@@ -134,10 +134,15 @@ class QuantModule(torch.nn.Module):
         if problem is not None:
             error_msgs.append(problem)
             return
+        kept = self._as_kept(state_dict, prefix)
         super()._load_from_state_dict(  # type: ignore[no-untyped-call]
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+            kept, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
         self._mark_type()  # beside the weight also where a checkpoint came without the type
+
+    def _as_kept(self, state_dict: Mapping[str, Any], prefix: str) -> Mapping[str, Any]:
+        """A checkpoint's entries with the weight's bytes in the order that the layer has them."""
+        return state_dict
 
     def _unfit(self, state_dict: Mapping[str, Any], prefix: str) -> str | None:
         """Why the entries of a checkpoint cannot be this layer's weights; None if they can."""
@@ -151,7 +156,7 @@ class QuantModule(torch.nn.Module):
                     f"{prefix}weight_type: expected {self._type_id} ({name}), got {got} ({other}): "
                     f"the layer must be built with the type of the checkpoint"
                 )
-        shape = list(self.weight.shape)
+        shape = [self._rows, self.format.row_bytes(self._cols)]
         if isinstance(weight, torch.Tensor) and weight.dtype != torch.uint8:
             return (
                 f"{prefix}weight: expected torch.uint8 {shape}, rows of {name}, got {weight.dtype} "
@@ -177,9 +182,13 @@ class QuantLinear(QuantModule):
     ``[out_features]``, one that does. x: float32, float16 or bfloat16 ``[..., in_features]``; y has
     its dtype whatever that of bias, and under `torch.autocast` the region's. Gradients flow to x
     and to bias. algo is passed to `ops.gemm`. A fresh layer's weights are zero.
+
+    `pack` puts the bytes into the order of tensor cores, which is faster on a GPU; checkpoints keep
+    the file's rows either way.
     """
 
     bias: Parameter | None
+    is_packed = False
 
     def __init__(
         self,
@@ -203,7 +212,11 @@ class QuantLinear(QuantModule):
         """x ``[..., in_features]`` to y ``[..., out_features]``."""
         if not torch.compiler.is_compiling():
             self._check_type()
-        y = ops.gemm(x, self.weight, self._type_id, self.algo)
+        if self.is_packed:
+            sizes = self.out_features, self.in_features
+            y = ops.gemm_packed(x, self.weight, self._type_id, *sizes)
+        else:
+            y = ops.gemm(x, self.weight, self._type_id, self.algo)
         # In place: y is nobody else's, keeps its dtype, and is rounded once where bias is wider.
         return y if self.bias is None else y.add_(self.bias)
 
@@ -266,14 +279,66 @@ class QuantLinear(QuantModule):
         layer = cls.from_blocks(blocks, fmt.type_id, linear.bias, algo)
         return layer.train(linear.training)
 
+    def pack(self) -> QuantLinear:
+        """Puts the bytes in place into the layout of `ops.gemm_packed`; only that copy is kept.
+
+        Not every type has one, and algo must be ``"auto"``. A layer that moves to the CPU unpacks
+        itself, and `state_dict` has the rows as they were.
+        """
+        if not self.is_packed:
+            check_packed(self.format, self.algo)
+            self._set_blocks(_frozen(ops.pack(self.weight, self._type_id)))
+            self.is_packed = True
+        return self
+
+    def unpack(self) -> QuantLinear:
+        """Puts the rows back."""
+        if self.is_packed:
+            self._set_blocks(_frozen(self.blocks))
+            self.is_packed = False
+        return self
+
+    @property
+    def blocks(self) -> torch.Tensor:
+        """The rows, uint8 ``[out_features, row_bytes]``; a copy where they are packed."""
+        if not self.is_packed:
+            return self.weight
+        return ops.unpack(self.weight, self._type_id, self.out_features, self.in_features)
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """The weights as numbers ``[rows, cols]``, as ggml decodes them; default float32."""
+        return ops.dequantize(self.blocks, self._type_id, dtype or torch.float32)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        if self.weight.device.type == "cpu":
+            self.unpack()
+        return self
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[no-untyped-call]
+        if self.is_packed:
+            destination[prefix + "weight"] = self.blocks
+
+    def _as_kept(self, state_dict: Mapping[str, Any], prefix: str) -> Mapping[str, Any]:
+        blocks = state_dict.get(prefix + "weight")
+        if not self.is_packed or not isinstance(blocks, torch.Tensor):
+            return state_dict
+        packed = ops.pack(blocks.to(self.weight.device), self._type_id)
+        return {**state_dict, prefix + "weight": packed}
+
     def explain(self, m: int, dtype: torch.dtype = torch.bfloat16) -> GemmPlan:
         """Which algorithm multiplies m rows of this dtype on the layer's device, and why."""
         shape = (m, self.out_features, self.in_features)
-        return explain_gemm(*shape, self._type_id, self.weight.device, dtype, self.algo)
+        place, packed = self.weight.device, self.is_packed
+        return explain_gemm(*shape, self._type_id, place, dtype, self.algo, packed)
 
     def extra_repr(self) -> str:
         text = f"in_features={self.in_features}, out_features={self.out_features}, "
         text += f"bias={self.bias is not None}, {self._size_repr()}"
+        text += ", packed" if self.is_packed else ""
         return text if self.algo == "auto" else f"{text}, algo={self.algo}"
 
 

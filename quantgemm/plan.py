@@ -61,12 +61,14 @@ def explain_gemm(
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.bfloat16,
     algo: str = "auto",
+    packed: bool = False,
 ) -> GemmPlan:
     """What `ops.gemm` would do with x ``[m, k]`` of `dtype` and n rows of `qtype`.
 
     qtype: a ggml id or name; device: as torch spells it, or an architecture such as ``"sm_90"``
     whether or not this machine has one; None is the current GPU where the package can use one,
-    else the CPU. An algorithm that cannot serve is an error, as it is in `ops.gemm`.
+    else the CPU. An algorithm that cannot serve is an error, as it is in `ops.gemm`. packed: what
+    `ops.gemm_packed` would do with the rows packed, where algo must be ``"auto"``.
     """
     for name, size in {"m": m, "n": n, "k": k}.items():
         if size < 0:
@@ -82,8 +84,12 @@ def explain_gemm(
     except ValueError as error:
         raise ValueError(f"k: {error}") from None
     arch = _architecture(device)
-    may_round = algo == "auto_q8"
-    choice = _C.select_gemm(m, n, k, fmt.type_id, _DTYPES[dtype], arch, may_round)
+    if packed:
+        check_packed(fmt, algo)
+        choice = _C.select_packed_gemm(m, n, k, _DTYPES[dtype], arch)
+    else:
+        may_round = algo == "auto_q8"
+        choice = _C.select_gemm(m, n, k, fmt.type_id, _DTYPES[dtype], arch, may_round)
     available = tuple(name for name, why in choice["obstacles"].items() if why is None)
     obstacles = {name: why for name, why in choice["obstacles"].items() if why is not None}
     chosen, reason = choice["algo"], choice["reason"]
@@ -112,6 +118,20 @@ def explain_gemm(
 def as_format(qtype: int | str) -> Format:
     """The format of a ggml id or name."""
     return format_by_name(qtype) if isinstance(qtype, str) else format_by_id(int(qtype))
+
+
+def can_pack(fmt: Format) -> bool:
+    """Whether rows of this format have a packed form."""
+    return any(row["can_pack"] for row in _C.format_table() if row["type_id"] == fmt.type_id)
+
+
+def check_packed(fmt: Format, algo: str = "auto") -> None:
+    """That `ops.gemm_packed` can stand in for `ops.gemm` with this algorithm."""
+    if not can_pack(fmt):
+        known = ", ".join(row["name"] for row in _C.format_table() if row["can_pack"])
+        raise NotImplementedError(f"packed: {fmt.name} has no packed form; these have: {known}")
+    if algo != "auto":
+        raise NotImplementedError(f"algo: expected 'auto' for packed weights, got {algo!r}")
 
 
 def check_algo(algo: str) -> str:

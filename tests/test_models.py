@@ -19,6 +19,7 @@ transformers = pytest.importorskip("transformers", reason="transformers is not i
 pytest.importorskip("gguf", reason="PyPI gguf, which knows the names, is not installed")
 
 import tiny_models  # noqa: E402
+from conftest import DEVICES  # noqa: E402
 from tiny_models import (  # noqa: E402
     CASES,
     TEXT,
@@ -202,6 +203,38 @@ def test_release_keeps_the_bytes(tmp_path: Path) -> None:
     before = tensor.blocks.clone()
     tensor.release()
     assert torch.equal(tensor.blocks, before)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("case", ["llama", "llama-tied", "phi3"])
+def test_packed_weights(case: str, device: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "m.gguf", make(case), case, "Q8_0")
+    dtype = torch.float32 if device == "cpu" else torch.float16
+    plain = load(path, device=device, dtype=dtype, packed=False)
+    packed = load(path, device=device, dtype=dtype, packed=True)
+    layers = [m for m in packed.modules() if isinstance(m, QuantLinear)]
+    tied = packed.config.tie_word_embeddings  # its bytes are the embedding's
+    assert [layer.is_packed for layer in layers] == [True] * (len(layers) - tied) + [False] * tied
+    state = packed.state_dict()
+    assert all(torch.equal(state[name], value) for name, value in plain.state_dict().items())
+    with torch.no_grad():
+        got, want = packed(IDS.to(device)).logits, plain(IDS.to(device)).logits
+    assert_near(got.float().cpu(), want.float().cpu(), 1e-4 if device == "cpu" else 1e-2)
+    with pytest.raises(ValueError, match=r"packed: only with algo 'auto', got 'auto_q8'"):
+        load(path, algo="auto_q8", packed=True)
+
+
+@pytest.mark.cuda
+def test_hopper_packs_by_itself(tmp_path: Path) -> None:
+    path = write(tmp_path / "m.gguf", make("llama"), "llama", "Q8_0")
+    hopper = torch.cuda.get_device_capability() == (9, 0)
+    for dtype, algo, expected in (
+        (torch.bfloat16, "auto", hopper),
+        (torch.bfloat16, "auto_q8", False),
+        (torch.float32, "auto", False),
+    ):
+        model = load(path, device="cuda", dtype=dtype, algo=algo)
+        assert model.model.layers[0].mlp.up_proj.is_packed == expected
 
 
 @pytest.mark.cuda

@@ -177,6 +177,60 @@ def test_opcheck(device: str) -> None:
     torch.library.opcheck(Q.embedding.default, (ids, w, int(QType.Q4_0), torch.float16))
 
 
+# ------------------------------------------------------------------------------ packed
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("qtype", ["Q4_0", "Q4_K", "Q6_K", "Q8_0"])
+def test_packed_layer(device: str, qtype: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    plain = QuantLinear.from_linear(torch.nn.Linear(512, 70), qtype).to(device)
+    layer = copy.deepcopy(plain).pack()
+    assert layer.is_packed and layer.pack() is layer and not plain.is_packed
+    assert layer.weight.shape == ops.packed_shape(layer.qtype, 70, 512)
+    assert torch.equal(layer.blocks, plain.weight) and layer.weight_shape == (70, 512)
+    assert torch.equal(layer.dequantize(), plain.dequantize()) and layer.nbytes == plain.nbytes
+    assert "packed" in repr(layer) and "packed" not in repr(plain)
+    for tokens in (1, 5, 40):
+        x = torch.randn(tokens, 512, device=device, requires_grad=True)
+        y, want = layer(x), plain(x)
+        torch.testing.assert_close(y, want, rtol=1e-4, atol=1e-4)
+        grads = [torch.autograd.grad(out.sum(), x)[0] for out in (y, want)]
+        torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-4)
+
+    state = layer.state_dict()
+    assert all(torch.equal(state[name], value) for name, value in plain.state_dict().items())
+    torch.save(state, tmp_path / "state.pt")
+    for other in (QuantLinear(512, 70, qtype, device=device), copy.deepcopy(layer)):
+        with torch.no_grad():
+            other.weight.zero_()
+        other.load_state_dict(torch.load(tmp_path / "state.pt"))
+        assert torch.equal(other.blocks, plain.weight)
+        assert torch.equal(other(x), (layer if other.is_packed else plain)(x))
+    again = pickle.loads(pickle.dumps(layer))
+    assert again.is_packed and torch.equal(again(x), layer(x))
+    wrong = {**state, "weight": state["weight"][:, 1:]}
+    with pytest.raises(RuntimeError, match=rf"weight: expected \[70, {plain.weight.shape[1]}\]"):
+        layer.load_state_dict(wrong)
+
+    moved = copy.deepcopy(layer).half()
+    assert moved.is_packed == (device == "cuda")
+    assert torch.equal(moved.cpu().weight, plain.weight.cpu()) and not moved.is_packed
+    assert torch.equal(layer.unpack().weight, plain.weight) and not layer.is_packed
+
+
+def test_what_cannot_be_packed() -> None:
+    with pytest.raises(NotImplementedError, match=r"packed: IQ1_S has no packed form; .*Q4_0"):
+        QuantLinear(256, 4, "IQ1_S").pack()
+    with pytest.raises(NotImplementedError, match=r"algo: expected 'auto' for packed .* 'auto_q8'"):
+        QuantLinear(256, 4, "Q4_K", algo="auto_q8").pack()
+    plan = QuantLinear(256, 4, "Q4_K").pack().explain(3)
+    assert plan.algo == "auto" and plan.device == "cpu" and not plan.rounds_activations
+    assert set(plan.obstacles) == {"gemv", "mma", "wgmma"}
+    choices = [explain_gemm(m, 64, 256, "Q4_K", "sm_80", packed=True).algo for m in (1, 8, 9)]
+    assert choices == ["gemv", "gemv", "mma"]
+
+
 # ------------------------------------------------------------------------------ explain_gemm
 
 

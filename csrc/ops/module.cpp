@@ -119,26 +119,45 @@ py::dict build_info() {
   return info;
 }
 
+Real real_named(const std::string& dtype) {
+  if (dtype == "float32") return Real::kFloat32;
+  return dtype == "float16" ? Real::kFloat16 : Real::kBFloat16;
+}
+
+py::object text_or_none(const char* text) {
+  return text == nullptr ? py::object(py::none()) : py::object(py::str(text));
+}
+
 // What `auto` chooses for a product, why, and which algorithms could serve it.
 py::dict choose_gemm(int64_t m, int64_t n, int64_t k, int64_t qtype, const std::string& dtype, int arch,
                      bool may_round) {
   const RowFormat row = check_qtype(qtype);
-  const Real type = dtype == "float32"   ? Real::kFloat32
-                    : dtype == "float16" ? Real::kFloat16
-                                         : Real::kBFloat16;
-  const GemmProblem problem{m, n, k, row.plain, row.elems, type, arch};
+  const GemmProblem problem{m, n, k, row.plain, row.elems, real_named(dtype), arch};
   const GemmChoice choice = select_gemm(problem, may_round);
   py::dict result, obstacles;
   py::list rounding;
   for (const GemmAlgo algo : kGemmAlgos) {
-    const char* obstacle = gemm_obstacle(algo, problem);
-    obstacles[name_of(algo)] = obstacle == nullptr ? py::object(py::none()) : py::object(py::str(obstacle));
+    obstacles[name_of(algo)] = text_or_none(gemm_obstacle(algo, problem));
     if (rounds_activations(algo)) rounding.append(name_of(algo));
   }
   result["algo"] = name_of(choice.algo);
   result["reason"] = choice.reason;
   result["obstacles"] = obstacles;
   result["rounding"] = rounding;  // the algorithms that make x int8 first
+  return result;
+}
+
+// The same for packed weights. The CPU has one way, without a name.
+py::dict choose_packed_gemm(int64_t m, int64_t n, int64_t k, const std::string& dtype, int arch) {
+  const PackedProblem problem{m, n, k, real_named(dtype), arch};
+  py::dict result, obstacles;
+  for (const PackedAlgo algo : kPackedAlgos)
+    obstacles[name_of(algo)] = text_or_none(packed_obstacle(algo, problem));
+  const PackedAlgo chosen = select_packed_gemm(problem);
+  result["algo"] = arch == 0 ? "auto" : name_of(chosen);
+  result["reason"] = arch == 0 ? "strips are decoded to float32, row by row" : reason_for(chosen);
+  result["obstacles"] = obstacles;
+  result["rounding"] = py::list();
   return result;
 }
 
@@ -149,5 +168,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("format_table", &format_table, "Every GGUF type as the C++ kernels know it");
   m.def("select_gemm", &choose_gemm,
         "Choice of gemm_select.h for sizes, type id, dtype name and 10 x capability");
+  m.def("select_packed_gemm", &choose_packed_gemm, "Likewise for packed weights");
   m.def("build_info", &build_info, "Compiler, CUDA version and architectures of this build");
 }

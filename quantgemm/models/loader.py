@@ -28,7 +28,7 @@ from quantgemm.models.architectures import ARCHITECTURES, Architecture, configur
 from quantgemm.models.extras import import_transformers
 from quantgemm.models.hyperparameters import Hyperparameters
 from quantgemm.nn import QuantEmbedding, QuantLinear
-from quantgemm.plan import check_algo
+from quantgemm.plan import can_pack, check_algo
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
@@ -81,6 +81,7 @@ def load_model(
     dtype: torch.dtype = torch.bfloat16,
     algo: str = "auto",
     progress: bool | None = None,
+    packed: bool | None = None,
 ) -> Any:
     """A transformers model, in evaluation mode, from a GGUF file or a directory that has one.
 
@@ -91,7 +92,9 @@ def load_model(
 
     path: any part of a split file will do. device: None is the current GPU where the package can
     use one, else the CPU. algo: of every `QuantLinear`, as in `ops.gemm`; "auto_q8" may round
-    activations to int8. progress: a bar; None shows it on terminals.
+    activations to int8. progress: a bar; None shows it on terminals. packed: layers whose type has
+    a packed form take it (`QuantLinear.pack`), which needs algo "auto"; None does so where it is
+    faster, in 16 bits on compute capability 9.0.
 
     Errors: GGUFError (a ValueError) for what the file lacks or has otherwise than its architecture
     wants, NotImplementedError for another architecture, torch.OutOfMemoryError, ImportError without
@@ -103,6 +106,10 @@ def load_model(
         raise TypeError(f"dtype: expected {expected}, got {dtype}")
     check_algo(algo)
     place = _device(device)
+    if packed is None:
+        packed = algo == "auto" and dtype != torch.float32 and _is_hopper(place)
+    elif packed and algo != "auto":
+        raise ValueError(f"packed: only with algo 'auto', got {algo!r}")
     file = open_gguf(resolve_model_path(path))
     hparams = Hyperparameters(file)
     architecture = _architecture(hparams)
@@ -110,7 +117,7 @@ def load_model(
     plan = _plan(model, file, architecture, model.config)
     _check_memory(file, plan, place, dtype)
     try:
-        _fill(model, plan, architecture, place, dtype, progress)
+        _fill(model, plan, architecture, place, dtype, progress, packed)
         for module in model.modules():
             if isinstance(module, QuantLinear):
                 module.algo = algo
@@ -161,6 +168,10 @@ def _device(device: torch.device | str | None) -> torch.device:
     if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device: got {device}, but there are {torch.cuda.device_count()}")
     return place
+
+
+def _is_hopper(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
 
 
 def _architecture(hparams: Hyperparameters) -> Architecture:
@@ -287,21 +298,28 @@ def _fill(
     device: torch.device,
     dtype: torch.dtype,
     progress: bool | None,
+    packed: bool,
 ) -> None:
     hidden = None if progress is None else not progress
     total = sum(p.tensor.nbytes for p in plan)
+    if packed:  # for a moment a tensor is there twice: the largest ones while there is room
+        plan = sorted(plan, key=lambda p: -p.tensor.nbytes)
     with tqdm(total=total, unit="B", unit_scale=True, leave=False, disable=hidden) as bar:
         for place in plan:
             module, _, kind = place.parameter.rpartition(".")
             values = _load(place, device, dtype)
             old = model.get_submodule(module)
             if place.stays_packed:
-                _replace(model, module, _packed(old, values, place, architecture, dtype))
+                layer = _on_blocks(old, values, place, architecture, dtype)
+                if packed and isinstance(layer, QuantLinear) and can_pack(layer.format):
+                    layer.pack()
+                _replace(model, module, layer)
             else:
                 old._parameters[kind] = nn.Parameter(values)
             if device.type != "cpu":
                 place.tensor.release()
             bar.update(place.tensor.nbytes)
+            del values  # before the next ones come
     if model.config.tie_word_embeddings:
         table = model.get_submodule(EMBEDDING)
         if isinstance(table, QuantEmbedding):
@@ -332,7 +350,7 @@ def deinterleave(rows: torch.Tensor, heads: int) -> torch.Tensor:
     return rows.view(shape).transpose(1, 2).reshape(rows.shape)
 
 
-def _packed(
+def _on_blocks(
     old: nn.Module,
     blocks: torch.Tensor,
     place: _Place,
