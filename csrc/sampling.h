@@ -198,6 +198,14 @@ QG_HD float min_p_cutoff(float max, const Parameters& s) {
                             log(static_cast<double>(s.min_p)) * static_cast<double>(s.temperature));
 }
 
+// `low` or the least key that min-p keeps; always below `top`.
+QG_HD uint32_t raise_to_min_p(uint32_t low, uint32_t top, float max, const Parameters& s) {
+  if (!(s.min_p > 0.0f)) return low;
+  const uint32_t key = key_of(fmaxf(min_p_cutoff(max, s), -3.4028235e38f));
+  low = key > low ? key : low;
+  return low < top ? low : top - 1;
+}
+
 // The law of a draft row whose log-sum-exp (and cutoff) the drafter handed over.
 QG_HD RowLaw law_from_lse(float lse, float cutoff, const Parameters& s) {
   if (lse == minus_infinity()) return {0.0f, s.slope, 0.0f, cutoff};

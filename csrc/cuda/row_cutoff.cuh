@@ -3,7 +3,7 @@
 // largest value from below, so only groups that reach the bound are read again, and what reaches it
 // is ranked without sorting. A flat row under top-p alone is halved by passes over it.
 #pragma once
-#include "row_laws.cuh"
+#include "row_kept.cuh"
 
 namespace quantgemm {
 
@@ -21,6 +21,11 @@ struct LawShared {
   uint32_t count, best, bins[kBins], num_listed;
   uint16_t listed[kMaxGroups];
 };
+
+__device__ __forceinline__ LawShared& law_shared() {  // so that all functions know it to be shared memory
+  __shared__ LawShared shared;
+  return shared;
+}
 
 // A row being truncated, by one block. All members are the same in every thread.
 template <class T>
@@ -234,21 +239,18 @@ struct Selection {
   }
 };
 
-__device__ __forceinline__ uint32_t raise_to_min_p(uint32_t low, uint32_t top, float max,
-                                                   const Parameters& s) {
-  if (!(s.min_p > 0.0f)) return low;
-  const uint32_t key = key_of(fmaxf(min_p_cutoff(max, s), -3.4028235e38f));
-  low = key > low ? key : low;
-  return low < top ? low : top - 1;
-}
-
 // The least key that the parameters keep of a row, and the mass that is kept; nothing is cut off at the
 // key of -inf. sum: the row's max and Σ exp2. bound: from bound_of_top_k.
+struct Selected {
+  uint32_t low;
+  uint64_t mass;
+};
 template <class T>
-__device__ uint32_t select_slowly(Selection<T>& select, LawShared& shared, const RowView<T>& row, float2 sum,
-                                  const Parameters& s, uint32_t bound, uint64_t& mass) {
+__device__ Selected select_slowly(Selection<T>& select, const RowView<T>& row, float2 sum,
+                                  const Parameters& s, uint32_t bound) {
   const uint32_t top = key_of(sum.x) + 1, lowest = key_of(minus_infinity()) + 1;
   uint32_t low = lowest;
+  uint64_t mass = 0;
   if (s.top_k > 0) {
     // Fewer than k finite values: all of them stay.
     if (bound >= lowest || select.template tally<false>(lowest, top) >= static_cast<uint64_t>(s.top_k))
@@ -272,13 +274,20 @@ __device__ uint32_t select_slowly(Selection<T>& select, LawShared& shared, const
   }
   low = raise_to_min_p(low, top, sum.x, s);
   if (low > lowest) mass = select.template tally<true>(low, top);
-  return low;
+  return {low, mass};
+}
+
+template <class T>
+__device__ __noinline__ Selected select_out_of_line(RowView<T> row, float2 sum, Parameters s,
+                                                    uint32_t bound) {
+  Selection<T> select{row, (row.length + kGroup - 1) / kGroup, sum.x, s.slope, law_shared()};
+  return select_slowly(select, row, sum, s, bound);
 }
 
 // The same where what reaches the bound has been gathered and fits: by every warp for itself, from how
 // many keys, and of what mass, are above each.
-__device__ __forceinline__ uint32_t select_from_list(LawShared& shared, uint32_t top, float max,
-                                                     const Parameters& s, uint64_t& mass) {
+__device__ __forceinline__ Selected select_from_list(LawShared& shared, uint32_t top, float max,
+                                                     const Parameters& s) {
   const uint32_t size = shared.count, lane = threadIdx.x % 32;
   // Four lanes rank a key.
 #pragma unroll 1
@@ -306,7 +315,7 @@ __device__ __forceinline__ uint32_t select_from_list(LawShared& shared, uint32_t
       if (shared.key[i] >= key) sum += shared.mass[i];
     return warp_sum(sum);
   };
-  mass = mass_from(least);
+  uint64_t mass = mass_from(least);
   if (s.top_p < 1.0f) {
     const uint64_t goal = mass_to_keep(s.top_p, mass);
 #pragma unroll 1
@@ -318,51 +327,35 @@ __device__ __forceinline__ uint32_t select_from_list(LawShared& shared, uint32_t
   }
   low = raise_to_min_p(low, top, max, s);
   if (low != least) mass = mass_from(low);
-  return low;
+  return {low, mass};
 }
 
-// The token drawn from the values gathered, all that the law keeps: where the prefix sum of their
-// weights, in the order of the tokens, exceeds the draw. For all threads; -1 if nothing has weight.
+// The token drawn from the values gathered, all that the law keeps. -1: nothing has weight.
 __device__ __forceinline__ int draw_from_list(LawShared& shared, const RowLaw& law, uint64_t fraction) {
-  const uint32_t size = shared.count, lane = threadIdx.x % 32;
+  const uint32_t size = shared.count;
   __syncthreads();  // every warp is done with the masses
 #pragma unroll 1
   for (uint32_t i = threadIdx.x; i < size; i += kLawThreads)
     shared.mass[i] = to_fixed(softmax_probability(value_of_key(shared.key[i]), law));
-  if (threadIdx.x == 0) shared.best = ~0u;
   __syncthreads();
-  uint64_t total = 0;
-#pragma unroll 1
-  for (uint32_t i = lane; i < size; i += 32) total += shared.mass[i];
-  total = warp_sum(total);
-  const uint64_t rest = draw(fraction, total);
-#pragma unroll 1
-  for (uint32_t first = threadIdx.x / 32 * 8; first < size; first += kLawThreads / 4) {
-    const uint32_t i = first + lane / 4, token = i < size ? shared.token[i] : 0;
-    uint64_t before = 0;
-#pragma unroll 1
-    for (uint32_t j = lane % 4; j < size; j += 4)
-      if (shared.token[j] < token) before += shared.mass[j];
-    before += __shfl_xor_sync(~0u, before, 1);
-    before += __shfl_xor_sync(~0u, before, 2);
-    if (lane % 4 == 0 && i < size && before <= rest && rest < before + shared.mass[i]) shared.best = token;
-  }
+  const bool found = pick<kLawThreads>(shared.token, shared.mass, size, fraction, shared.best);
   __syncthreads();
-  return static_cast<int>(shared.best);
+  return found ? static_cast<int>(shared.token[shared.best]) : -1;
 }
 
-// A row's law, and where it was wanted and cheap, a token drawn from the row (else -1).
+// A row's law; a token, if one was wanted and is cheap, else -1; how many tokens it keeps are listed.
 struct LawAndToken {
   RowLaw law;
   int token;
+  uint32_t num_kept;
 };
 
-// From the row's strips and its groups' keys, by a block. Not inlined: the shared memory is its own, so
-// that it is known to be that.
-template <class T>
+// From the row's strips and its groups' keys, by a block: to draw with the fraction, or for the list
+// `kept`, if it is not null. Not inlined: the shared memory is its own, so that it is known to be that.
+template <bool Draws, class T>
 __device__ __noinline__ LawAndToken law_of_row(RowScratch scratch, int64_t slot, RowView<T> row, Parameters s,
-                                               bool draws, uint64_t fraction) {
-  __shared__ LawShared shared;
+                                               uint64_t fraction, Kept* kept) {
+  LawShared& shared = law_shared();
   const int num_groups = (row.length + kGroup - 1) / kGroup;
   const bool truncates = s.truncates();
 #pragma unroll 1
@@ -371,22 +364,37 @@ __device__ __noinline__ LawAndToken law_of_row(RowScratch scratch, int64_t slot,
   const Joined joined = join_strips(scratch.strips + slot * kMaxStrips, row.length, s.slope,
                                     static_cast<int>(threadIdx.x) % 32);
   RowLaw law = joined.law;
-  if (!truncates || joined.sum.x == minus_infinity()) return {law, -1};
+  if (!truncates || joined.sum.x == minus_infinity()) return {law, -1, 0};
   if (threadIdx.x == 0) shared.count = 0;
   __syncthreads();
   Selection<T> select{row, num_groups, joined.sum.x, s.slope, shared};
   const uint32_t top = key_of(joined.sum.x) + 1, lowest = key_of(minus_infinity()) + 1;
   const uint32_t bound = s.top_k > 0 ? select.bound_of_top_k(top, s.top_k) : 0;
-  uint64_t mass = 0;
   const bool listed = bound >= lowest && select.template gather<true>(bound, top) <= kCapacity;
-  const uint32_t low = listed ? select_from_list(shared, top, joined.sum.x, s, mass)
-                              : select_slowly(select, shared, row, joined.sum, s, bound, mass);
-  if (low == lowest) return {law, -1};
+  Selected selected;
+  if (listed) {
+    selected = select_from_list(shared, top, joined.sum.x, s);
+  } else if constexpr (Draws) {
+    selected = select_slowly(select, row, joined.sum, s, bound);
+  } else {
+    selected = select_out_of_line(row, joined.sum, s, bound);
+  }
+  const auto [low, mass] = selected;
+  if (low == lowest) return {law, -1, 0};
   law.cutoff = value_of_key(low);
   law.scale = copysignf(static_cast<float>(0x1p44 / static_cast<double>(mass)), law.scale);
   RowLaw plain = law;
   plain.scale = fabsf(law.scale);
-  return {law, listed && draws ? draw_from_list(shared, plain, fraction) : -1};
+  if constexpr (Draws) {
+    return {law, listed ? draw_from_list(shared, plain, fraction) : -1, 0};
+  } else {
+    static_assert(kLawThreads >= kMaxKept);
+    const uint32_t num_kept = kept != nullptr && listed && shared.count <= kMaxKept ? shared.count : 0;
+    if (threadIdx.x < num_kept)
+      kept[threadIdx.x] = {shared.token[threadIdx.x],
+                           softmax_probability(value_of_key(shared.key[threadIdx.x]), plain)};
+    return {law, -1, num_kept};
+  }
 }
 
 }  // namespace quantgemm

@@ -19,8 +19,13 @@ __global__ void __launch_bounds__(kLawThreads, 2)
   let_next_kernel_start();
   if (!info.exists || (wave.first != 0 && !is_reached<T>(args, wave, info))) return;
   const RowScratch scratch = scratch_of(args);
-  const RowLaw law = law_of_row(scratch, info.slot, view_of<T>(args, info), info.parameters, false, 0).law;
-  if (threadIdx.x == 0) scratch.laws[info.slot] = law;
+  const bool keeps = scratch.has_kept && !info.is_draft;
+  Kept* const kept = keeps ? scratch.kept + info.slot * kMaxKept : nullptr;
+  const LawAndToken found =
+      law_of_row<false>(scratch, info.slot, view_of<T>(args, info), info.parameters, 0, kept);
+  if (threadIdx.x != 0) return;
+  scratch.laws[info.slot] = found.law;
+  if (keeps) scratch.num_kept[info.slot] = found.num_kept;
 }
 
 // Little is read in one wave; else the first has enough to read to be worth a launch, and each next
@@ -55,6 +60,7 @@ int64_t verify_scratch_bytes(const VerifyArgs& args) {
   return 2 * s.slots *
              static_cast<int64_t>(kMaxStrips * sizeof(float2) + sizeof(RowLaw) +
                                   (s.has_keys ? 4 * s.num_groups : 0)) +
+         (s.has_kept ? s.slots * static_cast<int64_t>(kMaxKept * sizeof(Kept) + 4) : 0) +
          4 * args.num_sequences;
 }
 

@@ -4,7 +4,8 @@
 // law of a row has the same bits for every grid and batch.
 //
 //   slot = (is it a draft row) * slots + sequence * (max_drafts + 1) + position
-//   strips [2 slots, 64]   laws [2 slots]   states [sequences] (row_waves.cuh)
+//   strips [2 slots, 64]   laws [2 slots]
+//   kept [slots, 256], num_kept [slots] (chains with truncation only)   states [sequences] (row_waves.cuh)
 //   group_keys [2 slots, num_groups] (truncation only)
 #pragma once
 #include "../sampling.h"
@@ -22,12 +23,21 @@ __host__ __device__ __forceinline__ int strip_length(int row_length) {
   return (row_length + kStep * kMaxStrips - 1) / (kStep * kMaxStrips) * kStep;
 }
 
+// What a truncation has kept of a row of p, if it is little; what is behind the cutoff has p = 0.
+constexpr int kMaxKept = 256;
+struct alignas(8) Kept {
+  uint32_t token;
+  float p;
+};
+
 struct RowScratch {
   int64_t slots;
   int num_groups;
-  bool has_keys;
+  bool has_keys, has_kept;
   float2* strips;  // maximum, and Σ exp2((x - maximum)·slope): negative if there is NaN or +inf
   RowLaw* laws;
+  Kept* kept;
+  uint32_t* num_kept;  // 0: not listed
   uint32_t* states;
   uint32_t* group_keys;  // the largest key of each group
 };
@@ -40,7 +50,10 @@ __host__ __device__ inline RowScratch scratch_of(const VerifyArgs& a) {
   s.has_keys = a.parameters.top_k || a.parameters.top_p || a.parameters.min_p;
   s.strips = static_cast<float2*>(a.row_laws);
   s.laws = reinterpret_cast<RowLaw*>(s.strips + 2 * s.slots * kMaxStrips);
-  s.states = reinterpret_cast<uint32_t*>(s.laws + 2 * s.slots);
+  s.has_kept = s.has_keys && a.max_drafts > 0 && a.mode == VerifyMode::kChain;
+  s.kept = reinterpret_cast<Kept*>(s.laws + 2 * s.slots);
+  s.num_kept = reinterpret_cast<uint32_t*>(s.kept + (s.has_kept ? s.slots * kMaxKept : 0));
+  s.states = s.num_kept + (s.has_kept ? s.slots : 0);
   s.group_keys = s.states + a.num_sequences;
   return s;
 }

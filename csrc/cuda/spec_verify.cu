@@ -28,6 +28,7 @@ struct Stop {
   uint32_t status;
   int token;  // where it is known already, else -1
   bool greedy, has_draft, bad;
+  uint32_t num_kept;  // tokens of the row in a list, from which to draw; 0: there is none
 
   // By a lane of each block, once what stops is known.
   __device__ __forceinline__ void open_row(const VerifyArgs& args, int64_t sequence, const RowLaw& p_law,
@@ -130,6 +131,10 @@ __device__ __forceinline__ void find_stop(const VerifyArgs& args, Stop<T, Logits
       if (team.lane == (here & 31)) {
         stop.rows = rows, stop.accepted = here < 32 ? first + here : -1;
         stop.has_draft = v.has_draft, stop.bad = v.bad;
+        // Where q is stored as probabilities, more of its row is looked at for NaN.
+        const bool listed = Logits && scratch_of(args).has_kept && args.target_is_logits &&
+                            (args.draft == nullptr || args.draft_is_logits) && k <= rows.drafts;
+        stop.num_kept = listed ? table.num_kept[team.lane] : 0;
         if (here < 32) stop.status |= status;
         if (here < 32 && judges) {
           stop.status |= stop.noise_status[1][team.lane];
@@ -158,7 +163,7 @@ __device__ __forceinline__ void find_only_row(const VerifyArgs& args, Stop<T, Lo
     const RowScratch scratch = scratch_of(args);
     if (s.truncates()) {
       const RowView<T> row = target_row<T>(args, rows.first);
-      const LawAndToken found = law_of_row(scratch, team.task, row, s, true, fraction);
+      const LawAndToken found = law_of_row<true>(scratch, team.task, row, s, fraction, nullptr);
       law = found.law, token = found.token;
     } else {
       const float2* const strips = scratch.strips + team.task * kMaxStrips;
@@ -213,6 +218,21 @@ __device__ __forceinline__ Ending end_sampled(const VerifyArgs& args, Shared& sh
   Ending out;
   if (IsRow && stop.token >= 0) {
     out.token = stop.token, out.all_know = true;
+  } else if (Logits && !IsRow && stop.num_kept > 0) {
+    out.token = kElsewhere, out.law = weights.p_law;
+    if (team.rank != 0) return out;
+    __shared__ KeptShared kept_shared;
+    const int64_t slot = team.task * (args.max_drafts + 1) + stop.accepted;
+    const Kept* const kept = scratch_of(args).kept + slot * kMaxKept;
+    KeptToken found;
+#pragma unroll 1
+    for (bool takes = stop.has_draft;; takes = false) {
+      found = draw_from_kept<kThreads>(kept_shared, weights, kept, stop.num_kept, takes, noise());
+      if (found.token >= 0 || !takes) break;
+      status |= kEmptyResidual;
+    }
+    if (team.warp == 0) out.token = found.token, out.logprob = logf(found.p);
+    return out;
   } else {
     bool has_draft = stop.has_draft;
 #pragma unroll 1

@@ -17,6 +17,7 @@ __host__ __device__ inline bool needs_laws(const VerifyArgs& args) {
 // they are stored: scale is negative if there is NaN or +inf in the row.
 struct LawTable {
   RowLaw laws[2][32];
+  uint32_t num_kept[32];
 };
 
 // Fills the table for `count` positions from `first` on, a row per warp.
@@ -38,7 +39,9 @@ __device__ __forceinline__ void fill_laws(const VerifyArgs& args, LawTable& tabl
                : join_strips(scratch.strips + own * kMaxStrips,
                              static_cast<int>(is_draft ? args.draft_vocab : args.vocab), slope, lane)
                      .law;
-    if (lane == 0) table.laws[is_draft][k] = law;
+    if (lane != 0) continue;
+    table.laws[is_draft][k] = law;
+    if (scratch.has_kept && !is_draft) table.num_kept[k] = scratch.num_kept[own];
   }
 }
 
