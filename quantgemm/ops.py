@@ -285,7 +285,7 @@ def _gemm_packed_backward(ctx: Any, grad_y: torch.Tensor) -> tuple[torch.Tensor 
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
         grad_x = _times_decoded(grad_y, unpack(packed, ctx.qtype, ctx.n, ctx.k), ctx.qtype)
-    if ctx.needs_input_grad[5]:
+    if any(ctx.needs_input_grad[5:]):  # torch leaves out arguments that have their defaults
         grad_bias = grad_y.reshape(-1, ctx.n).sum(0)
     return grad_x, None, None, None, None, grad_bias, None
 
