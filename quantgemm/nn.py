@@ -134,14 +134,20 @@ class QuantModule(torch.nn.Module):
         if problem is not None:
             error_msgs.append(problem)
             return
-        kept = self._as_kept(state_dict, prefix)
+        assign = bool(local_metadata.get("assign_to_params_buffers"))
+        kept = self._as_kept(state_dict, prefix, assign)
         super()._load_from_state_dict(  # type: ignore[no-untyped-call]
             kept, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
         self._mark_type()  # beside the weight also where a checkpoint came without the type
 
-    def _as_kept(self, state_dict: Mapping[str, Any], prefix: str) -> Mapping[str, Any]:
-        """A checkpoint's entries with the weight's bytes in the order that the layer has them."""
+    def _as_kept(
+        self, state_dict: Mapping[str, Any], prefix: str, assign: bool
+    ) -> Mapping[str, Any]:
+        """A checkpoint's entries with the weight's bytes in the order that the layer has them.
+
+        assign: the entry itself becomes the weight, where it lies.
+        """
         return state_dict
 
     def _unfit(self, state_dict: Mapping[str, Any], prefix: str) -> str | None:
@@ -213,6 +219,8 @@ class QuantLinear(QuantModule):
         if not torch.compiler.is_compiling():
             self._check_type()
         if self.is_packed:
+            if self.algo != "auto":
+                check_packed(self.format, self.algo)
             sizes = self.out_features, self.in_features
             y = ops.gemm_packed(x, self.weight, self._type_id, *sizes)
         else:
@@ -282,8 +290,10 @@ class QuantLinear(QuantModule):
     def pack(self) -> QuantLinear:
         """Puts the bytes in place into the layout of `ops.gemm_packed`; only that copy is kept.
 
-        Not every type has one, and algo must be ``"auto"``. A layer that moves to the CPU unpacks
-        itself, and `state_dict` has the rows as they were.
+        Not every type has one, and algo must be ``"auto"``. `.to()` and the like unpack a layer on
+        the CPU; `state_dict` has the rows as they were, unpacked for it. A weight that is shared
+        with an embedding stays one there: this layer then has bytes of its own. accelerate's
+        offloading puts rows where packed bytes are expected: unpack first.
         """
         if not self.is_packed:
             check_packed(self.format, self.algo)
@@ -322,12 +332,15 @@ class QuantLinear(QuantModule):
         if self.is_packed:
             destination[prefix + "weight"] = self.blocks
 
-    def _as_kept(self, state_dict: Mapping[str, Any], prefix: str) -> Mapping[str, Any]:
+    def _as_kept(
+        self, state_dict: Mapping[str, Any], prefix: str, assign: bool
+    ) -> Mapping[str, Any]:
         blocks = state_dict.get(prefix + "weight")
         if not self.is_packed or not isinstance(blocks, torch.Tensor):
             return state_dict
-        packed = ops.pack(blocks.to(self.weight.device), self._type_id)
-        return {**state_dict, prefix + "weight": packed}
+        if not assign and not self.weight.is_meta:
+            blocks = blocks.to(self.weight.device)
+        return {**state_dict, prefix + "weight": ops.pack(blocks, self._type_id)}
 
     def explain(self, m: int, dtype: torch.dtype = torch.bfloat16) -> GemmPlan:
         """Which algorithm multiplies m rows of this dtype on the layer's device, and why."""

@@ -8,6 +8,7 @@ rules (`register_fake`) let `torch.compile` and `torch.export` see through an op
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -109,14 +110,22 @@ def gemm(x: torch.Tensor, w: torch.Tensor, qtype: int, algo: str = "auto") -> to
     Differentiable in x, also twice: the gradient is ``grad_y · dequantize(w)`` in x's dtype, as if
     no algorithm rounded activations. Under `torch.autocast` x is cast as `nn.Linear` casts it.
     """
-    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad):
+    with _no_more_autograd_than_needed("gemm", x):
         return torch.ops.quantgemm.gemm(x, w, int(qtype), algo)  # type: ignore[no-any-return]
-    if forward_ad._current_level >= 0 and _tangent(x) is not None:
+
+
+def _no_more_autograd_than_needed(
+    name: str, *inputs: torch.Tensor | None
+) -> contextlib.AbstractContextManager[Any]:
+    """The autograd rules below are Python: without need of them, a call costs half as much."""
+    given = [t for t in inputs if t is not None]
+    differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in given)
+    if torch.compiler.is_compiling() or differentiable:
+        return contextlib.nullcontext()
+    if forward_ad._current_level >= 0 and any(_tangent(t) is not None for t in given):
         # torch gives custom ops no place for this rule and would drop the tangent without a word.
-        raise NotImplementedError("gemm has no forward-mode derivative: use torch.autograd.grad")
-    # The autograd rule below is Python: without need of it, a call costs half as much.
-    with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.quantgemm.gemm(x, w, int(qtype), algo)  # type: ignore[no-any-return]
+        raise NotImplementedError(f"{name} has no forward-mode derivative: use torch.autograd.grad")
+    return torch._C._AutoDispatchBelowAutograd()  # type: ignore[no-any-return]
 
 
 @register_fake("quantgemm::gemm")
@@ -257,9 +266,10 @@ def gemm_packed(
 
     Differentiable in x and bias; under `torch.autocast` both are cast.
     """
-    return torch.ops.quantgemm.gemm_packed(  # type: ignore[no-any-return]
-        x, packed, int(qtype), n, k, bias, algo
-    )
+    with _no_more_autograd_than_needed("gemm_packed", x, bias):
+        return torch.ops.quantgemm.gemm_packed(  # type: ignore[no-any-return]
+            x, packed, int(qtype), n, k, bias, algo
+        )
 
 
 @register_fake("quantgemm::gemm_packed")

@@ -80,13 +80,16 @@ def run_packed_cases(generator: torch.Generator) -> None:
         if not row["can_pack"]:
             continue
         fmt, block = FORMATS[row["type_id"]], max(32, row["block_elems"])
-        for m, n, k in ((1, 37, block), (3, 130, 3 * block), (20, 5, 5 * block), (40, 67, block)):
+        sizes = ((1, 37, block), (3, 130, 3 * block), (20, 5, 5 * block), (40, 67, block))
+        for m, n, k in (*sizes, (20, 200, 2048)):  # the last: blocks of a cluster share columns
             w = torch.randint(0, 256, (n, fmt.row_bytes(k)), dtype=torch.uint8, generator=generator)
             packed = ops.pack(w.cuda(), fmt.type_id)
             assert torch.equal(ops.unpack(packed, fmt.type_id, n, k).cpu(), w)
             for dtype in (torch.float32, torch.float16, torch.bfloat16):
                 x = torch.randn(m, k, generator=generator).to(dtype).cuda()
-                ops.gemm_packed(x, packed, fmt.type_id, n, k, x.new_zeros(n))
+                plan = explain_gemm(m, n, k, fmt.type_id, "cuda", dtype, packed=True)
+                for algo in plan.available:
+                    ops.gemm_packed(x, packed, fmt.type_id, n, k, x.new_zeros(n), algo)
 
 
 def run_gemm_cases(generator: torch.Generator) -> None:

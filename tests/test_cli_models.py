@@ -107,6 +107,14 @@ def test_text_comes_in_whole_characters(path: Path, capsys: pytest.CaptureFixtur
     assert capsys.readouterr().out == "a 日\\x1b\n\n"
 
 
+@pytest.mark.cuda
+def test_bench_of_what_cannot_be_recorded(run: Cli, tmp_path: Path) -> None:
+    path = write(tmp_path / "m.gguf", make("gemma2", head_dim=64), "gemma2", "Q8_0")
+    status, out, err = run("bench", path, "--device", "cuda", "-p", 4, "-n", 4, "-r", 1)
+    assert status == 0 and "tg4" in out, err
+    assert "without CUDA graphs: model: expected full attention" in err
+
+
 def test_bench(run: Cli, path: Path) -> None:
     status, out, err = run("bench", path, "--device", "cpu", "-p", "8,16", "-n", 4, "-r", 2)
     assert (status, err) == (0, "")

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -117,6 +118,31 @@ def test_norms_are_fused_only_where_that_is_the_same() -> None:
     other.model.norm.__class__ = ShiftedRMSNorm
     assert fuse_steps(other)[0] == norms - 1
     assert torch.equal(other.model.norm(x), ShiftedRMSNorm.forward(other.model.norm, x))
+
+
+def test_copies_of_a_fused_model_have_their_own_weights(tmp_path: Path) -> None:
+    model = tiny("cpu")
+    fuse_steps(model)
+    other = copy.deepcopy(model)
+    torch.save(model, tmp_path / "model.pt")
+    x = torch.randn(3, model.config.hidden_size).bfloat16()
+    with torch.no_grad():
+        want = model.model.norm(x)
+        other.model.norm.weight.mul_(2)
+        assert torch.equal(other.model.norm(x), 2 * want) and torch.equal(model.model.norm(x), want)
+        loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+        assert torch.equal(loaded.model.norm(x), want)
+        wide = copy.deepcopy(model.model.norm).double()
+        assert wide(x.double()).dtype == torch.float64  # no kernel for it: the model's own
+
+
+def test_random_numbers_are_left_alone() -> None:
+    torch.manual_seed(0)
+    want = torch.rand(3)
+    model = tiny("cpu")
+    torch.manual_seed(0)
+    fuse_steps(model)
+    assert torch.equal(torch.rand(3), want)
 
 
 def test_gradients_flow_through_fused_steps() -> None:

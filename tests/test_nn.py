@@ -209,6 +209,13 @@ def test_packed_layer(device: str, qtype: str, tmp_path: Path) -> None:
         assert torch.equal(other(x), (layer if other.is_packed else plain)(x))
     again = pickle.loads(pickle.dumps(layer))
     assert again.is_packed and torch.equal(again(x), layer(x))
+    empty = copy.deepcopy(layer).to("meta")
+    assert empty.is_packed and empty.weight.is_meta
+    empty.load_state_dict(state, assign=True)
+    assert torch.equal(empty(x), layer(x))
+    again.algo = "auto_q8"
+    with pytest.raises(NotImplementedError, match=r"algo: expected 'auto' for packed"):
+        again(x)
     wrong = {**state, "weight": state["weight"][:, 1:]}
     with pytest.raises(RuntimeError, match=rf"weight: expected \[70, {plain.weight.shape[1]}\]"):
         layer.load_state_dict(wrong)

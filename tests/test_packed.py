@@ -12,7 +12,7 @@ import torch
 from conftest import BLOCK_FORMATS, DEVICES, assert_same, random_blocks
 from test_gemm import assert_near, random_weights, random_x
 
-from quantgemm import _C, ops
+from quantgemm import _C, explain_gemm, ops
 from quantgemm.formats import FORMATS, Format, QType, format_by_id
 
 PACKED = [FORMATS[row["type_id"]] for row in _C.format_table() if row["can_pack"]]
@@ -24,8 +24,8 @@ by_name = pytest.mark.parametrize("fmt", PACKED, ids=lambda f: f.name)
 def algos(device: str, dtype: torch.dtype) -> list[str]:
     if device == "cpu":
         return ["auto"]
-    has_wgmma = torch.cuda.get_device_capability() == (9, 0) and dtype != torch.float32
-    return ["auto", "gemv", "mma"] + ["wgmma"] * has_wgmma
+    plan = explain_gemm(64, 64, 256, "Q4_K", device, dtype, packed=True)
+    return ["auto", *plan.available]
 
 
 def assert_accurate(y: torch.Tensor, x: torch.Tensor, weights: torch.Tensor) -> None:
@@ -200,7 +200,7 @@ def test_gemv_rows_do_not_depend_on_the_batch() -> None:
 @by_name
 def test_tiles_of_wgmma(fmt: Format) -> None:
     """All tiles of tokens, one and several of them, whole and shared columns, ragged n, m and k."""
-    if torch.cuda.get_device_capability() != (9, 0):
+    if "wgmma" not in algos("cuda", torch.bfloat16):
         pytest.skip("wgmma is of compute capability 9.0")
     e = max(fmt.block_elems, 32)
     sizes = [

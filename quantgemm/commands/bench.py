@@ -109,8 +109,9 @@ def run(args: argparse.Namespace) -> int:
     decoder, found["graphs"] = None, False
     if device.type == "cuda" and args.generate and not args.no_graphs:
         try:
-            decoder, found["graphs"] = compile_decode(model, max(args.generate)), True
-        except (NotImplementedError, TypeError) as error:
+            decoder = compile_decode(model, max(args.generate), batch_sizes=(1,))
+            found["graphs"] = True
+        except (NotImplementedError, TypeError, ValueError, torch.OutOfMemoryError) as error:
             print(f"without CUDA graphs: {error}", file=sys.stderr)
     speeds: list[tuple[str, list[float]]] = []
     for kind, lengths in (("pp", args.prompt), ("tg", args.generate)):

@@ -39,7 +39,7 @@ quantises them. The text goes to standard output as it comes; speed and memory t
 
 With --draft, a smaller model or the text itself ("ngram": what followed the last words before)
 proposes tokens, and the model judges several in one pass. What comes out follows the same law,
-and with --temperature 0 it is the same text.
+and with --temperature 0 it is the same text, up to roundings.
 
 On a GPU the steps without drafts are CUDA graphs. --kv keeps keys and values in 2 or 4 bits.
 """
@@ -176,7 +176,7 @@ def _decoder(model: Any, tokens: int, kv: str | None) -> Decoder | None:
         return None
     try:
         return compile_decode(model, tokens, kv, batch_sizes=(1,))
-    except (NotImplementedError, TypeError, ValueError) as error:
+    except (NotImplementedError, TypeError, ValueError, torch.OutOfMemoryError) as error:
         if kv is not None:
             raise CommandError(f"--kv: {error}") from error
         print(f"without CUDA graphs: {error}", file=sys.stderr)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import sys
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -42,8 +43,10 @@ def compile_decode(
     key_format, value_format). batch_sizes: those to record now, others when they are first used.
 
     The model attends through quantgemm from now on where it is given such a cache, and its RMS
-    norms and rotary embeddings are one kernel each where that changes nothing but roundings. On
-    the CPU there are no graphs, and all else is the same.
+    norms and rotary embeddings are one kernel each where that changes nothing but roundings (the
+    rotary embedding for all models of its module, bit for bit). On the CPU there are no graphs,
+    and all else is the same. A recorded step reads the weights where they are: do not move, pack
+    or replace them afterwards.
     """
     decoder = Decoder(model, max_tokens, kv, options)
     for batch in batch_sizes:
@@ -73,7 +76,6 @@ class Decoder:
             raise ValueError(f"{next(iter(options))}: only with kv, a format of keys and values")
         self.model, self.max_tokens, self.kv, self.options = model, max_tokens, kv, options
         self._steps: dict[int, _Step] = {}
-        fuse_steps(model)
 
     def prepare(self, batch: int) -> None:
         """Takes the memory for so many sequences, and records their step."""
@@ -85,6 +87,7 @@ class Decoder:
             cache = quantized_cache(
                 self.model, self.kv or "dense4", max_tokens=self.max_tokens, batch=batch, **options
             )
+            fuse_steps(self.model)
             self._steps[batch] = _Step(self.model, cache, batch)
 
     @property
@@ -184,7 +187,7 @@ class _Draw:
             self.values = torch.empty(drawn.shape, dtype=drawn.dtype, pin_memory=True)
             self.values.copy_(drawn, non_blocking=True)
             self.arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self.arrived.record()
+            self.arrived.record(torch.cuda.current_stream(drawn.device))
 
     def tokens(self) -> list[int]:
         if self.arrived is not None:
@@ -221,17 +224,18 @@ class _Step:
             torch.cuda.current_stream().wait_stream(side)
             self.cache.reset()
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
+            with torch.cuda.graph(self.graph, stream=side):
                 logits = self._run()
             self.cache.reset()
         return logits
 
     def begin(self, prompts: torch.Tensor) -> torch.Tensor:
         self.cache.reset()
-        self.tokens_read = prompts.shape[1]
-        self.positions.fill_(self.tokens_read)
+        self.tokens_read = 0  # until the prompt has been read
+        self.positions.fill_(prompts.shape[1])
         with torch.no_grad():
             out = self.model(prompts, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        self.tokens_read = prompts.shape[1]
         logits: torch.Tensor = out.logits[:, -1]
         return logits
 
@@ -247,52 +251,59 @@ class _Step:
         return self.logits
 
 
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
 def fuse_steps(model: torch.nn.Module) -> tuple[int, int]:
     """Gives RMS norms and rotary embeddings one kernel in place of six and ten.
 
     Only where the result is the same but for the last bit of a rounding: the first norm of each
     class and size is compared, and rotations are the same bit for bit. Where gradients are asked
-    for, all is as before. Returns how many norms and how many functions were replaced.
+    for, all is as before. The rotary embedding is a function of transformers' module, so it is
+    replaced for all models of that module. Returns how many norms and how many functions were.
     """
     fits: dict[tuple[type, int], bool] = {}
     norms = 0
     for module in model.modules():
         if not type(module).__name__.endswith("RMSNorm") or "forward" in module.__dict__:
             continue
-        forward = _one_kernel(module)
+        forward = _fused_norm(module)
         if forward is None:
             continue
-        weight: torch.Tensor = module.weight  # type: ignore[assignment]
-        kind = type(module), weight.numel()
+        kind = type(module), module.weight.numel()  # type: ignore[operator]
         if kind not in fits:
-            fits[kind] = _agree(module, forward, weight)
+            fits[kind] = _agree(module, forward)
         if fits[kind]:
             module.forward = forward
             norms += 1
     return norms, sum(_fuse_rotary(name) for name in {type(m).__module__ for m in model.modules()})
 
 
-def _one_kernel(module: torch.nn.Module) -> Callable[[torch.Tensor], torch.Tensor] | None:
+@dataclass(frozen=True)
+class _FusedNorm:
+    """The forward of a norm. An object, so that copies and pickles of a model keep their own."""
+
+    module: torch.nn.Module
+    eps: float
+
+    def __call__(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        weight: torch.Tensor = self.module.weight  # type: ignore[assignment]
+        same = hidden_states.dtype == weight.dtype and weight.dtype in DTYPES
+        if torch.is_grad_enabled() or not same or weight.device.type not in ("cpu", "cuda"):
+            return type(self.module).forward(self.module, hidden_states)  # type: ignore[no-any-return]
+        return ops.rms_norm(hidden_states, weight, self.eps)
+
+
+def _fused_norm(module: torch.nn.Module) -> _FusedNorm | None:
     weight = getattr(module, "weight", None)
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if not isinstance(weight, torch.Tensor) or weight.dim() != 1 or not isinstance(eps, float):
         return None
-    plain = module.forward
-
-    def forward(hidden_states: torch.Tensor) -> torch.Tensor:
-        weight: torch.Tensor = module.weight  # type: ignore[assignment]
-        if torch.is_grad_enabled() or hidden_states.dtype != weight.dtype:
-            return plain(hidden_states)  # type: ignore[no-any-return]
-        return ops.rms_norm(hidden_states, weight, eps)
-
-    return forward
+    return _FusedNorm(module, eps)
 
 
-def _agree(
-    module: torch.nn.Module,
-    forward: Callable[[torch.Tensor], torch.Tensor],
-    weight: torch.Tensor,
-) -> bool:
+def _agree(module: torch.nn.Module, forward: _FusedNorm) -> bool:
+    weight: torch.Tensor = module.weight  # type: ignore[assignment]
     generator = torch.Generator(weight.device).manual_seed(0)
     x = torch.randn(4, weight.numel(), device=weight.device, generator=generator).to(weight.dtype)
     with torch.no_grad():
@@ -302,7 +313,7 @@ def _agree(
 
 def _fuse_rotary(module_name: str) -> bool:
     """Replaces transformers' function in the module of an attention class."""
-    module = sys.modules[module_name]
+    module = sys.modules.get(module_name)
     plain = getattr(module, "apply_rotary_pos_emb", None)
     if not module_name.startswith("transformers.") or plain is None:
         return False
@@ -317,22 +328,31 @@ def _fuse_rotary(module_name: str) -> bool:
         *args: Any,
         **kw: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        ours = not (args or kw or torch.is_grad_enabled())
-        if ours and cos.dim() == 3 and q.shape[-1] == cos.shape[-1] and q.dtype == cos.dtype:
+        alike = q.dtype == k.dtype == cos.dtype == sin.dtype and q.dtype in DTYPES
+        fits = alike and q.device.type in ("cpu", "cuda") and cos.dim() == 3
+        if not (args or kw or torch.is_grad_enabled()) and fits and q.shape[-1] == cos.shape[-1]:
             return ops.rotary(q, k, cos, sin)
         return plain(q, k, cos, sin, *args, **kw)  # type: ignore[no-any-return]
 
     apply_rotary_pos_emb.is_quantgemm = True  # type: ignore[attr-defined]
-    module.apply_rotary_pos_emb = apply_rotary_pos_emb  # type: ignore[attr-defined]
+    module.apply_rotary_pos_emb = apply_rotary_pos_emb  # type: ignore[union-attr]
     return True
 
 
 def _is_known_rotation(plain: Callable[..., Any]) -> bool:
     """Whether a function called so does what `ops.rotary` does; some models turn otherwise."""
-    q, k, angles = torch.randn(1, 2, 3, 8), torch.randn(1, 1, 3, 8), torch.randn(1, 3, 8)
-    try:
-        want = plain(q, k, angles.cos(), angles.sin())
-    except (TypeError, ValueError, RuntimeError):
-        return False
-    got = ops.rotary(q, k, angles.cos(), angles.sin())
-    return all(torch.equal(a, b) for a, b in zip(want, got, strict=True))
+    generator = torch.Generator().manual_seed(0)
+    for dtype in (torch.float32, torch.bfloat16):
+        q, k, angles = (
+            torch.randn(shape, generator=generator, dtype=torch.float32).to(dtype)
+            for shape in ((1, 2, 3, 8), (1, 1, 3, 8), (1, 3, 8))
+        )
+        cos, sin = angles.cos(), angles.sin()
+        try:
+            want_q, want_k = plain(q, k, cos, sin)
+        except (TypeError, ValueError, RuntimeError):
+            return False
+        got_q, got_k = ops.rotary(q, k, cos, sin)
+        if not (torch.equal(got_q, want_q) and torch.equal(got_k, want_k)):
+            return False
+    return True

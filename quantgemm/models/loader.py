@@ -28,7 +28,7 @@ from quantgemm.models.architectures import ARCHITECTURES, Architecture, configur
 from quantgemm.models.extras import import_transformers
 from quantgemm.models.hyperparameters import Hyperparameters
 from quantgemm.nn import QuantEmbedding, QuantLinear
-from quantgemm.plan import can_pack, check_algo
+from quantgemm.plan import can_pack, check_algo, explain_gemm
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
@@ -171,7 +171,9 @@ def _device(device: torch.device | str | None) -> torch.device:
 
 
 def _is_hopper(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+    """Whether packed weights are the faster ones there: with this build's kernels for 9.0a."""
+    plan = explain_gemm(64, 64, 256, "Q4_K", device, torch.bfloat16, packed=True)
+    return plan.algo == "wgmma"
 
 
 def _architecture(hparams: Hyperparameters) -> Architecture:
