@@ -54,7 +54,23 @@ def plain_model(layers: int) -> Any:
         torch.set_default_dtype(torch.float32)
 
 
-def rows_of(name: str, load: Any, copy: float) -> list[dict[str, Any]]:
+def print_profile(decoder: Any, steps: int = 4, most: int = 20) -> None:
+    """Kernels of a recorded step, those that take the longest first."""
+    decoder.read(torch.ones(1, 16, dtype=torch.int64, device="cuda"))
+    token = torch.ones(1, dtype=torch.int64, device="cuda")
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found:
+        for _ in range(steps):
+            decoder.step(token)
+        torch.cuda.synchronize()
+    events = sorted(found.key_averages(), key=lambda event: -event.self_device_time_total)
+    total = sum(event.self_device_time_total for event in events) / steps
+    print(f"{sum(event.count for event in events) / steps:.0f} kernels a step, {total:.0f} us")
+    for event in events[:most]:
+        each = event.self_device_time_total / steps
+        print(f"{each:9.1f} us {event.count / steps:5.0f} x {event.key[:120]}")
+
+
+def rows_of(name: str, load: Any, copy: float, profile: bool = False) -> list[dict[str, Any]]:
     """Without graphs, then with them."""
     gc.collect()
     torch.cuda.empty_cache()
@@ -80,6 +96,9 @@ def rows_of(name: str, load: Any, copy: float) -> list[dict[str, Any]]:
         for length in PROMPTS:
             row[f"pp{length}"] = median(measure(model, "pp", length, 3))
         found.append(row)
+        if profile and decoder is not None:
+            print(f"{name}:")
+            print_profile(decoder)
     return found
 
 
@@ -89,6 +108,7 @@ def main() -> int:
     )
     parser.add_argument("--type", default=MIXTURE, help=f"default: {MIXTURE}")
     parser.add_argument("--layers", type=int, default=32, help="default: 32")
+    parser.add_argument("--profile", action="store_true", help="print the kernels of a step too")
     parser.add_argument("--out", type=Path, default=None, help=f"for instance {RESULTS}")
     args = parser.parse_args()
     if not torch.cuda.is_available() or quantgemm.build_info().cuda is None:
@@ -105,8 +125,8 @@ def main() -> int:
             def load(algo: str = algo) -> Any:
                 return quantgemm.load_model(path, "cuda", algo=algo, progress=False)
 
-            rows += rows_of(f"{args.type}, {algo}", load, copy)
-    rows += rows_of("bfloat16", lambda: plain_model(args.layers), copy)
+            rows += rows_of(f"{args.type}, {algo}", load, copy, args.profile)
+    rows += rows_of("bfloat16", lambda: plain_model(args.layers), copy, args.profile)
     print(f"copy {copy / 1e12:.2f} TB/s; the file has {size / 1e9:.3f} GB")
     print_table(rows)
     if args.out:

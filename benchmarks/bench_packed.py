@@ -23,7 +23,7 @@ from quantgemm import _C, ops
 from quantgemm.formats import FORMATS, Format, format_by_name
 
 SHAPES = [(4096, 4096), (14336, 4096), (28672, 8192), (4096, 14336), (1024, 4096)]
-TOKENS = [1, 2, 4, 8, 16, 32, 64]
+TOKENS = [1, 2, 4, 8, 16, 32, 64, 128, 512, 4096]
 ROTATED_BYTES = 250e6
 MODEL_BYTES = 4.5e9
 Rows = list[dict[str, Any]]
@@ -110,14 +110,27 @@ def product(
     return lambda packed: ops.gemm_packed(x, packed, fmt.type_id, n, k, None, algo)
 
 
+def dense_copies(n: int, k: int) -> int:
+    return max(2, min(16, int(ROTATED_BYTES / (2 * n * k))))
+
+
 def tokens(types: Sequence[str], read: Callable[[torch.Tensor], None] | None) -> Rows:
-    """From one token to 64, microseconds of `auto`, each shape and type on a line."""
+    """Microseconds of `auto` by tokens, each shape and type on a line, and of cuBLAS in bfloat16."""
     rows: Rows = []
+    row: dict[str, Any]
     for n, k in SHAPES:
+        dense = [torch.randn(n, k, device="cuda").bfloat16() for _ in range(dense_copies(n, k))]
+        row = {"n": n, "k": k, "type": "cuBLAS", "MB": dense[0].nbytes / 1e6}
+        row["read_us"] = float("nan")
+        for m in TOKENS:
+            x = torch.randn(m, k, device="cuda").bfloat16()
+            row[f"m={m}"] = timed(lambda w, x=x: x @ w.T, dense)
+        rows.append({**row, "x_read": float("nan")})
+        del dense
         for name in types:
             fmt = format_by_name(name)
             copies = packed_copies(fmt, n, k)
-            row: dict[str, Any] = {"n": n, "k": k, "type": name, "MB": copies[0].numel() / 1e6}
+            row = {"n": n, "k": k, "type": name, "MB": copies[0].numel() / 1e6}
             row["read_us"] = timed(read, copies) if read else float("nan")
             for m in TOKENS:
                 x = torch.randn(m, k, device="cuda").to(torch.bfloat16)

@@ -157,7 +157,7 @@ def test_every_rung(fmt: Format, device: str) -> None:
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("m", [12, 20, 64, 257, 380])
+@pytest.mark.parametrize("m", [12, 20, 64, 257, 380, 500])
 @pytest.mark.parametrize("qtype", [QType.Q4_0, QType.Q4_K, QType.Q6_K, QType.Q8_0, QType.MXFP4])
 def test_tiles_of_many_tokens(qtype: QType, m: int) -> None:
     """The tiles and passes between and beyond the sizes above; more tiles than multiprocessors."""

@@ -84,7 +84,7 @@ def _layer_class(base: Any) -> Any:
         def update(
             self, keys: torch.Tensor, values: torch.Tensor, *_: Any, **__: Any
         ) -> tuple[torch.Tensor, torch.Tensor]:
-            """keys, values ``[batch, heads, tokens, head_dim]``; returned for `_attend` to find."""
+            """keys, values ``[batch, heads, tokens, head_dim]``; returned for `attend` to find."""
             keys.quantgemm_layer = self  # type: ignore[attr-defined]
             return keys, values
 

@@ -21,6 +21,7 @@ import torch
 
 from quantgemm import ops
 from quantgemm.integrations.transformers_cache import quantized_cache
+from quantgemm.models.loader import DTYPES
 from quantgemm.sampling import SamplingConfig
 
 __all__ = ["Decoder", "compile_decode"]
@@ -109,8 +110,10 @@ class Decoder:
         """Goes on: ids ``[batch]``, logits ``[batch, vocab]`` until the next step."""
         step = self._steps.get(tokens.shape[0] if tokens.dim() == 1 else -1)
         if step is None or not step.tokens_read:
-            raise ValueError(f"tokens: expected ids [batch] of a text that read() began, got "
-                             f"{list(tokens.shape)}")  # fmt: skip
+            shape = list(tokens.shape)
+            raise ValueError(
+                f"tokens: expected ids [batch] of a text that read() began, got {shape}"
+            )
         if step.tokens_read >= self.max_tokens:
             raise ValueError(f"tokens: the cache is full, it holds {self.max_tokens} tokens")
         return step.go_on(tokens)
@@ -249,9 +252,6 @@ class _Step:
         for layer in self.cache.layers:
             layer.count(1)
         return self.logits
-
-
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def fuse_steps(model: torch.nn.Module) -> tuple[int, int]:

@@ -107,7 +107,7 @@ def load_model(
     check_algo(algo)
     place = _device(device)
     if packed is None:
-        packed = algo == "auto" and dtype != torch.float32 and _is_hopper(place)
+        packed = algo == "auto" and dtype != torch.float32 and _packs_faster(place)
     elif packed and algo != "auto":
         raise ValueError(f"packed: only with algo 'auto', got {algo!r}")
     file = open_gguf(resolve_model_path(path))
@@ -170,7 +170,7 @@ def _device(device: torch.device | str | None) -> torch.device:
     return place
 
 
-def _is_hopper(device: torch.device) -> bool:
+def _packs_faster(device: torch.device) -> bool:
     """Whether packed weights are the faster ones there: with this build's kernels for 9.0a."""
     plan = explain_gemm(64, 64, 256, "Q4_K", device, torch.bfloat16, packed=True)
     return plan.algo == "wgmma"
