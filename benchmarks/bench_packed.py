@@ -115,7 +115,7 @@ def dense_copies(n: int, k: int) -> int:
 
 
 def tokens(types: Sequence[str], read: Callable[[torch.Tensor], None] | None) -> Rows:
-    """Microseconds of `auto` by tokens, each shape and type on a line, and of cuBLAS in bfloat16."""
+    """Microseconds of `auto` by tokens, each shape and type on a line; cuBLAS with bfloat16."""
     rows: Rows = []
     row: dict[str, Any]
     for n, k in SHAPES:
