@@ -9,6 +9,11 @@ namespace {
 
 constexpr int kBlocksPerSm = 16;
 
+// Types of few bits do little but write, which goes better in fewer places at once: shared memory that nobody
+// uses leaves room for half as many thread blocks.
+template <class F>
+constexpr int kIdleBytes = 16 * F::kBytes < 3 * F::kElems ? 24 << 10 : 0;
+
 template <BlockFormat F, class Out>
 __global__ void __launch_bounds__(kDecodeThreads, kBlocksPerSm)
     dequantize_kernel(bytes_ptr blocks, Out* out, int64_t num_blocks) {
@@ -39,7 +44,7 @@ cudaError_t launch_dequantize(const DequantizeArgs& args, cudaStream_t stream) {
       if constexpr (PlainFormat<F>) {
         convert_kernel<F><<<grid, kDecodeThreads, 0, stream>>>(args.blocks, out, args.num_blocks);
       } else {
-        dequantize_kernel<F><<<grid, kDecodeThreads, 0, stream>>>(args.blocks, out, args.num_blocks);
+        dequantize_kernel<F><<<grid, kDecodeThreads, kIdleBytes<F>, stream>>>(args.blocks, out, args.num_blocks);
       }
     };
     if (!BlockFormats::visit(args.qtype, launch)) PlainFormats::visit(args.qtype, launch);
