@@ -27,7 +27,9 @@ from random_model import FEED, HEAD_DIM, HEADS, HIDDEN, KV_HEADS, MIXTURE, VOCAB
 import quantgemm
 from quantgemm.commands.bench import bytes_per_token, measure
 from quantgemm.models import compile_decode
+from quantgemm.sampling import NgramDraft, SamplingConfig, speculative_generate
 
+AT_ONCE = (1, 2, 3, 5, 9)  # tokens of a step, one more than drafts
 PROMPTS, GENERATED, CONTEXT = (512, 2048), 128, 8192
 
 
@@ -102,12 +104,58 @@ def rows_of(name: str, load: Any, copy: float, profile: bool = False) -> list[di
     return found
 
 
+def speculation_rows(name: str, model: Any) -> list[dict[str, Any]]:
+    """Recorded steps of several tokens, then a whole text with n-gram drafts."""
+    decoder = compile_decode(model, 1024, batch_sizes=(1,))
+    prompt = torch.arange(16, device="cuda")
+    greedy = SamplingConfig(temperature=0)
+    found, alone_us, alone = [], 0.0, 0.0
+    for count in AT_ONCE:
+        decoder.prepare(1, count)
+        decoder.read(prompt[None])
+        ids = torch.ones(1, count, dtype=torch.int64, device="cuda")
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(20):
+            decoder.step(ids)
+        end.record()
+        end.synchronize()
+        us = start.elapsed_time(end) * 50
+        seconds = []
+        for _ in range(3):
+            begin = time.perf_counter()
+            if count == 1:
+                kept = 1.0
+                decoder.generate(prompt, GENERATED, greedy, ())
+            else:
+                text = speculative_generate(
+                    decoder, NgramDraft(), prompt, GENERATED, count - 1, greedy
+                )
+                kept = text.statistics.tokens_per_step
+            seconds.append(time.perf_counter() - begin)
+        rate = GENERATED / median(seconds)
+        alone_us, alone = (us, rate) if count == 1 else (alone_us, alone)
+        found.append(
+            {
+                "weights": name,
+                "tokens": count,
+                "step_us": us,
+                "pays_from": us / alone_us,
+                "kept": kept,
+                "tok/s": rate,
+                "speedup": rate / alone,
+            }
+        )
+    return found
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--type", default=MIXTURE, help=f"default: {MIXTURE}")
     parser.add_argument("--layers", type=int, default=32, help="default: 32")
+    parser.add_argument("--part", default="models,speculation", help="default: both")
     parser.add_argument("--profile", action="store_true", help="print the kernels of a step too")
     parser.add_argument("--out", type=Path, default=None, help=f"for instance {RESULTS}")
     args = parser.parse_args()
@@ -115,7 +163,8 @@ def main() -> int:
         print("no CUDA device: nothing to measure")
         return 0
     copy = copy_bandwidth()
-    rows = []
+    rows: list[dict[str, Any]] = []
+    drafted: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "random.gguf"
         write(path, args.type, args.layers, CONTEXT)
@@ -125,12 +174,19 @@ def main() -> int:
             def load(algo: str = algo) -> Any:
                 return quantgemm.load_model(path, "cuda", algo=algo, progress=False)
 
-            rows += rows_of(f"{args.type}, {algo}", load, copy, args.profile)
-    rows += rows_of("bfloat16", lambda: plain_model(args.layers), copy, args.profile)
+            name = f"{args.type}, {algo}"
+            if "models" in args.part:
+                rows += rows_of(name, load, copy, args.profile)
+            if "speculation" in args.part:
+                drafted += speculation_rows(name, load())
+    if "models" in args.part:
+        rows += rows_of("bfloat16", lambda: plain_model(args.layers), copy, args.profile)
     print(f"copy {copy / 1e12:.2f} TB/s; the file has {size / 1e9:.3f} GB")
-    print_table(rows)
-    if args.out:
-        save("models", rows, args.out)
+    for name, table in (("models", rows), ("speculation", drafted)):
+        if table:
+            print_table(table)
+            if args.out:
+                save(name, table, args.out)
     return 0
 
 

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 import quantgemm
+from quantgemm.models import compile_decode
 from quantgemm.sampling import NgramDraft, SamplingConfig, speculative_generate
 
 QUESTIONS = (
@@ -41,11 +42,13 @@ def find_model() -> Path:
     return next(Path(package.submodule_search_locations[0]).glob("*.gguf"))
 
 
-def generate(model: Any, ids: torch.Tensor, num_drafts: int) -> tuple[list[int], float, Any]:
+def generate(
+    model: Any, steps: Any, ids: torch.Tensor, num_drafts: int
+) -> tuple[list[int], float, Any]:
     """Greedy tokens, seconds, and what the drafts were worth."""
     start = time.perf_counter()
     result = speculative_generate(
-        model,
+        steps,
         NgramDraft(),
         ids,
         NEW_TOKENS,
@@ -64,6 +67,10 @@ def main() -> None:
     on_gpu = quantgemm.build_info().cuda is not None and torch.cuda.is_available()
     model = quantgemm.load_model(path, dtype=torch.bfloat16 if on_gpu else torch.float32)
     tokenizer = quantgemm.load_tokenizer(path)
+    steps = model
+    if on_gpu:  # CUDA graphs of a step with drafts and without
+        steps = compile_decode(model, 1024, batch_sizes=(1,))
+        steps.prepare(1, NUM_DRAFTS + 1)
     packed = {
         m.weight.data_ptr(): m
         for m in model.modules()
@@ -82,8 +89,8 @@ def main() -> None:
         text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
         encoded = tokenizer(text, add_special_tokens=False).input_ids
         ids = torch.tensor(encoded, device=model.device)
-        alone, seconds, _ = generate(model, ids, 0)
-        drafted, seconds_drafted, stats = generate(model, ids, NUM_DRAFTS)
+        alone, seconds, _ = generate(model, steps, ids, 0)
+        drafted, seconds_drafted, stats = generate(model, steps, ids, NUM_DRAFTS)
         print(f"\n> {question}\n{tokenizer.decode(alone, skip_special_tokens=True).strip()}")
         same = "the same text" if drafted == alone else "ANOTHER TEXT"
         rates = " ".join(f"{rate:.0%}" for rate in stats.acceptance_per_position)

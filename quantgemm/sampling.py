@@ -4,8 +4,9 @@
     result = speculative_generate(target, draft, prompt_ids, max_new_tokens=64)
     result.tokens, result.statistics.tokens_per_step
 
-`target` and `draft` are callables from ids ``[1, n]`` to logits ``[1, n, vocab]``, or transformers
-models with the same tokenizer. Whatever the draft does, the output follows the target.
+`target` and `draft` are callables from ids ``[1, n]`` to logits ``[1, n, vocab]``, transformers
+models with the same tokenizer, or what `compile_decode` makes of such: CUDA graphs then read the
+drafts. Whatever the draft does, the output follows the target.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -30,7 +31,21 @@ __all__ = [
 ]
 
 Tensor = torch.Tensor
-Model = Callable[[Tensor], Any]
+
+
+@runtime_checkable
+class Steps(Protocol):
+    """What `compile_decode` makes of a model: see `quantgemm.models.Decoder`."""
+
+    max_tokens: int
+
+    def prepare(self, batch: int, tokens: int = 1) -> None: ...
+    def read(self, prompts: Tensor) -> Tensor: ...
+    def step(self, tokens: Tensor) -> Tensor: ...
+    def forget(self, tokens: int) -> None: ...
+
+
+Model = Callable[[Tensor], Any] | Steps
 
 
 @dataclass(frozen=True)
@@ -149,7 +164,8 @@ def speculative_generate(
 
     A transformers model keeps its keys and values between the steps and reads only what is new:
     at most num_drafts + 1 tokens per step. use_cache=False is for architectures whose cache cannot
-    be cut back to the accepted tokens. Other callables get the whole text each time.
+    be cut back to the accepted tokens. Other callables get the whole text each time. A `Decoder` of
+    `compile_decode` takes one prompt.
     """
     config = config or SamplingConfig()
     prompts = [prompts] if isinstance(prompts, Tensor) else list(prompts)
@@ -165,9 +181,9 @@ def speculative_generate(
     ends = [len(i) + max_new_tokens for i in ids]
     active = [b for b in range(len(ids)) if max_new_tokens > 0]
     ending = {eos_token_id} if isinstance(eos_token_id, int) else set(eos_token_id or ())
-    readers = [_Reader(target, len(ids), use_cache)]
+    readers = [_reader(target, len(ids), use_cache, num_drafts + 1)]
     if not isinstance(draft, NgramDraft):
-        readers.append(_Reader(draft, len(ids), use_cache))
+        readers.append(_reader(draft, len(ids), use_cache, 1))
     while active:
         device = prompts[0].device
         round_ = _Round(config, [ids[b] for b in active], active, device, draft_to_target, block)
@@ -191,10 +207,50 @@ def speculative_generate(
     return GenerationResult(tokens, stats)
 
 
+def _reader(model: Model, sequences: int, use_cache: bool, tokens: int) -> _Reader | _StepReader:
+    """tokens: how many the reader is to read at once, once a text has begun."""
+    if isinstance(model, Steps):
+        return _StepReader(model, sequences, tokens)
+    return _Reader(model, sequences, use_cache)
+
+
+class _StepReader:
+    """Reads by recorded steps: of one token, or of `most`, the last ones perhaps for nothing."""
+
+    def __init__(self, decoder: Steps, sequences: int, most: int) -> None:
+        if sequences != 1:
+            raise ValueError(f"prompts: expected one for a compiled model, got {sequences}")
+        self.decoder, self.most = decoder, most
+        self.read: list[int] = []
+        decoder.prepare(1, most)
+
+    def logits(self, b: int, ids: list[int], rows: int, device: torch.device) -> Tensor:
+        """[rows, vocab] that follow the last `rows` tokens of the text."""
+        known = min(_common_prefix(self.read, ids), len(ids) - rows)
+        made: list[Tensor] = []
+        with torch.no_grad():
+            if known <= 0:
+                known = len(ids) - rows + 1
+                made.append(self.decoder.read(torch.tensor([ids[:known]], device=device)))
+            else:
+                self.decoder.forget(len(self.read) - known)
+            while known < len(ids):
+                most = self.most if known + self.most <= self.decoder.max_tokens else 1
+                new = ids[known : known + most]
+                count = 1 if len(new) == 1 else most
+                padded = new + new[-1:] * (count - len(new))
+                logits = self.decoder.step(torch.tensor([padded], device=device))[0, : len(new)]
+                made.append(logits.clone())  # the next step writes there
+                self.decoder.forget(count - len(new))
+                known += len(new)
+        self.read = list(ids)
+        return torch.cat(made)[-rows:]
+
+
 class _Reader:
     """A model that reads texts which grow, and now and then lose their end."""
 
-    def __init__(self, model: Model, sequences: int, use_cache: bool) -> None:
+    def __init__(self, model: Callable[[Tensor], Any], sequences: int, use_cache: bool) -> None:
         self.model = model
         is_transformers = hasattr(model, "generate") and hasattr(model, "config")
         self.caches: list[Any] | None = None
@@ -269,7 +325,7 @@ class _Round:
     def look_up(self, ngram: NgramDraft, count: int) -> None:
         self.drafts = [ngram.propose(i, count) for i in self.ids]
 
-    def draft_with(self, model: _Reader, count: int) -> None:
+    def draft_with(self, model: _Reader | _StepReader, count: int) -> None:
         rows, lse, cutoff = [], [], []
         for k in range(count):
             logits = torch.cat([model.logits(b, i, 1, self.device) for b, i in self.texts()])
@@ -293,7 +349,7 @@ class _Round:
                 "draft_cutoff": torch.stack(cutoff, 1),
             }
 
-    def verify(self, target: _Reader) -> tuple[list[list[int]], list[int]]:
+    def verify(self, target: _Reader | _StepReader) -> tuple[list[list[int]], list[int]]:
         """New tokens of each sequence, and how many were drafted."""
         lengths = [len(d) for d in self.drafts]
         texts = zip(self.texts(), lengths, strict=True)

@@ -101,6 +101,59 @@ def test_quantised_keys_and_values(device: str, kv: str) -> None:
     assert decoder.kv_bytes < plain.kv_bytes
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("case", ["llama", "qwen3"])
+def test_several_tokens_at_once_and_forgotten_ones(device: str, case: str) -> None:
+    """A step of several tokens says what as many steps say, also where others were taken back."""
+    model = tiny(device, case)
+    ids, others = prompts(device, 2, 30), prompts(device, 2, 60)[:, 30:]
+    with torch.no_grad():
+        want = model(ids).logits
+    decoder = compile_decode(model, max_tokens=40)
+    got = [decoder.read(ids[:, :10])[:, None].clone()]
+    for start, count in ((10, 4), (14, 1), (15, 4), (19, 7), (26, 4)):
+        # Drafts that are refused, recorded in the midst of a text when they first come.
+        decoder.step(others[:, start : start + 3])
+        decoder.forget(2, batch=2)
+        decoder.forget(1, batch=2)
+        got.append(decoder.step(ids[:, start : start + count]).clone())
+    for i, row in enumerate(torch.cat(got, 1).unbind(1)):
+        difference = (row - want[:, 9 + i]).float().norm() / want[:, 9 + i].float().norm()
+        assert difference < 0.03, (i, float(difference))
+    assert decoder._texts[2].tokens_read == 30
+    with pytest.raises(ValueError, match="the cache is full, it holds 40 tokens; 30 are there"):
+        decoder.step(others[:, :11])
+    with pytest.raises(ValueError, match="tokens: expected 0 to 29, got 30"):
+        decoder.forget(30, batch=2)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("kind", ["ngram", "similar"])
+@pytest.mark.parametrize("config", [GREEDY, SamplingConfig(0.9, 20, 0.9, seed=5)])
+def test_speculation_with_recorded_steps(device: str, kind: str, config: SamplingConfig) -> None:
+    model = tiny(device, dtype=torch.float16)
+    draft: Any = NgramDraft()
+    if kind == "similar":
+        draft = compile_decode(tiny(device, dtype=torch.float16), max_tokens=128)
+    ids = prompts(device)[0]
+    decoder = compile_decode(model, max_tokens=9 + 40)  # no room for drafts at the end
+    told: list[int] = []
+    result = speculative_generate(
+        decoder, draft, ids, 40, 3, config, on_tokens=lambda b, new: told.extend(new)
+    )
+    assert told == result.tokens[0] and len(told) == 40
+    if config is GREEDY:
+        text = decoder.generate(ids, 40, config, ())[0]
+        same = next((i for i, (a, b) in enumerate(zip(text, told, strict=True)) if a != b), 40)
+        assert same >= 10  # where two tokens are equally likely, roundings decide
+    statistics = result.statistics
+    assert statistics.emitted == 40 and statistics.steps <= 40
+    if kind == "similar" and config is GREEDY:
+        assert statistics.tokens_per_step > 2
+    again = speculative_generate(decoder, draft, ids, 40, 3, config)
+    assert again.tokens == result.tokens
+
+
 def test_norms_are_fused_only_where_that_is_the_same() -> None:
     model = tiny("cpu")
     other, untouched = copy.deepcopy(model), copy.deepcopy(model)
@@ -178,8 +231,15 @@ def test_mistakes() -> None:
         decoder.read(torch.ones(1, 20, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"prompts: expected ids \[batch, tokens\], got \[10\]"):
         decoder.read(ids[0])
-    with pytest.raises(ValueError, match=r"tokens: expected ids \[batch\] of a text that read\(\)"):
+    with pytest.raises(ValueError, match=r"tokens: expected ids \[batch\] or .* that read\(\)"):
         decoder.step(ids[:, 0])
+    with pytest.raises(ValueError, match=r"tokens: expected 0 to 0, got 1"):
+        decoder.forget(1)
+    with pytest.raises(ValueError, match=r"prompts: expected one for a compiled model, got 2"):
+        speculative_generate(decoder, NgramDraft(), list(prompts("cpu", 2)), 3)
+    packed = compile_decode(model, 64, kv="dense4", window=16)
+    with pytest.raises(NotImplementedError, match=r"tokens: expected 1 where .* are dense4, got 3"):
+        packed.prepare(1, 3)
     with pytest.raises(ValueError, match=r"max_new_tokens: the cache holds 16 tokens, got 10 \+ 8"):
         decoder.generate(ids, 8)
     assert len(decoder.generate(ids, 7, GREEDY, ())[0]) == 7

@@ -41,7 +41,7 @@ With --draft, a smaller model or the text itself ("ngram": what followed the las
 proposes tokens, and the model judges several in one pass. What comes out follows the same law,
 and with --temperature 0 it is the same text, up to roundings.
 
-On a GPU the steps without drafts are CUDA graphs. --kv keeps keys and values in 2 or 4 bits.
+On a GPU the steps are CUDA graphs. --kv keeps keys and values in 2 or 4 bits.
 """
 EPILOG = """\
 examples:
@@ -129,7 +129,9 @@ def run(args: argparse.Namespace) -> int:
     start = time.perf_counter()
     model = load(args.model, device, args.dtype, args.algo)
     draft = None if args.draft is None else _draft(args.draft, device, args, model)
+    smaller = smaller_vocabulary(model, draft)
     print(f"loaded in {time.perf_counter() - start:.1f} s", file=sys.stderr)
+    most = args.num_drafts + 1 if draft else 1  # tokens that a step reads
     room = model.config.max_position_embeddings - len(ids)
     if room <= 0:
         context = model.config.max_position_embeddings
@@ -137,7 +139,9 @@ def run(args: argparse.Namespace) -> int:
     seed = secrets.randbelow(1 << 20) if args.seed is None else args.seed
     config = SamplingConfig(args.temperature, args.top_k, args.top_p, seed=seed)
     count = min(args.max_new_tokens, room)
-    decoder = None if draft else _decoder(model, len(ids) + count, args.kv)
+    decoder = _decoder(model, len(ids) + count, most, args.kv)
+    if draft and not isinstance(draft, NgramDraft) and decoder is not None:
+        draft = _decoder(draft, len(ids) + count, 1, None) or draft
     stream = TextStream(tokenizer)
     clock = Clock(device)
 
@@ -148,18 +152,18 @@ def run(args: argparse.Namespace) -> int:
     ends = model.generation_config.eos_token_id or []
     text = torch.tensor(ids, device=device)
     statistics = None
-    if decoder is not None:
+    if decoder is not None and draft is None:
         decoder.generate(text, count, config, ends, on_tokens)
     else:
         result = speculative_generate(
-            model,
+            decoder or model,
             draft or NgramDraft(),
             text,
             count,
             args.num_drafts if draft else 0,
             config,
             ends,
-            draft_to_target=smaller_vocabulary(model, draft),
+            draft_to_target=smaller,
             on_tokens=on_tokens,
         )
         statistics = result.statistics if draft else None
@@ -170,12 +174,15 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _decoder(model: Any, tokens: int, kv: str | None) -> Decoder | None:
-    """Recorded steps, where the model can have them; said if it cannot."""
+def _decoder(model: Any, tokens: int, most: int, kv: str | None) -> Decoder | None:
+    """Recorded steps of one and of `most` tokens, where the model can have them; said if not."""
     if kv is None and model.device.type != "cuda":
         return None
     try:
-        return compile_decode(model, tokens, kv, batch_sizes=(1,))
+        decoder = compile_decode(model, tokens, kv)
+        decoder.prepare(1)
+        decoder.prepare(1, most)
+        return decoder
     except (NotImplementedError, TypeError, ValueError, torch.OutOfMemoryError) as error:
         if kv is not None:
             raise CommandError(f"--kv: {error}") from error

@@ -76,6 +76,7 @@ def _layer_class(base: Any) -> Any:
         def __init__(self, store: SparseKVCache) -> None:
             super().__init__()
             self.store, self.tokens = store, 0
+            self.one_by_one = False  # several tokens behind others: as if they came alone
             self.is_initialized = True
 
         def lazy_initialization(self, *_: Any) -> None:
@@ -98,6 +99,12 @@ def _layer_class(base: Any) -> Any:
         ) -> torch.Tensor:
             """query ``[batch, query heads, tokens, head_dim]``; the same shape back."""
             tokens, before = keys.shape[2], self.tokens
+            if self.one_by_one and tokens > 1:
+                each = []
+                for i in range(tokens):
+                    q, k, v = (side[:, :, i : i + 1] for side in (query, keys, values))
+                    each.append(self.attend_and_keep(q, k, v, None, scale))
+                return torch.cat(each, 2)
             if keys.shape[0] != self.store.batch:
                 raise ValueError(
                     f"past_key_values: the cache is for batch {self.store.batch}, "
@@ -128,7 +135,10 @@ def _layer_class(base: Any) -> Any:
             )
 
         def count(self, tokens: int) -> None:
-            """So many tokens were kept by a CUDA graph, which the host did not see."""
+            """So many tokens were kept by a CUDA graph, which the host did not see.
+
+            Less than 0: so many were taken from `store.lens` again.
+            """
             self.tokens += tokens
             self.store.count(tokens)
 

@@ -76,25 +76,33 @@ class Decoder:
         if kv is None and options:
             raise ValueError(f"{next(iter(options))}: only with kv, a format of keys and values")
         self.model, self.max_tokens, self.kv, self.options = model, max_tokens, kv, options
-        self._steps: dict[int, _Step] = {}
+        self._texts: dict[int, _Texts] = {}
 
-    def prepare(self, batch: int) -> None:
-        """Takes the memory for so many sequences, and records their step."""
+    def prepare(self, batch: int, tokens: int = 1) -> None:
+        """Takes the memory for so many sequences, and records their step of so many tokens."""
         if batch < 1:
             raise ValueError(f"batch: expected at least 1, got {batch}")
-        if batch not in self._steps:
+        if not 1 <= tokens <= self.max_tokens:
+            raise ValueError(f"tokens: expected 1 to {self.max_tokens}, got {tokens}")
+        if tokens > 1 and self.kv:
+            raise NotImplementedError(
+                f"tokens: expected 1 where keys and values are {self.kv}, got {tokens}: what is "
+                "packed could not be forgotten"
+            )
+        if batch not in self._texts:
             # A window over all tokens leaves nothing to pack.
             options = self.options if self.kv else {"window": self.max_tokens, "sinks": 0}
             cache = quantized_cache(
                 self.model, self.kv or "dense4", max_tokens=self.max_tokens, batch=batch, **options
             )
             fuse_steps(self.model)
-            self._steps[batch] = _Step(self.model, cache, batch)
+            self._texts[batch] = _Texts(self.model, cache, batch)
+        self._texts[batch].prepare(tokens)
 
     @property
     def kv_bytes(self) -> int:
         """Of all caches."""
-        return sum(layer.store.num_bytes for s in self._steps.values() for layer in s.cache.layers)
+        return sum(layer.store.num_bytes for t in self._texts.values() for layer in t.cache.layers)
 
     def read(self, prompts: torch.Tensor) -> torch.Tensor:
         """Begins a text: ids ``[batch, tokens]`` to the logits ``[batch, vocab]`` behind them."""
@@ -104,19 +112,41 @@ class Decoder:
             count = prompts.shape[1]
             raise ValueError(f"prompts: expected at most {self.max_tokens} tokens, got {count}")
         self.prepare(prompts.shape[0])
-        return self._steps[prompts.shape[0]].begin(prompts)
+        return self._texts[prompts.shape[0]].begin(prompts)
 
     def step(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Goes on: ids ``[batch]``, logits ``[batch, vocab]`` until the next step."""
-        step = self._steps.get(tokens.shape[0] if tokens.dim() == 1 else -1)
-        if step is None or not step.tokens_read:
+        """Goes on: ids ``[batch]``, logits ``[batch, vocab]`` until the next step.
+
+        Or several tokens of each text at once: ids ``[batch, tokens]``, logits ``[batch, tokens,
+        vocab]``, those behind each token. Each number of tokens is recorded when it first comes.
+        """
+        texts = self._texts.get(tokens.shape[0]) if tokens.dim() in (1, 2) else None
+        if texts is None or not texts.tokens_read or not tokens.numel():
             shape = list(tokens.shape)
             raise ValueError(
-                f"tokens: expected ids [batch] of a text that read() began, got {shape}"
+                "tokens: expected ids [batch] or [batch, tokens] of a text that read() began, "
+                f"got {shape}"
             )
-        if step.tokens_read >= self.max_tokens:
-            raise ValueError(f"tokens: the cache is full, it holds {self.max_tokens} tokens")
-        return step.go_on(tokens)
+        ids = tokens if tokens.dim() == 2 else tokens[:, None]
+        if texts.tokens_read + ids.shape[1] > self.max_tokens:
+            raise ValueError(
+                f"tokens: the cache is full, it holds {self.max_tokens} tokens; "
+                f"{texts.tokens_read} are there, got {ids.shape[1]} more"
+            )
+        self.prepare(texts.batch, ids.shape[1])
+        logits = texts.go_on(ids)
+        return logits if tokens.dim() == 2 else logits[:, 0]
+
+    def forget(self, tokens: int, batch: int = 1) -> None:
+        """Takes back the last `tokens` of each text, as refused drafts want it; does not wait."""
+        texts = self._texts.get(batch)
+        read = 0 if texts is None else texts.tokens_read
+        if texts is None or not 0 <= tokens < max(read, 1):
+            raise ValueError(f"tokens: expected 0 to {max(read - 1, 0)}, got {tokens}")
+        if tokens and self.kv:
+            raise NotImplementedError(f"kv: expected None to forget tokens, got {self.kv!r}")
+        if tokens:
+            texts.forget(tokens)
 
     def generate(
         self,
@@ -198,39 +228,31 @@ class _Draw:
         return self.values.tolist()  # type: ignore[no-any-return]
 
 
-class _Step:
-    """One token of each of `batch` sequences: buffers, and on a GPU the graph that reads them."""
+class _Texts:
+    """A batch of texts that grow: their keys and values, and the steps by which they do."""
 
     def __init__(self, model: Any, cache: Any, batch: int) -> None:
-        self.model, self.cache, self.tokens_read = model, cache, 0
-        self.ids = torch.zeros(batch, 1, dtype=torch.int64, device=model.device)
-        self.positions = torch.zeros_like(self.ids)
-        self.graph: torch.cuda.CUDAGraph | None = None
-        if model.device.type == "cuda":
-            self.logits = self._record()
+        self.model, self.cache, self.batch, self.tokens_read = model, cache, batch, 0
+        self.positions = torch.zeros(batch, 1, dtype=torch.int64, device=model.device)
+        self.steps: dict[int, _Step] = {}
 
-    def _run(self) -> torch.Tensor:
-        out = self.model(
-            self.ids, position_ids=self.positions, past_key_values=self.cache, use_cache=True
-        )
-        self.positions += 1
-        logits: torch.Tensor = out.logits[:, -1]
-        return logits
+    def prepare(self, count: int) -> _Step:
+        """The step of `count` tokens; a text that has begun stays as it is."""
+        if count not in self.steps:
+            lens = [layer.store.lens.clone() for layer in self.cache.layers]
+            positions = self.positions.clone()
 
-    def _record(self) -> torch.Tensor:
-        side = torch.cuda.Stream(self.model.device)  # type: ignore[no-untyped-call]
-        side.wait_stream(torch.cuda.current_stream(self.model.device))
-        with torch.no_grad(), torch.cuda.device(self.model.device):
-            with torch.cuda.stream(side):
-                for _ in range(2):  # what is set up at a first call must not be recorded
-                    self._run()
-            torch.cuda.current_stream().wait_stream(side)
-            self.cache.reset()
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph, stream=side):
-                logits = self._run()
-            self.cache.reset()
-        return logits
+            def restore() -> None:
+                torch._foreach_copy_([layer.store.lens for layer in self.cache.layers], lens)
+                self.positions.copy_(positions)
+                for layer in self.cache.layers:
+                    layer.count(self.tokens_read - layer.tokens)
+
+            step = _Step(self, count)
+            if self.positions.is_cuda:
+                step.record(restore)
+            self.steps[count] = step
+        return self.steps[count]
 
     def begin(self, prompts: torch.Tensor) -> torch.Tensor:
         self.cache.reset()
@@ -243,15 +265,69 @@ class _Step:
         return logits
 
     def go_on(self, tokens: torch.Tensor) -> torch.Tensor:
-        self.ids.copy_(tokens[:, None])
-        self.tokens_read += 1
-        if self.graph is None:
+        step = self.prepare(tokens.shape[1])
+        step.ids.copy_(tokens)
+        self.tokens_read += tokens.shape[1]
+        if step.graph is None:
             with torch.no_grad():
-                return self._run()
-        self.graph.replay()
+                return step.run()
+        step.graph.replay()
         for layer in self.cache.layers:
-            layer.count(1)
-        return self.logits
+            layer.count(tokens.shape[1])
+        return step.logits
+
+    def forget(self, count: int) -> None:
+        torch._foreach_sub_([layer.store.lens for layer in self.cache.layers], count)
+        for layer in self.cache.layers:
+            layer.count(-count)
+        self.positions -= count
+        self.tokens_read -= count
+
+
+class _Step:
+    """`count` tokens of each text: buffers, and on a GPU the graph that reads them."""
+
+    def __init__(self, texts: _Texts, count: int) -> None:
+        self.texts, device = texts, texts.positions.device
+        self.ids = torch.zeros(texts.batch, count, dtype=torch.int64, device=device)
+        self.places = torch.arange(count, device=device)
+        # Of four dimensions, so that transformers makes none; nobody reads it.
+        self.mask = None if count == 1 else torch.ones(1, 1, count, 1, device=device).bool()
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    def run(self) -> torch.Tensor:
+        """Logits ``[batch, count, vocab]``."""
+        texts = self.texts
+        for layer in texts.cache.layers:
+            layer.one_by_one = True
+        out = texts.model(
+            self.ids,
+            attention_mask=self.mask,
+            position_ids=texts.positions + self.places,
+            past_key_values=texts.cache,
+            use_cache=True,
+        )
+        for layer in texts.cache.layers:
+            layer.one_by_one = False
+        texts.positions += len(self.places)
+        logits: torch.Tensor = out.logits
+        return logits
+
+    def record(self, restore: Callable[[], None]) -> None:
+        """restore: undoes what a run does to the texts."""
+        device = self.ids.device
+        side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        side.wait_stream(torch.cuda.current_stream(device))
+        with torch.no_grad(), torch.cuda.device(device):
+            with torch.cuda.stream(side):
+                for _ in range(2):  # what is set up at a first call must not be recorded
+                    self.run()
+                    restore()
+            torch.cuda.current_stream().wait_stream(side)
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph, stream=side):
+                self.logits = self.run()
+            restore()
 
 
 def fuse_steps(model: torch.nn.Module) -> tuple[int, int]:
