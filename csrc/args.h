@@ -240,7 +240,8 @@ struct KvAttentionArgs {
   void* out;          // like query
   float* lse;         // [batch, heads · groups], natural logarithm
   float* partial;     // CUDA: [split, batch, heads · groups, channels + 2]: sums, their maximum and mass
-  int64_t groups;
+  int64_t groups;     // query heads of a key-value head, times tokens
+  int64_t tokens;     // the last ones of each sequence ask, group g for token g % tokens
   int64_t split;
   float scale;
 };

@@ -124,6 +124,11 @@ QG_HD SequenceParts parts_of(const KvCacheArgs& c, int64_t tokens) {
   const int64_t first = pages * kPageTokens, most = first + ring_slots(c);
   return {sinks, pages, first, rest < most ? rest : most};
 }
+// How many tokens at the end of a sequence come after the one that group g asks for.
+QG_HD int hidden_tokens(const KvAttentionArgs& args, int g) {
+  const int tokens = static_cast<int>(args.tokens);
+  return tokens == 1 ? 0 : tokens - 1 - g % tokens;
+}
 // The slot of a token's position.
 QG_HD int64_t recent_slot(const KvCacheArgs& c, int64_t position) {
   return position < c.sinks ? position : c.sinks + (position - c.sinks) % ring_slots(c);

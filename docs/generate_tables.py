@@ -30,14 +30,14 @@ SPEED = ["dequantize", "quantize", "cpu_dequantize", "cpu_gemm", "gguf_open"]
 PACKED = ["packed_pack", "packed_types", "packed_tokens"]
 LADDER = ["gemm_ladder", "gemm_types", "gemm_tokens"]
 CACHES = ["kv_cache", "sparse_kv_attention", "sparse_kv_compression"]
-RESULTS = [*SPEED, *PACKED, *LADDER, *CACHES, "sampling_modes", "models"]
+RESULTS = [*SPEED, *PACKED, *LADDER, *CACHES, "sampling_modes", "models", "speculation"]
 DOCUMENTS: dict[Path, set[str]] = {
     ROOT / "docs" / "formats.md": {"formats-table"},
     ROOT / "docs" / "performance.md": {f"results-{name}" for name in SPEED + PACKED},
     ROOT / "docs" / "ladder.md": {f"results-{name}" for name in LADDER},
     ROOT / "docs" / "sampling.md": {"results-sampling_modes"},
     ROOT / "docs" / "sparse-kv.md": {f"results-{name}" for name in CACHES},
-    ROOT / "docs" / "models.md": {"results-models"},
+    ROOT / "docs" / "models.md": {"results-models", "results-speculation"},
     ROOT / "README.md": {"formats-table"},
 }
 NUMBERS = ["id", "weights", "bytes", "bits/weight", "group"]

@@ -123,6 +123,8 @@ def test_several_tokens_at_once_and_forgotten_ones(device: str, case: str) -> No
     assert decoder._texts[2].tokens_read == 30
     with pytest.raises(ValueError, match="the cache is full, it holds 40 tokens; 30 are there"):
         decoder.step(others[:, :11])
+    with pytest.raises(ValueError, match="tokens: expected 1 to 16, got 17"):
+        compile_decode(model, max_tokens=40).prepare(1, 17)
     with pytest.raises(ValueError, match="tokens: expected 0 to 29, got 30"):
         decoder.forget(30, batch=2)
 

@@ -26,16 +26,20 @@ def tokens_of(
 
 
 def exact_attention(cache: SparseKVCache, layer: int, query: Tensor) -> tuple[Tensor, Tensor]:
-    """float64 over what the cache holds."""
+    """float64 over what the cache holds; query [batch, query heads(, tokens), head_dim]."""
+    several = query.unflatten(1, (query.shape[1], -1)) if query.dim() == 3 else query
+    tokens = several.shape[2]
     outs, lses = [], []
     for b in range(cache.batch):
         k, v = (x.double().cpu() for x in cache.dense(layer, b))
-        groups = query.shape[1] // len(k)
-        q = query[b].double().cpu().view(len(k), groups, -1)
-        logits = q @ k.transpose(1, 2) * cache.head_dim**-0.5
-        outs.append((logits.softmax(-1) @ v).flatten(0, 1))
-        lses.append(logits.logsumexp(-1).flatten())
-    return torch.stack(outs), torch.stack(lses)
+        q = several[b].double().cpu().reshape(len(k), -1, tokens, cache.head_dim)
+        logits = q @ k[:, None].transpose(2, 3) * cache.head_dim**-0.5
+        behind = torch.arange(k.shape[1] - tokens, k.shape[1])[:, None]  # each sees itself
+        logits.masked_fill_(torch.arange(k.shape[1]) > behind, -torch.inf)
+        outs.append((logits.softmax(-1) @ v[:, None]).flatten(0, 1))
+        lses.append(logits.logsumexp(-1).flatten(0, 1))
+    out, lse = torch.stack(outs), torch.stack(lses)
+    return out.view(query.shape), lse.view(query.shape[:-1])
 
 
 def assert_attention(cache: SparseKVCache, query: Tensor) -> None:
@@ -99,6 +103,46 @@ def test_attention(
     g = torch.Generator().manual_seed(1)
     query = torch.randn(3, heads * groups, dim, generator=g).to(dtype).to(device)
     assert_attention(cache, query)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("form", ["dense4", "dense2"])
+@pytest.mark.parametrize(
+    ("heads", "groups", "dim", "count", "window", "tokens"),
+    [
+        (2, 4, 128, 700, 128, 5),
+        (1, 7, 64, 16, 64, 16),
+        (2, 1, 256, 333, 2, 3),
+        (1, 3, 128, 90, 90, 4),
+    ],
+)
+def test_several_tokens_ask(
+    heads: int,
+    groups: int,
+    dim: int,
+    count: int,
+    window: int,
+    tokens: int,
+    form: str,
+    device: str,
+) -> None:
+    """Each of the last tokens sees those before it and itself, whatever the others would give."""
+    cache = SparseKVCache(
+        1, heads, dim, form, window=window, sinks=1, max_tokens=1024, batch=3, device=device
+    )
+    k, v = (x.to(device) for x in tokens_of(3, heads, count, dim))
+    g = torch.Generator().manual_seed(1)
+    query = torch.randn(3, heads * groups, tokens, dim, generator=g).half().to(device)
+    # A token's own key is what it looks for: a maximum that the tokens before must not see.
+    k[:, :, -tokens:] = 3 * query[:, ::groups]
+    counts = torch.tensor([count, count, tokens], device=device)
+    k[2], v[2] = k[2].roll(tokens, 1), v[2].roll(tokens, 1)
+    cache.append(0, k, v, counts)
+    cache.advance(count, counts)
+    assert_attention(cache, query)
+    if window > 2 * tokens:
+        alone = cache.attend(0, query[:, :, -1])[0]
+        torch.testing.assert_close(cache.attend(0, query)[0][:, :, -1], alone, rtol=4e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -264,5 +308,7 @@ def test_mistakes() -> None:
         cache.attend(0, torch.zeros(1, 3, 64).half())
     with pytest.raises(ValueError, match=r"query: expected shape \[1, 4, 64\]"):
         cache.attend(0, torch.zeros(1, 4, 128).half())
+    with pytest.raises(ValueError, match=r"query: expected 1 to 16 tokens, .*, got 17"):
+        cache.attend(0, torch.zeros(1, 2, 17, 64).half())
     with pytest.raises(ValueError, match="order: expected 1 sequences"):
         cache.reorder([0, 0])

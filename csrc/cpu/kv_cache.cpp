@@ -93,8 +93,9 @@ void attend(const KvAttentionArgs& args, int64_t sequence, int64_t head) {
   std::vector<Sums> sums(static_cast<size_t>(args.groups));
   for (Sums& s : sums) s.out.assign(static_cast<size_t>(c.channels), 0.0f);
   std::vector<float> key(static_cast<size_t>(c.channels)), value(key.size());
-  const auto add_token = [&] {
+  const auto add_token = [&](int64_t tokens_behind) {
     for (int64_t g = 0; g < args.groups; ++g) {
+      if (tokens_behind < hidden_tokens(args, static_cast<int>(g))) continue;
       float logit = 0;
       for (int64_t d = 0; d < c.channels; ++d)
         logit +=
@@ -112,16 +113,17 @@ void attend(const KvAttentionArgs& args, int64_t sequence, int64_t head) {
         key[static_cast<size_t>(d)] = keys.value(t, d);
         value[static_cast<size_t>(d)] = values.value(d, t);
       }
-      add_token();
+      add_token(args.tokens);  // the window hides nothing that is packed
     }
   }
+  int64_t left = parts.sinks + parts.ring_end - parts.ring_first;
   const auto add_recent = [&](int64_t slot) {
     const int64_t at = ((sequence * c.heads + head) * c.recent + slot) * c.channels;
     for (int64_t d = 0; d < c.channels; ++d) {
       key[static_cast<size_t>(d)] = load_any(c.recent_keys, at + d, c.type);
       value[static_cast<size_t>(d)] = load_any(c.recent_values, at + d, c.type);
     }
-    add_token();
+    add_token(--left);
   };
   for (int64_t t = 0; t < parts.sinks; ++t) add_recent(t);
   for (int64_t t = parts.ring_first; t < parts.ring_end; ++t) add_recent(recent_slot(c, c.sinks + t));

@@ -198,17 +198,21 @@ struct AttentionWarp {
     fetch_values(next);
   }
 
-  // Up to 16 recent tokens, the index-th and following of parts. Before all pages.
-  __device__ __forceinline__ void add_recent(const SequenceParts& parts, int64_t index) {
+  // Up to 16 recent tokens of parts, from the index-th or, if that is less than 0, the first. Before all
+  // pages. count: of recent tokens; the 16 that end there leave each token that asks one to see.
+  __device__ __forceinline__ void add_recent(const SequenceParts& parts, int64_t index, int64_t count) {
     const KvCacheArgs& c = args.cache;
-    const int64_t left = parts.sinks + parts.ring_end - parts.ring_first - index;
     // This lane's tokens lane/4 and lane/4 + 8, any one in place of those that are not there.
     const uint16_t *keys[2], *values[2];
-    bool is_there[2];
+    bool is_there[2], is_seen[2][2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      is_there[i] = 8 * i + lane / 4 < left;
-      const int64_t t = index + (is_there[i] ? 8 * i + lane / 4 : 0);
+      const int64_t own = index + 8 * i + lane / 4, t = own < 0 ? 0 : own;
+      is_there[i] = own >= 0;
+#pragma unroll
+      for (int j = 0; j < 2; ++j)
+        is_seen[i][j] = is_there[i] && own < count - hidden_tokens(args, static_cast<int>(8 * blockIdx.z) +
+                                                                             lane % 4 * 2 + j);
       const int64_t position = t < parts.sinks ? t : c.sinks + parts.ring_first + t - parts.sinks;
       const int64_t at = (row * c.recent + recent_slot(c, position)) * Channels;
       keys[i] = static_cast<const uint16_t*>(c.recent_keys) + at + lane % 4 * 8;
@@ -233,7 +237,8 @@ struct AttentionWarp {
     }
 #pragma unroll
     for (int j = 0; j < 4; ++j)
-      logits[0][j] = is_there[j / 2] ? fmaf(logits[0][j], args.scale * kLog2E, -maximum[j % 2]) : -INFINITY;
+      logits[0][j] =
+          is_seen[j / 2][j % 2] ? fmaf(logits[0][j], args.scale * kLog2E, -maximum[j % 2]) : -INFINITY;
     uint32_t weights[1][2];
     softmax<Real16>(logits, weights);
 #pragma unroll
@@ -287,7 +292,8 @@ __global__ void __launch_bounds__(kAttentionThreads, attention_blocks(Channels))
   warp.load_query();
   const int64_t recent = parts.sinks + parts.ring_end - parts.ring_first, chunks = (recent + 15) / 16;
 #pragma unroll 1
-  for (int64_t i = chunks * own / warps; i < chunks * (own + 1) / warps; ++i) warp.add_recent(parts, 16 * i);
+  for (int64_t i = chunks * own / warps; i < chunks * (own + 1) / warps; ++i)
+    warp.add_recent(parts, recent - 16 * (chunks - i), recent);
   warp.begin_pages();
 #pragma unroll 1
   for (int i = begin; i < end; ++i) {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 // sparse_kv_append: new tokens [batch, heads, count, channels] into a cache of kv_page.h, in place
-// sparse_kv_attention(query [batch, heads · groups, channels], cache) -> out like query, lse
+// sparse_kv_attention(query [batch, heads · groups(, tokens), channels], cache) -> out like query, lse
 #include "../cpu/cpu.h"
 #include "../kv_page.h"
 #include "launch_scope.h"
@@ -117,18 +117,27 @@ std::tuple<Tensor, Tensor> sparse_kv_attention(Tensor query, Tensor key_pages, T
   KvAttentionArgs args{};
   args.cache = cache.check();
   const KvCacheArgs& c = args.cache;
-  check_value(query.dim() == 3, "query: expected [batch, query heads, head_dim], got shape ",
-              shape_of(query));
-  const int64_t heads = query.size(1);
-  args.groups = c.heads == 0 ? 0 : heads / c.heads;
-  check_value(c.heads > 0 && heads % c.heads == 0 && args.groups >= 1 && args.groups <= 16,
+  check_value(
+      query.dim() == 3 || query.dim() == 4,
+      "query: expected [batch, query heads, head_dim] or [batch, query heads, tokens, head_dim], got ",
+      "shape ", shape_of(query));
+  const int64_t heads = query.size(1), groups = c.heads == 0 ? 0 : heads / c.heads;
+  check_value(c.heads > 0 && heads % c.heads == 0 && groups >= 1 && groups <= 16,
               "query: expected 1 to 16 query heads for each of ", c.heads, " key-value heads, got ", heads);
+  const int64_t most = window + 1 < 16 ? window + 1 : 16;
+  args.tokens = query.dim() == 4 ? query.size(2) : 1;
+  check_value(args.tokens >= 1 && args.tokens <= most, "query: expected 1 to ", most,
+              " tokens, no more than 16 and one more than the window, got ", args.tokens);
+  args.groups = groups * args.tokens;
   const Tensor rows = packed(query);
-  check_cache_tensor("query", rows, recent_keys, recent_keys.scalar_type(), {c.batch, heads, c.channels});
+  std::vector<int64_t> sizes{c.batch, heads}, lse_sizes{c.batch, heads};
+  if (query.dim() == 4) sizes.push_back(args.tokens), lse_sizes.push_back(args.tokens);
+  sizes.push_back(c.channels);
+  check_cache_tensor("query", rows, recent_keys, recent_keys.scalar_type(), sizes);
 
   // arguments and output
-  Tensor out = new_output("sparse_kv_attention", rows, {c.batch, heads, c.channels}, rows.scalar_type());
-  Tensor lse = new_output("sparse_kv_attention", rows, {c.batch, heads}, ScalarType::Float);
+  Tensor out = new_output("sparse_kv_attention", rows, sizes, rows.scalar_type());
+  Tensor lse = new_output("sparse_kv_attention", rows, lse_sizes, ScalarType::Float);
   args.query = rows.const_data_ptr(), args.out = out.mutable_data_ptr();
   args.lse = lse.mutable_data_ptr<float>();
   args.scale = static_cast<float>(scale), args.split = 1;
@@ -142,8 +151,8 @@ std::tuple<Tensor, Tensor> sparse_kv_attention(Tensor query, Tensor key_pages, T
       const torch::stable::accelerator::DeviceGuard guard(rows.get_device());
       args.split = sparse_kv_attention_split(args);
     }
-    partial = new_output("sparse_kv_attention", rows, {args.split, c.batch, heads, c.channels + 2},
-                         ScalarType::Float);
+    partial = new_output("sparse_kv_attention", rows,
+                         {args.split, c.batch, heads * args.tokens, c.channels + 2}, ScalarType::Float);
     args.partial = partial->mutable_data_ptr<float>();
 #endif
     QG_RUN_ON_GPU(sparse_kv_attention, rows, args);

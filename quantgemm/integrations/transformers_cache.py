@@ -76,7 +76,7 @@ def _layer_class(base: Any) -> Any:
         def __init__(self, store: SparseKVCache) -> None:
             super().__init__()
             self.store, self.tokens = store, 0
-            self.one_by_one = False  # several tokens behind others: as if they came alone
+            self.is_step = False  # several tokens attend to those before them in one kernel too
             self.is_initialized = True
 
         def lazy_initialization(self, *_: Any) -> None:
@@ -99,12 +99,6 @@ def _layer_class(base: Any) -> Any:
         ) -> torch.Tensor:
             """query ``[batch, query heads, tokens, head_dim]``; the same shape back."""
             tokens, before = keys.shape[2], self.tokens
-            if self.one_by_one and tokens > 1:
-                each = []
-                for i in range(tokens):
-                    q, k, v = (side[:, :, i : i + 1] for side in (query, keys, values))
-                    each.append(self.attend_and_keep(q, k, v, None, scale))
-                return torch.cat(each, 2)
             if keys.shape[0] != self.store.batch:
                 raise ValueError(
                     f"past_key_values: the cache is for batch {self.store.batch}, "
@@ -116,13 +110,15 @@ def _layer_class(base: Any) -> Any:
                     "of a batch must be equally long, and attention full"
                 )
             past = []
-            if before and tokens > 1:  # a further part of a prompt; a single token never unpacks
+            if (
+                before and tokens > 1 and not self.is_step
+            ):  # a further part of a prompt; a single token never unpacks
                 past = [self.store.dense(0, i) for i in range(self.store.batch)]
             self.store.append(0, keys, values)
             self.store.advance(tokens)
             self.tokens += tokens
-            if tokens == 1:
-                return self.store.attend(0, query[:, :, 0], scale)[0][:, :, None]
+            if tokens == 1 or self.is_step:
+                return self.store.attend(0, query, scale)[0]
             if past:
                 old = [torch.stack(side).to(keys.dtype) for side in zip(*past, strict=True)]
                 keys, values = torch.cat([old[0], keys], 2), torch.cat([old[1], values], 2)

@@ -49,11 +49,13 @@ def sparse_kv_attention(
     value_bits: int,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Softmax attention of one new token: query ``[batch, query heads, head_dim]``.
+    """Softmax attention of each sequence's last token: query ``[batch, query heads, head_dim]``.
 
-    lens: int64 ``[batch]``, tokens of each sequence, on the device. Returns out like query and lse
-    float32 ``[batch, query heads]``; an empty sequence gives zeros and minus infinity. The other
-    tensors are those of a `SparseKVCache`.
+    Or of the last tokens, each of which sees those before it and itself: query ``[batch, query
+    heads, tokens, head_dim]``, at most 16 tokens and no more than one more than the window. lens:
+    int64 ``[batch]``, tokens of each sequence, on the device. Returns out like query and lse
+    float32 ``[batch, query heads(, tokens)]``; an empty sequence gives zeros and minus infinity.
+    The other tensors are those of a `SparseKVCache`.
     """
     return torch.ops.quantgemm.sparse_kv_attention(  # type: ignore[no-any-return]
         query,
@@ -73,7 +75,7 @@ def sparse_kv_attention(
 
 @register_fake("quantgemm::sparse_kv_attention")
 def _(query: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(query), query.new_empty(query.shape[:2], dtype=torch.float32)
+    return torch.empty_like(query), query.new_empty(query.shape[:-1], dtype=torch.float32)
 
 
 @register_fake("quantgemm::sparse_kv_append")

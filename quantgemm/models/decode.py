@@ -28,6 +28,8 @@ __all__ = ["Decoder", "compile_decode"]
 
 # Tokens that the GPU may be ahead of the host, which must see each to know whether the text ends.
 AHEAD = 2
+# Tokens of a text that attention takes in one step.
+AT_ONCE = 16
 
 
 def compile_decode(
@@ -82,8 +84,9 @@ class Decoder:
         """Takes the memory for so many sequences, and records their step of so many tokens."""
         if batch < 1:
             raise ValueError(f"batch: expected at least 1, got {batch}")
-        if not 1 <= tokens <= self.max_tokens:
-            raise ValueError(f"tokens: expected 1 to {self.max_tokens}, got {tokens}")
+        most = min(AT_ONCE, self.max_tokens)
+        if not 1 <= tokens <= most:
+            raise ValueError(f"tokens: expected 1 to {most}, got {tokens}")
         if tokens > 1 and self.kv:
             raise NotImplementedError(
                 f"tokens: expected 1 where keys and values are {self.kv}, got {tokens}: what is "
@@ -299,7 +302,7 @@ class _Step:
         """Logits ``[batch, count, vocab]``."""
         texts = self.texts
         for layer in texts.cache.layers:
-            layer.one_by_one = True
+            layer.is_step = True
         out = texts.model(
             self.ids,
             attention_mask=self.mask,
@@ -308,7 +311,7 @@ class _Step:
             use_cache=True,
         )
         for layer in texts.cache.layers:
-            layer.one_by_one = False
+            layer.is_step = False
         texts.positions += len(self.places)
         logits: torch.Tensor = out.logits
         return logits
