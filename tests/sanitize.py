@@ -34,9 +34,15 @@ BULK_COPY = re.compile(
 )
 
 
-def run_cases() -> None:
+def run_cases(parts: list[str]) -> None:
     """Small tensors in exact-sized allocations: one element too far is outside."""
-    generator = torch.Generator().manual_seed(0)
+    for part in parts:
+        PARTS[part](torch.Generator().manual_seed(0))
+    torch.cuda.synchronize()
+    print("cases done")
+
+
+def run_format_cases(generator: torch.Generator) -> None:
     can_quantize = {row["type_id"] for row in _C.format_table() if row["can_quantize"]}
     for type_id, fmt in FORMATS.items():
         for num_blocks in (1, 3, 4096 // fmt.block_elems + 1):
@@ -54,17 +60,9 @@ def run_cases() -> None:
         x = torch.randn(3, cols, generator=generator)
         ops.quantize_activations(x.cuda())
         ops.quantize_activations(x.half().cuda())
-    run_layer_steps()
-    run_gemm_cases(generator)
-    run_packed_cases(generator)
-    run_sampling_cases(generator)
-    run_sparse_kv_cases(generator)
-    run_kv_cache_cases(generator)
-    torch.cuda.synchronize()
-    print("cases done")
 
 
-def run_layer_steps() -> None:
+def run_layer_steps(generator: torch.Generator) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         for cols in (7, 96, 5000):
             x = torch.ones(3, cols, dtype=dtype, device="cuda")
@@ -186,22 +184,35 @@ def run_kv_cache_cases(generator: torch.Generator) -> None:
                 cache.append(0, x[:, :, :1], x[:, :, :1])
                 cache.advance(1)
                 cache.attend(0, query)
+                cache.attend(0, query[:, :, None].repeat(1, 1, 3, 1))
+
+
+PARTS = {
+    "formats": run_format_cases,
+    "layers": run_layer_steps,
+    "gemm": run_gemm_cases,
+    "packed": run_packed_cases,
+    "sampling": run_sampling_cases,
+    "containers": run_sparse_kv_cases,
+    "caches": run_kv_cache_cases,
+}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cases", action="store_true", help="run the kernels, without a tool")
     parser.add_argument("--tools", default=",".join(TOOLS), help="default: %(default)s")
+    parser.add_argument("--parts", default=",".join(PARTS), help="default: %(default)s")
     options = parser.parse_args()
     if options.cases:
         # Without torch's pool every tensor is an allocation of its own.
-        run_cases()
+        run_cases(options.parts.split(","))
         return 0
     sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     failed = []
     for tool in options.tools.split(","):
         command = [sanitizer, "--tool", tool, "--error-exitcode", "9", *TOOLS[tool]]
-        command += [sys.executable, __file__, "--cases"]
+        command += [sys.executable, __file__, "--cases", "--parts", options.parts]
         env_command = ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", *command]
         done = subprocess.run(env_command, capture_output=True, text=True)
         lines = done.stdout.strip().splitlines()
