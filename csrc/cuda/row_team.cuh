@@ -299,7 +299,10 @@ inline TeamShape team_for(const VerifyArgs& args, const Device& device) {
     return (length + pieces * kStep - 1) / (pieces * kStep) * kStep;
   };
   const auto fits = [&](int ranks) {
-    const int places = ranks > 2 ? device.multiprocessors * 3 / 4 : device.multiprocessors;
+    const int percent = ranks > 4   ? 75
+                        : ranks > 2 ? 90
+                                    : 100,
+              places = device.multiprocessors * percent / 100;
     return device.major >= 9 && args.num_sequences * ranks <= places && args.vocab >= ranks * 4096;
   };
   int ranks = kMaxTeam;
