@@ -299,10 +299,10 @@ inline TeamShape team_for(const VerifyArgs& args, const Device& device) {
     return (length + pieces * kStep - 1) / (pieces * kStep) * kStep;
   };
   const auto fits = [&](int ranks) {
-    const int percent = ranks > 4   ? 75
-                        : ranks > 2 ? 90
-                                    : 100,
-              places = device.multiprocessors * percent / 100;
+    int percent = 100;
+    if (ranks > 2) percent = 90;
+    if (ranks > 4) percent = 75;
+    const int places = device.multiprocessors * percent / 100;
     return device.major >= 9 && args.num_sequences * ranks <= places && args.vocab >= ranks * 4096;
   };
   int ranks = kMaxTeam;
