@@ -21,7 +21,7 @@ __device__ __forceinline__ void let_next_kernel_start() {
 #endif
 }
 
-// A kernel that follows the one before it in this way, in clusters of `ranks` blocks.
+// A kernel that follows the one before it in this way, in clusters of `ranks` blocks along x.
 struct DependentLaunch {
   cudaLaunchConfig_t config = {};
   cudaLaunchAttribute attributes[2];
@@ -35,10 +35,13 @@ struct DependentLaunch {
     cudaLaunchAttribute& follow = attributes[config.numAttrs++];
     follow.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     follow.val.programmaticStreamSerializationAllowed = 1;
-    if (ranks == 1) return;
+    in_clusters(static_cast<unsigned>(ranks), 1);
+  }
+  void in_clusters(unsigned x, unsigned y) {
+    if (x * y == 1) return;
     cudaLaunchAttribute& cluster = attributes[config.numAttrs++];
     cluster.id = cudaLaunchAttributeClusterDimension;
-    cluster.val.clusterDim = {static_cast<unsigned>(ranks), 1, 1};
+    cluster.val.clusterDim = {x, y, 1};
   }
 };
 

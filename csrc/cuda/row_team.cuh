@@ -9,7 +9,7 @@
 
 namespace quantgemm {
 
-constexpr int kThreads = 512, kWarps = kThreads / 32, kMaxTeam = 4;
+constexpr int kThreads = 512, kWarps = kThreads / 32, kMaxTeam = 6;
 
 // What a warp tells all blocks of its team: a number, and status bits.
 struct alignas(16) Told {
@@ -50,7 +50,7 @@ __device__ __forceinline__ void prepare(Shared& shared, const Team& team) {
 // (st.async, sm_90): a cluster's barrier would wait for all other memory traffic as well.
 __device__ __forceinline__ void tell(Shared& shared, Team& team, uint64_t number, uint32_t bits) {
   team.turn = (team.turn + 1) & 3;
-  Told* const own = &shared.told[team.turn & 1][team.rank * kWarps + team.warp];
+  Told* const own = &shared.told[team.turn & 1][team.piece_of(team.warp)];
 #if __CUDA_ARCH__ >= 900
   if (team.ranks > 1) {
     uint64_t& arrivals = shared.arrivals[team.turn & 1];
@@ -114,19 +114,12 @@ struct Pieces {
 
 __device__ __forceinline__ int round_up(int n) { return (n + kGroup - 1) / kGroup * kGroup; }
 
-// Rows of weights are Weights<T, …>, or of the same shape: p, sum() and group(). Each warp of a team
-// has a piece of the row.
-__device__ __forceinline__ int piece_length(const Team& team, int row_length) {
-  const int pieces = team.ranks * kWarps;
-  return round_up((row_length + pieces - 1) >> log2_of(pieces));
-}
-
-// Σ of the weights, for all threads of all blocks.
+// Σ of the weights, for all threads of all blocks. Rows of weights are Weights<T, …>, or of the same
+// shape: p, sum() and group().
 template <class Row>
 __device__ __forceinline__ Pieces weigh(Shared& shared, Team& team, const Row& weights, uint32_t& status) {
-  const int length = piece_length(team, weights.p.length);
-  const int begin = (team.rank * kWarps + team.warp) * length;
-  const int end = begin + length < weights.p.length ? begin + length : weights.p.length;
+  const int begin = team.piece_of(team.warp) * team.piece_length;
+  const int end = min(begin + team.piece_length, weights.p.length);
   bool bad = false;
   const uint64_t sum = weights.sum(begin, end, team.lane, bad);
   tell(shared, team, sum, __any_sync(~0u, bad) ? kBadValue : 0);
@@ -219,9 +212,8 @@ template <class T, class Row>
 __device__ __forceinline__ int find_draw(Shared& shared, const Team& team, const Row& weights,
                                          const Pieces& pieces, uint64_t rest) {
   const int piece = pieces.find(rest);
-  if (piece / kWarps != team.rank) return kElsewhere;
-  const int length = piece_length(team, weights.p.length);
-  return find_in_part<T>(shared, team, weights, piece * length, length, rest);
+  if (!__any_sync(~0u, team.lane < kWarps && team.piece_of(team.lane) == piece)) return kElsewhere;
+  return find_in_part<T>(shared, team, weights, piece * team.piece_length, team.piece_length, rest);
 }
 
 // The token of a row from which nothing has been taken: if it is one of logits, and nothing is cut off,
@@ -262,9 +254,8 @@ struct Largest {
 };
 template <class T>
 __device__ __noinline__ Largest find_largest(Shared& shared, Team team, RowView<T> row, bool is_logits) {
-  const int num_pieces = team.ranks * kWarps, length = piece_length(team, row.length);
-  const int begin = (team.rank * kWarps + team.warp) * length;
-  const int end = begin + length < row.length ? begin + length : row.length;
+  const int num_pieces = team.ranks * kWarps, begin = team.piece_of(team.warp) * team.piece_length;
+  const int end = min(begin + team.piece_length, row.length);
   uint64_t best = 0;
   bool bad = false;
 #pragma unroll 2
@@ -298,22 +289,34 @@ __device__ __forceinline__ int argmax(Shared& shared, Team& team, const RowView<
   return largest.index;
 }
 
-// A team per sequence: at most one block per multiprocessor, each with 4096 values at least. Not 8:
-// with one block on a multiprocessor, 16 clusters of 8 do not all fit on an H200 at once.
-inline int ranks_for(const VerifyArgs& args, const Device& device) {
-  int ranks = 1;
-  if (device.major >= 9)
-    while (ranks < kMaxTeam && args.num_sequences * ranks * 2 <= device.multiprocessors &&
-           args.vocab >= ranks * 2 * 4096)
-      ranks *= 2;
-  return ranks;
+// A team per sequence: at most one block per multiprocessor, each with 4096 values at least, and no more
+// than shorten a warp's piece. Larger clusters leave multiprocessors over: of an H200's 132, at once
+// 66 of 2 blocks fit, 39 of 3, 30 of 4, 22 of 5, 17 of 6, 15 of 7 or of 8.
+inline TeamShape team_for(const VerifyArgs& args, const Device& device) {
+  const auto piece_length = [&](int ranks) {
+    constexpr int kStep = 2 * kGroup;
+    const int pieces = ranks * kWarps, length = static_cast<int>(args.vocab);
+    return (length + pieces * kStep - 1) / (pieces * kStep) * kStep;
+  };
+  const auto fits = [&](int ranks) {
+    int percent = 100;
+    if (ranks > 2) percent = 90;
+    if (ranks > 4) percent = 75;
+    const int places = device.multiprocessors * percent / 100;
+    return device.major >= 9 && args.num_sequences * ranks <= places && args.vocab >= ranks * 4096;
+  };
+  int ranks = kMaxTeam;
+  while (ranks > 1 && !fits(ranks)) --ranks;
+  while (ranks > 1 && piece_length(ranks - 1) == piece_length(ranks)) --ranks;
+  return {ranks, piece_length(ranks)};
 }
 
-inline cudaError_t launch_teams(void (*kernel)(VerifyArgs, int), const VerifyArgs& args, int ranks,
-                                const Device& device, cudaStream_t stream) {
-  DependentLaunch launch(static_cast<unsigned>(args.num_sequences * ranks), kThreads, device, stream, 0,
-                         ranks);
-  return cudaLaunchKernelEx(&launch.config, kernel, args, ranks);
+inline cudaError_t launch_teams(void (*kernel)(VerifyArgs, TeamShape), const VerifyArgs& args,
+                                TeamShape shape, const Device& device, cudaStream_t stream) {
+  const unsigned ranks = static_cast<unsigned>(shape.ranks);
+  DependentLaunch launch(dim3(static_cast<unsigned>(args.num_sequences), ranks), kThreads, device, stream);
+  launch.in_clusters(1, ranks);
+  return cudaLaunchKernelEx(&launch.config, kernel, args, shape);
 }
 
 }  // namespace quantgemm

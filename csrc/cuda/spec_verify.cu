@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// Verification and the draw, one launch: a team of 1…4 blocks owns a sequence. The first warp of each
+// Verification and the draw, one launch: a team of 1…6 blocks owns a sequence. The first warp of each
 // finds the position that stops (rejected, or the bonus) from a few gathered values (verdict.cuh), then
 // all draw from that row together (row_team.cuh). Only the stopping row of p, and of q, is read.
 // Limit at small batches: fetching instructions that run once. So they are few, and loops are rolled.
@@ -282,15 +282,15 @@ __device__ __noinline__ void write_probs(const VerifyArgs& args, Team team, RowV
 // Drafts and the target are probabilities; or logits are among them; or there are only rows of logits.
 enum class Given { kProbabilities, kLogits, kRows };
 
-// grid: ranks blocks (one team) per sequence
+// grid (sequences, blocks of a team)
 template <class T, Given G, int Ahead>
 __global__ void __launch_bounds__(kThreads, Ahead > 1 ? 1 : 2)
-    spec_verify_kernel(const __grid_constant__ VerifyArgs args, int ranks) {
+    spec_verify_kernel(const __grid_constant__ VerifyArgs args, TeamShape shape) {
   __shared__ Shared shared;
   __shared__ LawTable table;
   constexpr bool kLogits = G != Given::kProbabilities;
   __shared__ Stop<T, kLogits, Ahead> stop;
-  Team team(ranks);
+  Team team(shape);
   prepare(shared, team);
   team.arrive();
   if (!kLogits || !needs_laws(args)) wait_for_previous_kernel();
@@ -347,14 +347,14 @@ cudaError_t launch_spec_verify(const VerifyArgs& args, cudaStream_t stream) {
   Device device;
   cudaError_t error = device.read();
   if (error != cudaSuccess) return error;
-  const int ranks = ranks_for(args, device);
+  const TeamShape shape = team_for(args, device);
   visit_real(args.value_type, [&]<class T>(T) {
     const auto launch = [&]<Given G>() {
       // One block on a multiprocessor has room for more in flight.
       constexpr int kFew = G == Given::kRows ? 1 : kFewAhead;
-      return args.num_sequences * ranks <= device.multiprocessors
-                 ? launch_teams(spec_verify_kernel<T, G, kFew>, args, ranks, device, stream)
-                 : launch_teams(spec_verify_kernel<T, G, 1>, args, ranks, device, stream);
+      return args.num_sequences * shape.ranks <= device.multiprocessors
+                 ? launch_teams(spec_verify_kernel<T, G, kFew>, args, shape, device, stream)
+                 : launch_teams(spec_verify_kernel<T, G, 1>, args, shape, device, stream);
     };
     if (args.max_drafts == 0 && args.target_is_logits) {
       error = launch.template operator()<Given::kRows>();

@@ -9,22 +9,27 @@
 
 namespace quantgemm {
 
-constexpr int kMaxRanks = 8;
-
-__device__ __forceinline__ int log2_of(int power_of_two) { return 31 - __clz(power_of_two); }
+// How a row is cut: each warp of each of the blocks has a piece of it.
+struct TeamShape {
+  int ranks, piece_length;
+};
 
 struct Team {
   int64_t task;  // a sequence, or a row
-  int rank, ranks, lane, warp;
+  int rank, ranks, lane, warp, piece_length;
   int turn = 0;  // of four
 
-  // Blocks of a team, a power of two, follow each other in x.
-  __device__ __forceinline__ explicit Team(int num_ranks)
-      : task(blockIdx.x >> log2_of(num_ranks)),
-        rank(static_cast<int>(blockIdx.x) & (num_ranks - 1)),
-        ranks(num_ranks),
+  // grid (tasks, blocks of a team)
+  __device__ __forceinline__ explicit Team(TeamShape shape)
+      : task(blockIdx.x),
+        rank(static_cast<int>(blockIdx.y)),
+        ranks(shape.ranks),
         lane(static_cast<int>(threadIdx.x) % 32),
-        warp(static_cast<int>(threadIdx.x) / 32) {}
+        warp(static_cast<int>(threadIdx.x) / 32),
+        piece_length(shape.piece_length) {}
+
+  // Which piece a warp has: the last pieces, which may be empty, are spread over all blocks.
+  __device__ __forceinline__ int piece_of(int some_warp) const { return some_warp * ranks + rank; }
 
   // All blocks are there, in two halves: they may write to each other only behind the second. Relaxed:
   // for memory written before, a fence is needed.

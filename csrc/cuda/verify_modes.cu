@@ -331,13 +331,13 @@ struct Verifier {
   }
 };
 
-// grid: ranks blocks (one cluster) per sequence
+// grid (sequences, blocks of a team)
 template <class T>
 __global__ void __launch_bounds__(kThreads, 1)
-    verify_modes_kernel(const __grid_constant__ VerifyArgs args, int ranks) {
+    verify_modes_kernel(const __grid_constant__ VerifyArgs args, TeamShape shape) {
   __shared__ Shared shared;
   __shared__ Joint joint;
-  Team team(ranks);
+  Team team(shape);
   prepare(shared, team);
   team.arrive();
   if (!needs_laws(args)) wait_for_previous_kernel();
@@ -388,9 +388,9 @@ cudaError_t launch_verify_modes(const VerifyArgs& args, cudaStream_t stream) {
   Device device;
   cudaError_t error = device.read();
   if (error != cudaSuccess) return error;
-  const int ranks = ranks_for(args, device);
+  const TeamShape shape = team_for(args, device);
   visit_real(args.value_type,
-             [&]<class T>(T) { error = launch_teams(verify_modes_kernel<T>, args, ranks, device, stream); });
+             [&]<class T>(T) { error = launch_teams(verify_modes_kernel<T>, args, shape, device, stream); });
   return error == cudaSuccess ? cudaGetLastError() : error;
 }
 
