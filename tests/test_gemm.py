@@ -175,6 +175,23 @@ def test_tiles_of_many_tokens(qtype: QType, m: int) -> None:
 
 
 @pytest.mark.cuda
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "qtype", [QType.Q4_0, QType.Q4_K, QType.Q5_1, QType.Q8_0, QType.IQ4_XS, QType.MXFP4]
+)
+def test_integers_for_a_thousand_tokens(qtype: QType, dtype: torch.dtype) -> None:
+    """Weights as fragments: 192 tokens × 128 rows, cut along k, the last part empty."""
+    for m, n, k in ((1213, 4000, 4352), (1090, 4101, 4096)):
+        if "mma_q8" not in able(m, n, k, qtype, dtype, "cuda"):
+            pytest.skip("no tensor cores")
+        w, _ = random_weights(FORMATS[qtype], n, k, "cuda")
+        x = random_x(m, k, dtype=dtype, device="cuda")
+        first = ops.gemm(x, w, qtype, "mma_q8")
+        assert_as_integers(first, x, w, qtype)
+        assert_same(first, ops.gemm(x, w, qtype, "mma_q8"))
+
+
+@pytest.mark.cuda
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("qtype", [QType.Q4_0, QType.Q4_K, QType.Q8_0])
 def test_several_tiles_for_each_multiprocessor(qtype: QType, dtype: torch.dtype) -> None:

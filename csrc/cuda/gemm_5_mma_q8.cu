@@ -71,12 +71,14 @@ Plan plan_for(const GemmArgs& args) {
 }  // namespace mma_q8
 
 int64_t gemm_mma_q8_scratch_bytes(const GemmArgs& args) {
-  return mma_q8::serves_many(args) ? mma_q8::many_scratch_bytes(args)
-                                   : mma_q8::plan_for(args).scratch_bytes();
+  if (mma_q8::serves_most(args)) return mma_q8::most_scratch_bytes(args);
+  if (mma_q8::serves_many(args)) return mma_q8::many_scratch_bytes(args);
+  return mma_q8::plan_for(args).scratch_bytes();
 }
 
 cudaError_t launch_gemm_mma_q8(const GemmArgs& args, cudaStream_t stream) {
   if (args.m == 0 || args.n == 0) return cudaSuccess;
+  if (mma_q8::serves_most(args)) return mma_q8::launch_most(args, stream);
   if (mma_q8::serves_many(args)) return mma_q8::launch_many(args, stream);
   mma_q8::Plan plan = mma_q8::plan_for(args);
   if (plan.scratch_bytes() > 0) {

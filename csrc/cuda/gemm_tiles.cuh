@@ -13,17 +13,43 @@
 
 namespace quantgemm {
 
-// Tiles of rows × tokens of y; token tiles of the same rows follow each other. Fewer than 2^31 units,
-// as y alone would be terabytes otherwise.
+// Tiles of rows × tokens of y; token tiles of the same rows follow each other. A chunk is a unit, but the
+// last token tile may count for fewer, where its empty part takes no time. Fewer than 2^31 units, as y alone
+// would be terabytes otherwise.
 struct TileSchedule {
   uint32_t token_tiles, tiles, chunks;  // chunks of k in each tile
   uint32_t blocks, share, longer;       // units of a block; the first `longer` blocks have one more
   bool cut;                             // else blocks take whole tiles, in turn
+  uint32_t last_units;                  // of a row's last tile
 
-  TileSchedule(int64_t row_tiles, int64_t token_tiles, int64_t chunks, int64_t blocks, bool cut)
-      : token_tiles(token_tiles), tiles(row_tiles * token_tiles), chunks(chunks), blocks(blocks), cut(cut) {
-    share = tiles * this->chunks / this->blocks;
-    longer = tiles * this->chunks % this->blocks;
+  TileSchedule(int64_t row_tiles, int64_t token_tiles, int64_t chunks, int64_t last_units, int64_t blocks,
+               bool cut)
+      : token_tiles(token_tiles),
+        tiles(row_tiles * token_tiles),
+        chunks(chunks),
+        blocks(blocks),
+        cut(cut),
+        last_units(last_units) {
+    const auto units = static_cast<uint32_t>(row_tiles * ((token_tiles - 1) * chunks + last_units));
+    share = units / this->blocks;
+    longer = units % this->blocks;
+  }
+  struct Place {
+    uint32_t tile, at, units;  // a unit is number `at` of the tile's
+    __device__ uint32_t chunk(uint32_t unit, uint32_t chunks) const {
+      return units == chunks ? unit : static_cast<uint32_t>(uint64_t{unit} * chunks / units);
+    }
+  };
+  __device__ Place place_of(uint32_t unit) const {
+    const uint32_t row_units = (token_tiles - 1) * chunks + last_units, rest = unit % row_units;
+    const uint32_t column = min(rest / chunks, token_tiles - 1);
+    return {unit / row_units * token_tiles + column, rest - column * chunks,
+            column + 1 < token_tiles ? chunks : last_units};
+  }
+  template <bool Uneven>  // whether last_units may be other than chunks
+  __device__ uint32_t first_unit_of(uint32_t tile) const {
+    if constexpr (!Uneven) return tile * chunks;
+    return tile / token_tiles * ((token_tiles - 1) * chunks + last_units) + tile % token_tiles * chunks;
   }
   __device__ uint32_t first_unit(uint32_t block) const { return block * share + min(block, longer); }
   __device__ uint32_t block_of(uint32_t unit) const {
@@ -33,14 +59,16 @@ struct TileSchedule {
 };
 
 // Whole tiles if that keeps the multiprocessors busy: one per block, or as many blocks as there is room for
-// at once if blocks overlap one tile's end with the next one's beginning (`lasting`).
+// at once if blocks overlap one tile's end with the next one's beginning (`lasting`). Else tiles are cut, and
+// the last one of a row counts for last_units, if given.
 inline TileSchedule schedule_tiles(int64_t row_tiles, int64_t token_tiles, int64_t chunks, int64_t resident,
-                                   bool lasting = false) {
+                                   bool lasting = false, int64_t last_units = 0) {
   const int64_t tiles = row_tiles * token_tiles, waves = (tiles + resident - 1) / resident;
   const bool busy = 10 * tiles >= 9 * waves * resident;
   const int64_t cut_blocks = std::min(tiles * chunks, resident);
   const int64_t blocks = !busy ? cut_blocks : lasting ? std::min(tiles, resident) : tiles;
-  return {row_tiles, token_tiles, chunks, blocks, !busy && tiles % blocks != 0};
+  const bool cut = !busy && tiles % blocks != 0;
+  return {row_tiles, token_tiles, chunks, cut && last_units > 0 ? last_units : chunks, blocks, cut};
 }
 
 // Scratch memory of a schedule that cuts tiles: a counter per tile, then two partial tiles per block
@@ -90,9 +118,11 @@ cudaError_t launch_tiles(Kernel kernel, int threads, int shared_bytes, const Gem
 
 // What a block does next: chunks [chunk0, chunk0 + chunks) of a tile. All its threads walk the same line:
 //     for (TileWalk<L> at(p); at.next(p);)
-// L names the tile's shape: kRows, kTokens, kChunk and kChunkBytes of a row.
+// L names the tile's shape: kRows, kTokens, kChunk and kChunkBytes of a row; and kUneven, if its schedules
+// are.
 template <class L>
 struct TileWalk {
+  static constexpr bool kUneven = requires { L::kUneven; };
   uint32_t unit, end;  // still to do
   uint32_t tile, chunk0, chunks;
   int64_t row0, token0, k0;
@@ -103,9 +133,17 @@ struct TileWalk {
         end(p.schedule.cut ? p.schedule.first_unit(blockIdx.x + 1) : p.schedule.tiles * p.schedule.chunks) {}
   __device__ __forceinline__ bool next(const MmaProblem& p) {
     if (unit >= end) return false;
-    tile = unit / p.schedule.chunks, chunk0 = unit % p.schedule.chunks;
-    chunks = min(p.schedule.chunks - chunk0, end - unit);
-    unit += p.schedule.cut ? chunks : p.schedule.blocks * p.schedule.chunks;
+    if constexpr (kUneven) {
+      const TileSchedule::Place place = p.schedule.place_of(unit);
+      const uint32_t count = min(place.units - place.at, end - unit);
+      tile = place.tile, chunk0 = place.chunk(place.at, p.schedule.chunks);
+      chunks = place.chunk(place.at + count, p.schedule.chunks) - chunk0;
+      unit += p.schedule.cut ? count : p.schedule.blocks * p.schedule.chunks;
+    } else {
+      tile = unit / p.schedule.chunks, chunk0 = unit % p.schedule.chunks;
+      chunks = min(p.schedule.chunks - chunk0, end - unit);
+      unit += p.schedule.cut ? chunks : p.schedule.blocks * p.schedule.chunks;
+    }
     row0 = int64_t{tile / p.schedule.token_tiles} * L::kRows;
     token0 = int64_t{tile % p.schedule.token_tiles} * L::kTokens;
     k0 = int64_t{chunk0} * L::kChunk;
@@ -129,8 +167,9 @@ __device__ __forceinline__ bool combine_parts(float (&sums)[A][B][4], const MmaP
     return reinterpret_cast<float4*>(p.partial.sums + (2 * int64_t{block} + begins) * (A * B * 4 * Threads)) +
            thread;
   };
-  const uint32_t first = p.schedule.block_of(at.tile * p.schedule.chunks);
-  const uint32_t last = p.schedule.block_of((at.tile + 1) * p.schedule.chunks - 1);
+  constexpr bool kUneven = TileWalk<L>::kUneven;
+  const uint32_t first = p.schedule.block_of(p.schedule.template first_unit_of<kUneven>(at.tile));
+  const uint32_t last = p.schedule.block_of(p.schedule.template first_unit_of<kUneven>(at.tile + 1) - 1);
   float4* out = slot_of(blockIdx.x, at.chunk0 == 0);
 #pragma unroll
   for (int i = 0; i < A; ++i)

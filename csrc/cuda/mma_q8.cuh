@@ -49,6 +49,15 @@ __device__ __forceinline__ void multiply_32(uint32_t (&d)[4], const uint32_t (&a
       : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "r"(kMagicBits));
 }
+// The same from four registers that hold the magic: a loop that keeps them does not make them anew.
+__device__ __forceinline__ void multiply_32(uint32_t (&d)[4], const uint32_t (&a)[4], uint32_t b0,
+                                            uint32_t b1, const uint4& magic) {
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%10, %11, %12, %13};"
+      : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "r"(magic.x), "r"(magic.y),
+        "r"(magic.z), "r"(magic.w));
+}
 // d = magic + A · B over 16 weights: quad c of rows r and r+8
 __device__ __forceinline__ void multiply_16(uint32_t (&d)[4], uint32_t a0, uint32_t a1, uint32_t b) {
   asm("mma.sync.aligned.m16n8k16.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5}, {%6}, "

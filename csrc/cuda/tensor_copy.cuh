@@ -50,6 +50,16 @@ __device__ __forceinline__ void mbarrier_arrive_expecting(uint32_t barrier, uint
   asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 #endif
 }
+// `bytes` as they are; both sides and the number at multiples of 16.
+__device__ __forceinline__ void copy_bulk(uint32_t target, const void* source, uint32_t bytes,
+                                          uint32_t barrier) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(target),
+      "l"(source), "r"(bytes), "r"(barrier)
+      : "memory");
+#endif
+}
 // The tile that begins with byte `col` of row `row`.
 __device__ __forceinline__ void copy_tile(uint32_t target, const CUtensorMap& map, int col, int row,
                                           uint32_t barrier) {
