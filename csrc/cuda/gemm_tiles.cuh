@@ -18,18 +18,18 @@ namespace quantgemm {
 // would be terabytes otherwise.
 struct TileSchedule {
   uint32_t token_tiles, tiles, chunks;  // chunks of k in each tile
-  uint32_t last_units;                  // of a row's last tile
   uint32_t blocks, share, longer;       // units of a block; the first `longer` blocks have one more
   bool cut;                             // else blocks take whole tiles, in turn
+  uint32_t last_units;                  // of a row's last tile
 
   TileSchedule(int64_t row_tiles, int64_t token_tiles, int64_t chunks, int64_t last_units, int64_t blocks,
                bool cut)
       : token_tiles(token_tiles),
         tiles(row_tiles * token_tiles),
         chunks(chunks),
-        last_units(last_units),
         blocks(blocks),
-        cut(cut) {
+        cut(cut),
+        last_units(last_units) {
     const auto units = static_cast<uint32_t>(row_tiles * ((token_tiles - 1) * chunks + last_units));
     share = units / this->blocks;
     longer = units % this->blocks;
@@ -40,16 +40,13 @@ struct TileSchedule {
       return units == chunks ? unit : static_cast<uint32_t>(uint64_t{unit} * chunks / units);
     }
   };
-  // Uneven: last_units may be other than chunks.
-  template <bool Uneven>
   __device__ Place place_of(uint32_t unit) const {
-    if constexpr (!Uneven) return {unit / chunks, unit % chunks, chunks};
     const uint32_t row_units = (token_tiles - 1) * chunks + last_units, rest = unit % row_units;
     const uint32_t column = min(rest / chunks, token_tiles - 1);
     return {unit / row_units * token_tiles + column, rest - column * chunks,
             column + 1 < token_tiles ? chunks : last_units};
   }
-  template <bool Uneven>
+  template <bool Uneven>  // whether last_units may be other than chunks
   __device__ uint32_t first_unit_of(uint32_t tile) const {
     if constexpr (!Uneven) return tile * chunks;
     return tile / token_tiles * ((token_tiles - 1) * chunks + last_units) + tile % token_tiles * chunks;
@@ -136,14 +133,17 @@ struct TileWalk {
         end(p.schedule.cut ? p.schedule.first_unit(blockIdx.x + 1) : p.schedule.tiles * p.schedule.chunks) {}
   __device__ __forceinline__ bool next(const MmaProblem& p) {
     if (unit >= end) return false;
-    const TileSchedule::Place place = p.schedule.template place_of<kUneven>(unit);
-    const uint32_t count = min(place.units - place.at, end - unit);
-    tile = place.tile, chunk0 = place.at, chunks = count;
     if constexpr (kUneven) {
-      chunk0 = place.chunk(place.at, p.schedule.chunks);
+      const TileSchedule::Place place = p.schedule.place_of(unit);
+      const uint32_t count = min(place.units - place.at, end - unit);
+      tile = place.tile, chunk0 = place.chunk(place.at, p.schedule.chunks);
       chunks = place.chunk(place.at + count, p.schedule.chunks) - chunk0;
+      unit += p.schedule.cut ? count : p.schedule.blocks * p.schedule.chunks;
+    } else {
+      tile = unit / p.schedule.chunks, chunk0 = unit % p.schedule.chunks;
+      chunks = min(p.schedule.chunks - chunk0, end - unit);
+      unit += p.schedule.cut ? chunks : p.schedule.blocks * p.schedule.chunks;
     }
-    unit += p.schedule.cut ? count : p.schedule.blocks * p.schedule.chunks;
     row0 = int64_t{tile / p.schedule.token_tiles} * L::kRows;
     token0 = int64_t{tile % p.schedule.token_tiles} * L::kTokens;
     k0 = int64_t{chunk0} * L::kChunk;
