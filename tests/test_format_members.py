@@ -44,7 +44,7 @@ int unit() {
 template <class F>
 int above(int i) {  // what the planes above quad i's multiply it by
   if constexpr (Planar<F>)
-    return 1 << F::kPlanes.bits * (F::kPlanes.count - 1 - i % F::kPlanes.count) + F::kPlanes.shift;
+    return 1 << F::kPlanes.bits * (F::kPlanes.count - 1 - i % F::kPlanes.count);
   return 1;
 }
 
@@ -60,8 +60,10 @@ int main() {
           if constexpr (PlanarTable<F>) {
             const int weight = 4 * i + j, part = F::kGroup < 32 ? F::kGroup : 32;
             const int half = weight % part / (part / 2);
-            const int zero = byte_at(F::zeros(block, weight / part), half);
-            const int got = byte_at(F::planar_codes(block, i, Table<F>{}), j) * above<F>(i) + zero;
+            const int more = -byte_at(F::more(block, weight / part), 2 + half);
+            const uint32_t code = byte_of(F::planar_codes(block, i, Table<F>{}), j);
+            const int zero = F::kPlanes.unit * (F::kLeast + F::kMore * more);
+            const int got = static_cast<int>(code) * above<F>(i) - zero;
             ++checked, wrong += got != F::kPlanes.unit * byte_at(F::quad(block, i), j);
           } else if constexpr (TableFormat<F>) {
             const uint32_t quad = F::quad(block, i, Table<F>{});

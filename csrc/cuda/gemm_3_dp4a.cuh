@@ -27,6 +27,12 @@ __device__ __forceinline__ int dot4(uint32_t a, uint32_t b, int sum) {
   return __dp4a(static_cast<int>(a), static_cast<int>(b), sum);
 }
 
+// The same for codes of 0…255.
+__device__ __forceinline__ int dot4_unsigned(uint32_t a, uint32_t b, int sum) {
+  asm("dp4a.u32.s32 %0, %1, %2, %0;" : "+r"(sum) : "r"(a), "r"(b));
+  return sum;
+}
+
 __device__ __forceinline__ void store_real(void* y, int64_t i, float value, Real type) {
   const uint16_t half = type == Real::kFloat16 ? float_to_half(value) : float_to_bfloat16(value);
   if (type == Real::kFloat32)

@@ -37,6 +37,13 @@ __global__ void __launch_bounds__(32 * Plan<F, 1, Tabled>::kWarps, Plan<F, 1, Ta
   extern __shared__ __align__(128) uint8_t memory[];
   __shared__ uint64_t barriers[P::kWarps * P::kStages];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  // Words of the table, asked for before all else, so before the wait; put to their places while x is under
+  // way.
+  constexpr int kMade = (Table::kWords + kThreads - 1) / kThreads;
+  uint32_t words[kMade + 1];
+#pragma unroll
+  for (int j = 0; j < kMade; ++j)
+    if (const int i = threadIdx.x + j * kThreads; i < Table::kWords) words[j] = Table::word(i);
   uint8_t* const rings = memory + Table::kBytes;
   uint8_t* const ring = rings + warp * (P::kStages * P::kItemBytes);
   uint8_t* const staged = rings + P::kRingBytes;
@@ -87,12 +94,6 @@ __global__ void __launch_bounds__(32 * Plan<F, 1, Tabled>::kWarps, Plan<F, 1, Ta
   }
   let_next_kernel_start();
   const Table table(memory, lane);
-  constexpr int kMade = (Table::kWords + kThreads - 1) / kThreads;
-  uint32_t
-      words[kMade + 1];  // of the table, each made before the wait, put to its place while x is under way
-#pragma unroll
-  for (int j = 0; j < kMade; ++j)
-    if (const int i = threadIdx.x + j * kThreads; i < Table::kWords) words[j] = Table::word(i);
   wait_for_previous_kernel();
   Rounding<F, 1, Tabled> rounding;
   rounding.ask(args, 0, static_cast<int>(args.k));
@@ -110,6 +111,10 @@ __global__ void __launch_bounds__(32 * Plan<F, 1, Tabled>::kWarps, Plan<F, 1, Ta
   const int of_lane = row_in_item * split.row_bytes + span * P::kSpanBytes;
   const int inside = (static_cast<int>(args.k) - span * P::kSpan) / kGroup;
   const uint8_t* const x = staged + span * P::kPitch;
+  const int top = P::kBeside ? 16 : 16 >> split.log2_rows;
+  const bool second = P::kDepth == 2 && (lane & top) != 0,
+             stores = span == (second ? 1 << log2_lanes >> 1 : 0);
+  const int kept = second ? split.rows : 0;
   int stage = 0;
 #pragma unroll 1
   for (int at = warp * item_bytes, row = warp * item_rows + row_in_item; at < bytes;
@@ -123,15 +128,18 @@ __global__ void __launch_bounds__(32 * Plan<F, 1, Tabled>::kWarps, Plan<F, 1, Ta
     for (int r = 0; r < P::kDepth; ++r) windows[r].load(slot + r * (split.rows * split.row_bytes));
     float sums[P::kDepth][1] = {};
     multiply_span<F, 1, Tabled>(sums, windows, x, inside < P::kGroups ? inside : P::kGroups, table);
+    // At the first exchange, of two rows each half of the lanes keeps one.
+    float sum = sums[0][0];
+    if constexpr (P::kDepth == 2) {
+      const float other = second ? sum : sums[1][0];
+      sum = (second ? sums[1][0] : sum) + __shfl_xor_sync(~0u, other, top);
+    }
 #pragma unroll
-    for (int bit = 16; bit > 0; bit /= 2)
-      if (P::kBeside ? bit >= split.rows : bit < 1 << log2_lanes)
-#pragma unroll
-        for (int r = 0; r < P::kDepth; ++r) sums[r][0] += __shfl_xor_sync(~0u, sums[r][0], bit);
-#pragma unroll
-    for (int r = 0; r < P::kDepth; ++r)
-      if (span == 0 && row + r * split.rows < rows)
-        store_real(args.y, first_row + row + r * split.rows, sums[r][0], args.type);
+    for (int bit = P::kDepth == 2 ? 8 : 16; bit > 0; bit /= 2) {
+      const float other = __shfl_xor_sync(~0u, sum, bit);
+      if (P::kBeside ? bit >= split.rows : bit < (P::kDepth == 2 ? top : 1 << log2_lanes)) sum += other;
+    }
+    if (stores && row + kept < rows) store_real(args.y, first_row + row + kept, sum, args.type);
     stage = stage + 1 == P::kStages ? 0 : stage + 1;
   }
 }

@@ -28,8 +28,7 @@ __device__ __forceinline__ void multiply_span(
     const Window<Plan<F, Tokens, Tabled>::kSpanBytes> (&windows)[Plan<F, Tokens, Tabled>::kDepth],
     const uint8_t* x, int groups, const LaneTable<F, Tabled>& table) {
   using P = Plan<F, Tokens, Tabled>;
-  constexpr bool kIntegers = P::kHalves && SmallScales<F>;  // sums of groups, before they become float
-  constexpr bool kWhole = F::kElems == P::kSpan;            // spans are inside the row or outside
+  constexpr bool kWhole = F::kElems == P::kSpan;  // spans are inside the row or outside
 #pragma unroll
   for (int g = 0; g < P::kGroups; ++g) {
     uint32_t records[Tokens][P::kRecord / 4];
@@ -41,21 +40,22 @@ __device__ __forceinline__ void multiply_span(
     float added[P::kDepth][Tokens] = {};
     int totals[P::kDepth][Tokens];
 #pragma unroll
-    for (int i = 0; i < P::kDepth * Tokens; ++i) totals[i / Tokens][i % Tokens] = kMagicBits;
+    for (int i = 0; i < P::kDepth * Tokens; ++i) totals[i / Tokens][i % Tokens] = 0;
 #pragma unroll
     for (int p = 0; p < P::kGroupParts; ++p) {
       const int e = g * kGroup + p * kPart<F>, within = e % F::kElems, at = e / F::kElems * F::kBytes;
       constexpr int kPlanes = P::kPlanes.count, kLast = kPlanes - 1;
-      int dots[P::kDepth][Tokens][kPlanes] = {}, starts[P::kDepth][Tokens] = {};
+      int dots[P::kDepth][Tokens][kPlanes] = {};
 #pragma unroll
       for (int r = 0; r < P::kDepth; ++r)
 #pragma unroll
         for (int t = 0; t < Tokens; ++t) {
-          int& start = P::kPlanes.shift == 0 ? dots[r][t][kLast] : starts[r][t];
-          start = P::kStarts > 0 ? static_cast<int>(records[t][1 + p]) : kMagicBits;
+          int& start = dots[r][t][kLast];
+          start =
+              P::kStarts > 0 ? static_cast<int>(records[t][1 + P::kStarts / P::kGroupParts * p]) : kMagicBits;
           if constexpr (P::kHalves)
-            start = __dp2a_lo(start, static_cast<int>(F::zeros(windows[r].bytes + at, within / kPart<F>)),
-                              kIntegers ? 0 : kMagicBits);
+            start = __dp2a_hi(static_cast<int>(records[t][2 + 2 * p]),
+                              static_cast<int>(F::more(windows[r].bytes + at, within / kPart<F>)), start);
         }
 #pragma unroll
       for (int v = 0; v < kPart<F>; v += 16) {
@@ -72,10 +72,13 @@ __device__ __forceinline__ void multiply_span(
 #pragma unroll
           for (int r = 0; r < P::kDepth; ++r) {
             int (&planes)[kPlanes] = dots[r][t];
-            planes[0] = dot4(codes[r][0], a.x, planes[0]);
-            planes[1 % kPlanes] = dot4(codes[r][1], a.y, planes[1 % kPlanes]);
-            planes[2 % kPlanes] = dot4(codes[r][2], a.z, planes[2 % kPlanes]);
-            planes[3 % kPlanes] = dot4(codes[r][3], a.w, planes[3 % kPlanes]);
+            const uint32_t four[4] = {a.x, a.y, a.z, a.w};
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+              int& plane = planes[j % kPlanes];
+              plane = kPlanes > 1 ? dot4_unsigned(codes[r][j], four[j], plane)
+                                  : dot4(codes[r][j], four[j], plane);
+            }
           }
         }
       }
@@ -87,14 +90,12 @@ __device__ __forceinline__ void multiply_span(
           int dot = dots[r][t][0];
 #pragma unroll
           for (int plane = 1; plane < kPlanes; ++plane) dot = (dot << P::kPlanes.bits) + dots[r][t][plane];
-          if (P::kPlanes.shift > 0) dot = (dot << P::kPlanes.shift) + starts[r][t];
-          if constexpr (kIntegers) {
+          if constexpr (P::kIntegers) {
             bytes_ptr block = windows[r].bytes + at;
             int& total = totals[r][t];
-            total += dot * F::scale(block, within / F::kGroup);
+            total += dot + dot * F::steps(block, within / F::kGroup);
             if (p == P::kGroupParts - 1)
-              added[r][t] =
-                  F::factor(block) * __uint_as_float(records[t][0]) * (__int_as_float(total) - kMagic);
+              added[r][t] = F::factor(block) * __uint_as_float(records[t][0]) * static_cast<float>(total);
             continue;
           }
           added[r][t] += affine.scale * __uint_as_float(records[t][0]) * (__int_as_float(dot) - kMagic);

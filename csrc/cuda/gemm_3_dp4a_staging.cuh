@@ -41,13 +41,16 @@ struct Plan {
   // accumulator's first value (or one per part) and the sum of activations (or one per part).
   static constexpr int kGroupParts = kGroup / kPart<F>;
   static constexpr bool kFolds = Tokens <= kRoundedInside, kStrided = kFolds && StridedFormat<F>;
-  static constexpr bool kHalves =
-      Tabled && PlanarTable<F>;  // for zeros(): sums of half a part, two to a word
+  // For more(): behind the first value of a part come the sums of its halves, two to a word.
+  static constexpr bool kHalves = Tabled && PlanarTable<F>;
   static constexpr Planes kPlanes = [] {
     if constexpr (kHalves || (kStrided && PlanarStrides<F>)) return F::kPlanes;
     return Planes{1, 0, 1};
   }();
-  static constexpr int kStarts = kZeroOf<F> != 0 || kHalves ? kGroupParts : 0,
+  static constexpr bool kIntegers = kHalves && SmallScales<F>;  // sums of groups, before they become float
+  static constexpr int kStarts = kHalves           ? 2 * kGroupParts
+                                 : kZeroOf<F> != 0 ? kGroupParts
+                                                   : 0,
                        kSums = F::kOffset ? kGroupParts : 0;
   static constexpr int kRecord = 4 * static_cast<int>(std::bit_ceil(1u + kStarts + kSums));
   static constexpr int kTokenBytes = (kSpan + kGroups * kRecord + 15) / 16 * 16;
@@ -58,7 +61,9 @@ template <BlockFormat F, int Tokens, bool Tabled>
 __device__ __forceinline__ void write_record(uint32_t* record, int part, float scale, int integers) {
   using P = Plan<F, Tokens, Tabled>;
   record[0] = __float_as_uint(scale * (1.0f / P::kPlanes.unit));
-  if constexpr (P::kStarts > 0 && !P::kHalves)
+  if constexpr (P::kHalves)
+    record[1 + 2 * part] = (P::kIntegers ? 0 : kMagicBits) - F::kLeast * P::kPlanes.unit * integers;
+  else if constexpr (P::kStarts > 0)
     record[1 + part] = kMagicBits - kZeroOf<F> * P::kPlanes.unit * integers;
   if constexpr (P::kSums > 0)
     record[1 + P::kStarts + part] = __float_as_uint(scale * static_cast<float>(integers));
@@ -154,9 +159,13 @@ struct Rounding {
       }
       auto* record = reinterpret_cast<uint32_t*>(span + P::kSpan + group % P::kGroups * P::kRecord);
       write_record<F, Tokens, Tabled>(record, P::kGroupParts == 2 ? quarter / 2 : 0, eight.scale, sum);
-      if constexpr (P::kHalves)
-        reinterpret_cast<int16_t*>(record + 1)[P::kGroupParts == 2 ? quarter : quarter / 2] =
-            static_cast<int16_t>(P::kGroupParts == 2 ? eight.sum : pair);
+      if constexpr (P::kHalves) {
+        constexpr bool kTwo = P::kGroupParts == 2;
+        const int half = F::kMore * P::kPlanes.unit * (kTwo ? eight.sum : pair);
+        reinterpret_cast<int16_t*>(record + 2 +
+                                   (kTwo ? quarter / 2 * 2 : 0))[kTwo ? quarter % 2 : quarter / 2] =
+            static_cast<int16_t>(half);
+      }
     }
   }
 };

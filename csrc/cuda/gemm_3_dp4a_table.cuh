@@ -11,6 +11,28 @@ namespace quantgemm::dp4a {
 template <BlockFormat F>
 inline constexpr bool kHasTable = TableFormat<F> || RowTableFormat<F>;
 
+// The words of a format's tables, rows first, as memory has them: a word is one load and no arithmetic.
+template <BlockFormat F>
+struct TableWords {
+  static constexpr int kRows = [] {
+    if constexpr (RowTableFormat<F>) return 256 * F::kRowWords;
+    return 0;
+  }();
+  static constexpr int kSingles = [] {
+    if constexpr (TableFormat<F>) return int{F::kTableWords};
+    return 0;
+  }();
+  uint32_t words[kRows + kSingles];
+  constexpr TableWords() : words{} {
+    if constexpr (RowTableFormat<F>)
+      for (int i = 0; i < kRows; ++i) words[i] = F::row_word(i / F::kRowWords, i % F::kRowWords);
+    if constexpr (TableFormat<F>)
+      for (int i = 0; i < kSingles; ++i) words[kRows + i] = F::table_word(i);
+  }
+};
+template <BlockFormat F>
+__device__ constexpr TableWords<F> kTableWords;
+
 template <BlockFormat F, bool Used>
 struct LaneTable {
   static constexpr int kBytes = 0, kWords = 0;
@@ -23,14 +45,7 @@ template <BlockFormat F>
   requires kHasTable<F>
 struct LaneTable<F, true> {
   static constexpr int kRowCopies = 16;
-  static constexpr int kRowWords = [] {
-    if constexpr (RowTableFormat<F>) return 256 * F::kRowWords;
-    return 0;
-  }();
-  static constexpr int kSingleWords = [] {
-    if constexpr (TableFormat<F>) return int{F::kTableWords};
-    return 0;
-  }();
+  static constexpr int kRowWords = TableWords<F>::kRows, kSingleWords = TableWords<F>::kSingles;
   static constexpr int kRowBytes = 4 * kRowCopies * kRowWords;
   // 32 copies where rings of two items for each of 16 warps fit beside them.
   static constexpr int kRings = 2 * 16 * 32 * (F::kBytes * 256 / F::kElems);
@@ -62,17 +77,12 @@ struct LaneTable<F, true> {
     return *reinterpret_cast<const uint32_t*>(rows + address(names, j, places, k));
   }
 
-  // Word i of all, as it is made, and into all its copies. Neighbouring lanes begin at different banks.
-  __device__ __forceinline__ static uint32_t word(int i) {
-    if constexpr (RowTableFormat<F>)
-      if (i < kRowWords) return F::row_word(i / F::kRowWords, i % F::kRowWords);
-    if constexpr (TableFormat<F>) return F::table_word(i - kRowWords);
-    return 0;
-  }
-  __device__ __forceinline__ static void put(void* table, int i, uint32_t word) {
+  // Word i of all, and into all its copies. Neighbouring lanes begin at different banks.
+  __device__ __forceinline__ static uint32_t word(int i) { return kTableWords<F>.words[i]; }
+  __device__ __forceinline__ static void put(void* table, uint32_t i, uint32_t word) {
     const uint4 four = make_uint4(word, word, word, word);
     uint4* const all = static_cast<uint4*>(table);
-    if (i < kRowWords) {
+    if (kSingleWords == 0 || static_cast<int>(i) < kRowWords) {
 #pragma unroll
       for (int v = 0; v < kRowCopies / 4; ++v)
         all[i * (kRowCopies / 4) + (v + i / 2) % (kRowCopies / 4)] = four;

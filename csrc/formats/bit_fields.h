@@ -7,7 +7,7 @@
 namespace quantgemm {
 
 // bits 0…3 -> bit 0 of bytes 0…3
-QG_HD uint32_t spread_bits(uint32_t bits) { return ((bits & 0xfu) * 0x00204081u) & 0x01010101u; }
+QG_HD constexpr uint32_t spread_bits(uint32_t bits) { return ((bits & 0xfu) * 0x00204081u) & 0x01010101u; }
 
 // fields of 2 bits at 0, 2, 4, 6 -> bytes 0…3
 QG_HD uint32_t spread_pairs(uint32_t fields) {
@@ -17,7 +17,7 @@ QG_HD uint32_t spread_pairs(uint32_t fields) {
 }
 
 // fields of 2 bits at 0, 2, … 14 -> nibbles 0…7
-QG_HD uint32_t pairs_to_nibbles(uint32_t fields) {
+QG_HD constexpr uint32_t pairs_to_nibbles(uint32_t fields) {
   fields &= 0xffffu;
   fields = (fields | (fields << 8)) & 0x00ff00ffu;
   fields = (fields | (fields << 4)) & 0x0f0f0f0fu;

@@ -86,27 +86,30 @@ concept StridedFormat = BlockFormat<F> && requires(bytes_ptr block, int i) {
 // Integer products may want codes that are not shifted to the lowest bits of their bytes. Those of quad i
 // belong to plane i % count: a product sums each plane by itself, then the planes, each 2^bits of the next,
 // and has `unit` times what it wants. Eight fields of a word cost eight masks, but two or four shifts less.
+// Codes in planes are unsigned bytes.
 struct Planes {
-  int count, bits, unit, shift = 0;  // 2^shift of the last plane, then
+  int count, bits, unit;
 };
 // strided_codes in planes.
 template <class F>
 concept PlanarStrides = StridedFormat<F> && requires { Planes{F::kPlanes}; };
-// Look-ups in planes, planar_codes(block, i, table), of codes unit · q − zero (with 2^shift in them). Byte 0
-// of zeros(block, g) is that (negative) zero in the first half of group g, byte 1 in the second; groups are
-// of 16 or 32.
+// Look-ups in planes, planar_codes(block, i, table), of codes q + kLeast, or q + kLeast + kMore: there byte 2
+// of more(block, g) is −1, of the first half of group g, byte 3 of the second, else 0. Groups are of 16
+// or 32.
 template <class F>
 concept PlanarTable = (TableFormat<F> || RowTableFormat<F>) && requires(bytes_ptr block, int i) {
   { Planes{F::kPlanes} };
-  { F::zeros(block, i) } -> std::same_as<uint32_t>;
+  { F::kLeast + F::kMore } -> std::convertible_to<int>;
+  { F::more(block, i) } -> std::same_as<uint32_t>;
 };
 
-// Small integer scales, affine(block, g).scale = factor(block) · scale(block, g): a product takes the groups
-// of 32 weights together as integers. With int8 activations their sum must stay below 2^22.
+// Small integer scales, affine(block, g).scale = factor(block) · (1 + steps(block, g)): a product takes the
+// groups of 32 weights together as integers. With int8 activations their sum, in units of Planes, must stay
+// below 2^24.
 template <class F>
 concept SmallScales = BlockFormat<F> && requires(bytes_ptr block, int i) {
   { F::factor(block) } -> std::same_as<float>;
-  { F::scale(block, i) } -> std::same_as<int>;
+  { F::steps(block, i) } -> std::same_as<int>;
 };
 
 // Where groups have integer scales, a format may give eight of them at once, a signed byte each (one of

@@ -30,12 +30,15 @@ QG_HD uint32_t iq2_point(uint32_t nibbles, int half) {
 }
 
 // Sign bits 0 … 7 -> bit 2 of nibbles 0 … 7
-QG_HD uint32_t signs_to_nibbles(uint32_t signs) {
+QG_HD constexpr uint32_t signs_to_nibbles(uint32_t signs) {
   signs = (signs | (signs << 12)) & 0x000f000fu;
   signs = (signs | (signs << 6)) & 0x03030303u;
   return ((signs << 2) | (signs << 5)) & 0x44444444u;
 }
-QG_HD uint32_t all_signs(uint32_t seven) { return seven | static_cast<uint32_t>(popcount(seven) & 1) << 7; }
+QG_HD constexpr uint32_t all_signs(uint32_t seven) {
+  const uint32_t pairs = seven ^ (seven >> 4), halves = pairs ^ (pairs >> 2);
+  return seven | ((halves ^ (halves >> 1)) & 1) << 7;
+}
 
 // | d f16 | 8 × (4 grid indexes u8 | u32: 4 × 7 sign bits, scale s in bits 28-31) |   groups of 32
 // scale = d · (s + ½) / 4
@@ -54,7 +57,7 @@ struct IQ2_XXS {
     return negate_bytes(magnitudes, even_signs(signs_and_scale(b, g) >> (7 * point), half));
   }
   static constexpr int kTableWords = 256 + 128;
-  QG_HD static uint32_t table_word(int i) {
+  QG_HD static constexpr uint32_t table_word(int i) {
     return i < 256 ? pairs_to_nibbles(kGridIQ2XXS[i]) : signs_to_nibbles(all_signs(i - 256));
   }
   template <class Table>
@@ -79,7 +82,7 @@ struct IQ2_XS {
     return negate_bytes(iq2_magnitudes(kGridIQ2XS[point & 511], i & 1), even_signs(point >> 9, i & 1));
   }
   static constexpr int kTableWords = 512 + 256;  // signs by whole bytes, of which bit 0 is the index's
-  QG_HD static uint32_t table_word(int i) {
+  QG_HD static constexpr uint32_t table_word(int i) {
     return i < 512 ? pairs_to_nibbles(kGridIQ2XS[i]) : signs_to_nibbles(all_signs((i - 512) >> 1));
   }
   template <class Table>
@@ -104,8 +107,10 @@ struct IQ2_S {
     return negate_bytes(iq2_magnitudes(kGridIQ2S[index], i & 1), b[34 + point] >> (4 * (i & 1)));
   }
   static constexpr int kRowWords = 4, kTableWords = 256;
-  QG_HD static uint32_t row_word(int row, int i) { return pairs_to_nibbles(kGridIQ2S[row + 256 * i]); }
-  QG_HD static uint32_t table_word(int i) { return signs_to_nibbles(i); }
+  QG_HD static constexpr uint32_t row_word(int row, int i) {
+    return pairs_to_nibbles(kGridIQ2S[row + 256 * i]);
+  }
+  QG_HD static constexpr uint32_t table_word(int i) { return signs_to_nibbles(i); }
   template <class Table>
   QG_HD static uint32_t quad(bytes_ptr b, int i, const Table& table) {
     const int point = i >> 1, of_four = point & 3, up = of_four < 2 ? 0 : 8, at = 2 + point;
@@ -119,7 +124,9 @@ struct IQ2_S {
 };
 
 // Sign bit j (j + 4) -> bit 0 (4) of byte j, and four bytes negated by one half of them.
-QG_HD uint32_t signs_to_bytes(uint32_t signs) { return spread_bits(signs) | spread_bits(signs >> 4) << 4; }
+QG_HD constexpr uint32_t signs_to_bytes(uint32_t signs) {
+  return spread_bits(signs) | spread_bits(signs >> 4) << 4;
+}
 QG_HD uint32_t negate_half(uint32_t x, uint32_t signs, int half) {
   const uint32_t ones = (signs >> (4 * half)) & 0x01010101u;
   return (x ^ (ones * 0xffu)) + ones;
@@ -146,7 +153,7 @@ struct IQ3_XXS {
     return level * 8 + 0x04040404u + top * 2;
   }
   static constexpr int kTableWords = 256 + 128;
-  QG_HD static uint32_t table_word(int i) {
+  QG_HD static constexpr uint32_t table_word(int i) {
     return i < 256 ? kGridIQ3XXS[i] : signs_to_bytes(all_signs(i - 256));
   }
   template <class Table>
@@ -175,7 +182,9 @@ struct IQ3_S {
     return spread_nibbles(entry) * 2 + 0x01010101u;
   }
   static constexpr int kTableWords = 512 + 256;
-  QG_HD static uint32_t table_word(int i) { return i < 512 ? kGridIQ3S[i] : signs_to_bytes(i - 512); }
+  QG_HD static constexpr uint32_t table_word(int i) {
+    return i < 512 ? kGridIQ3S[i] : signs_to_bytes(i - 512);
+  }
   template <class Table>
   QG_HD static uint32_t quad(bytes_ptr b, int i, const Table& table) {
     const uint32_t high = ((b[66 + (i >> 3)] >> (i & 7)) & 1) << 8;
@@ -191,15 +200,17 @@ QG_HD uint32_t iq1_codes(uint16_t entry, int half, bool minus) {
   return sub_bytes(level * 8 + (minus ? 0u : 0x02020202u), 0x09090909u);
 }
 
-// For integer products a point's levels lie in 16 bits so that one shift makes room for all: 0, 4, 2, 6 in
-// the lower halves of its nibbles, 1, 5, 3, 7 in the upper. In planes, 8 · level = q + 7, or q + 9 with −⅛.
-QG_HD uint32_t iq1_row_word(int row, int i) {
+// For integer products a point's levels lie in 16 bits so that one shift makes room for all, four in bits 4
+// and 5 of bytes and four in bits 6 and 7: from the top nibble down 3 7, 1 5 … (upper half, lower half of
+// each). 8 · level = q + 7, or q + 9 with −⅛.
+QG_HD constexpr uint32_t iq1_row_word(int row, int i) {
   const uint32_t two = kGridIQ1[row + 512 * i] | static_cast<uint32_t>(kGridIQ1[row + 512 * i + 256]) << 16;
   const uint32_t change = (two ^ (two >> 6)) & 0x00cc00ccu;  // levels 1 and 3 for 4 and 6
-  return two ^ change ^ (change << 6);
+  const uint32_t point = two ^ change ^ (change << 6);
+  return (point & 0x0f0f0f0fu) << 4 | ((point >> 4) & 0x0f0f0f0fu);
 }
 QG_HD uint32_t iq1_plane(uint32_t entry, int half) {
-  return either_and(entry, entry << 12, half != 0 ? 0x0c0c0c0cu : 0x03030303u);
+  return either_and(entry, entry << 20, half != 0 ? 0xc0c0c0c0u : 0x30303030u);
 }
 
 // | d f16 | 32 index low bytes | 8 × u16: 4 × index bits 8-10, scale s, sign of ⅛ |   groups of 32
@@ -209,7 +220,9 @@ struct IQ1_S {
   static constexpr bool kOffset = false;
   QG_HD static Affine affine(bytes_ptr b, int g) {
     const uint32_t high = load<uint16_t, 2>(b + 34 + 2 * g);
-    return {half_to_float(load<uint16_t, 2>(b)) * 0.125f * (static_cast<float>((high >> 11) & 14) + 1), 0};
+    // Where s lies, 4096's mantissa counts in twos: a quarter of what a conversion costs.
+    const float twice = bit_cast<float>((high & 0x7000u) | 0x45800000u) - 4095.0f;
+    return {half_to_float(load<uint16_t, 2>(b)) * 0.125f * twice, 0};
   }
   QG_HD static uint32_t quad(bytes_ptr b, int i) {
     const int point = i >> 1;
@@ -218,8 +231,8 @@ struct IQ1_S {
     return iq1_codes(kGridIQ1[index], i & 1, (high & 0x8000u) != 0);
   }
   static constexpr int kRowWords = 4;
-  static constexpr Planes kPlanes{2, 2, 1, 1};
-  QG_HD static uint32_t row_word(int row, int i) { return iq1_row_word(row, i); }
+  static constexpr Planes kPlanes{2, 2, 8};
+  QG_HD static constexpr uint32_t row_word(int row, int i) { return iq1_row_word(row, i); }
   template <class Table>
   QG_HD static uint32_t planar_codes(bytes_ptr b, int i, const Table& table) {
     const int g = i >> 3, point = (i >> 1) & 3;
@@ -234,8 +247,10 @@ struct IQ1_S {
     const int at = 2 + 4 * g + point;
     return iq1_plane(table.entry(load<uint32_t, 4>(b + (at & ~3)), at & 3, places, k), i & 1);
   }
-  QG_HD static uint32_t zeros(bytes_ptr b, int g) {
-    return 0xf9f9u - ((load<uint16_t, 2>(b + 34 + 2 * g) >> 14) & 2) * 0x0101u;
+  static constexpr int kLeast = 7, kMore = 2;
+  QG_HD static uint32_t more(bytes_ptr b, int g) {
+    const int at = 35 + 2 * g;
+    return signs_of_bytes(load<uint32_t, 4>(b + (at & ~3)), 0, (at & 3) * 0x1100u);
   }
 };
 
@@ -246,24 +261,27 @@ struct IQ1_M {
   static constexpr const char* kName = "IQ1_M";
   static constexpr bool kOffset = false;
   QG_HD static float factor(bytes_ptr b) {
-    uint32_t d = 0;
-    for (int i = 0; i < 4; ++i)
-      d |= static_cast<uint32_t>(load<uint16_t, 2>(b + 48 + 2 * i) >> 12) << (4 * i);
+    constexpr int kAlign = kAlignOf<kBytes, 48>;
+    const uint32_t low = load<uint32_t, kAlign>(b + 48), high = load<uint32_t, kAlign>(b + 52);
+    const uint32_t d =
+        ((low >> 12) & 0xfu) | ((low >> 24) & 0xf0u) | ((high >> 4) & 0xf00u) | ((high >> 16) & 0xf000u);
     return half_to_float(static_cast<uint16_t>(d)) * 0.125f;
   }
-  QG_HD static int scale(bytes_ptr b, int g) {
+  QG_HD static int steps(bytes_ptr b, int g) {
     const uint32_t s = load<uint16_t, 2>(b + 48 + 2 * (g >> 2)), from = 3 * (g & 3);
-    return static_cast<int>((from == 0 ? s << 1 : s >> (from - 1)) & 14) + 1;
+    return static_cast<int>((from == 0 ? s << 1 : s >> (from - 1)) & 14);
   }
-  QG_HD static Affine affine(bytes_ptr b, int g) { return {factor(b) * static_cast<float>(scale(b, g)), 0}; }
+  QG_HD static Affine affine(bytes_ptr b, int g) {
+    return {factor(b) * static_cast<float>(1 + steps(b, g)), 0};
+  }
   QG_HD static uint32_t quad(bytes_ptr b, int i) {
     const int point = i >> 1;
     const int high = b[32 + (point >> 1)] >> (4 * (point & 1));
     return iq1_codes(kGridIQ1[b[point] | (high & 7) << 8], i & 1, (high & 8) != 0);
   }
   static constexpr int kRowWords = 4;
-  static constexpr Planes kPlanes{2, 2, 1, 1};
-  QG_HD static uint32_t row_word(int row, int i) { return iq1_row_word(row, i); }
+  static constexpr Planes kPlanes{2, 2, 8};
+  QG_HD static constexpr uint32_t row_word(int row, int i) { return iq1_row_word(row, i); }
   template <class Table>
   QG_HD static uint32_t planar_codes(bytes_ptr b, int i, const Table& table) {
     const int point = i >> 1, k = (point >> 1) & 3, up = 8 * (k & 1);
@@ -273,11 +291,10 @@ struct IQ1_M {
         (words & (0x00c000c0u << up)) | (halves & (0x00020002u << up)) | table.copy() << up;
     return iq1_plane(table.entry(load<uint32_t, 4>(b + 4 * (point >> 2)), point & 3, places, k), i & 1);
   }
-  QG_HD static uint32_t zeros(bytes_ptr b, int g) {
+  static constexpr int kLeast = 7, kMore = 2;
+  QG_HD static uint32_t more(bytes_ptr b, int g) {
     const uint32_t signs = load<uint32_t, 4>(b + 32 + 4 * (g >> 2));
-    const uint32_t even = 0xf9f9f9f9u - ((signs >> 2) & 0x02020202u);
-    const uint32_t odd = 0xf9f9f9f9u - ((signs >> 6) & 0x02020202u);
-    return pick_bytes(even, odd, 0x0040u + (g & 3) * 0x0011u);
+    return signs_of_bytes(signs << 4, signs, 0x4000 + (g & 3) * 0x1100);
   }
 };
 

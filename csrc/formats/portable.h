@@ -14,9 +14,9 @@
 #define QG_HD inline __attribute__((always_inline))
 #endif
 #ifdef __CUDA_ARCH__
-#define QG_TABLE __device__ const  // a table indexed at run time lives in the GPU's global memory
+#define QG_TABLE __device__ constexpr  // a table indexed at run time lives in the GPU's global memory
 #else
-#define QG_TABLE const
+#define QG_TABLE constexpr
 #endif
 
 namespace quantgemm {
@@ -160,6 +160,15 @@ QG_HD uint32_t pick_bytes(uint32_t low, uint32_t high, uint32_t selectors) {
   return picked;
 }
 #endif
+
+// The same with each byte's sign in all of its bits: 0 or −1.
+QG_HD uint32_t signs_of_bytes(uint32_t low, uint32_t high, uint32_t selectors) {
+#ifdef __CUDA_ARCH__
+  return pick_bytes(low, high, selectors | 0x8888u);
+#else
+  return ((pick_bytes(low, high, selectors) >> 7) & 0x01010101u) * 0xffu;
+#endif
+}
 
 // Byte j of a word.
 QG_HD uint32_t byte_of(uint32_t word, int j) {
