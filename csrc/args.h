@@ -213,6 +213,9 @@ struct KvProductArgs {
 };
 
 // ---- the native key-value cache of one layer (kv_page.h) ----
+// Which elements a page holds: all, `keep` of a token's channels, or 4 of each 8.
+enum class PageKind { kDense, kBitmap, kFourOfEight };
+
 struct KvCacheArgs {
   uint8_t* key_pages;         // [num_pages, heads, key_page_bytes]
   uint8_t* value_pages;       // [num_pages, heads, value_page_bytes]
@@ -223,6 +226,8 @@ struct KvCacheArgs {
   int64_t batch, heads, channels, num_pages, max_pages;
   int64_t recent, sinks, window;
   int key_bits, value_bits;  // 2 or 4
+  PageKind key_kind, value_kind;
+  int keep;  // elements of a token in a bitmap page
   Real type;
 };
 

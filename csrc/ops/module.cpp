@@ -47,11 +47,11 @@ STABLE_TORCH_LIBRARY(quantgemm, m) {
   m.def(
       "sparse_kv_append(Tensor keys, Tensor values, Tensor(a!) key_pages, Tensor(b!) value_pages, "
       "Tensor page_table, Tensor(c!) recent_keys, Tensor(d!) recent_values, Tensor lens, Tensor? counts, "
-      "int sinks, int window, int key_bits, int value_bits) -> ()");
+      "int sinks, int window, str key_format, str value_format, int keep) -> ()");
   m.def(
       "sparse_kv_attention(Tensor query, Tensor key_pages, Tensor value_pages, Tensor page_table, "
-      "Tensor recent_keys, Tensor recent_values, Tensor lens, int sinks, int window, int key_bits, "
-      "int value_bits, float scale) -> (Tensor out, Tensor lse)");
+      "Tensor recent_keys, Tensor recent_values, Tensor lens, int sinks, int window, str key_format, "
+      "str value_format, int keep, float scale) -> (Tensor out, Tensor lse)");
 }
 
 namespace {
