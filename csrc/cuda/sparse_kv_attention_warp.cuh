@@ -166,21 +166,19 @@ struct AttentionWarp {
   template <class Codes, int Steps>
   static __device__ __forceinline__ void add_shifts(float (&sums)[2][4], const uint8_t* fits,
                                                     const uint32_t (&b)[Steps][2]) {
-    if constexpr (Codes::kKind != PageKind::kDense) {
-      if constexpr (Codes::kOffset != 0.0f) {
-        const uint32_t pair = pack_pair(-Codes::kOffset, -Codes::kOffset, Half{});
-        const uint32_t shift[4] = {pair, pair, pair, pair};
+    if constexpr (Codes::kKind == PageKind::kDense) {
 #pragma unroll
-        for (int s = 0; s < Steps; ++s) mma_16x8x16(sums[s % 2], shift, b[s][0], b[s][1], Half{});
+      for (int s = 0; s < Steps; s += 2) {
+        const uint4 v = *reinterpret_cast<const uint4*>(fits + 32 * s);
+        const uint32_t shift[4] = {v.x, v.y, v.z, v.w};
+        mma_16x8x16(sums[0], shift, b[s][0], b[s][1], Half{});
+        mma_16x8x16(sums[1], shift, b[s + 1][0], b[s + 1][1], Half{});
       }
-      return;
-    }
+    } else if constexpr (Codes::kOffset != 0.0f) {
+      const uint32_t pair = pack_pair(-Codes::kOffset, -Codes::kOffset, Half{});
+      const uint32_t shift[4] = {pair, pair, pair, pair};
 #pragma unroll
-    for (int s = 0; s < Steps; s += 2) {
-      const uint4 v = *reinterpret_cast<const uint4*>(fits + 32 * s);
-      const uint32_t shift[4] = {v.x, v.y, v.z, v.w};
-      mma_16x8x16(sums[0], shift, b[s][0], b[s][1], Half{});
-      mma_16x8x16(sums[1], shift, b[s + 1][0], b[s + 1][1], Half{});
+      for (int s = 0; s < Steps; ++s) mma_16x8x16(sums[s % 2], shift, b[s][0], b[s][1], Half{});
     }
   }
   template <int Steps>
