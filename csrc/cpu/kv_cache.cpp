@@ -19,6 +19,12 @@ uint16_t store_any(float x, Real type) {
   return type == Real::kFloat16 ? float_to_half(x) : float_to_bfloat16(x);
 }
 
+// What is stored is less by this; is_value: 0 or 1.
+float mean_of(const KvCacheArgs& c, int64_t is_value, int64_t row, int64_t d) {
+  if (c.means == nullptr) return 0;
+  return load_any(c.means, ((is_value * c.batch * c.heads) + row) * c.channels + d, c.type);
+}
+
 // One page of keys or of values. Fits belong to k: a channel of keys, a token of values.
 struct Page {
   uint8_t* codes;
@@ -89,7 +95,7 @@ struct Sums {
 
 void attend(const KvAttentionArgs& args, int64_t sequence, int64_t head) {
   const KvCacheArgs& c = args.cache;
-  const int64_t first_query = (sequence * c.heads + head) * args.groups;
+  const int64_t row = sequence * c.heads + head, first_query = row * args.groups;
   std::vector<Sums> sums(static_cast<size_t>(args.groups));
   for (Sums& s : sums) s.out.assign(static_cast<size_t>(c.channels), 0.0f);
   std::vector<float> key(static_cast<size_t>(c.channels)), value(key.size());
@@ -116,7 +122,7 @@ void attend(const KvAttentionArgs& args, int64_t sequence, int64_t head) {
     }
   }
   const auto add_recent = [&](int64_t slot) {
-    const int64_t at = ((sequence * c.heads + head) * c.recent + slot) * c.channels;
+    const int64_t at = (row * c.recent + slot) * c.channels;
     for (int64_t d = 0; d < c.channels; ++d) {
       key[static_cast<size_t>(d)] = load_any(c.recent_keys, at + d, c.type);
       value[static_cast<size_t>(d)] = load_any(c.recent_values, at + d, c.type);
@@ -127,9 +133,12 @@ void attend(const KvAttentionArgs& args, int64_t sequence, int64_t head) {
   for (int64_t t = parts.ring_first; t < parts.ring_end; ++t) add_recent(recent_slot(c, c.sinks + t));
   for (int64_t g = 0; g < args.groups; ++g) {
     const Sums& s = sums[static_cast<size_t>(g)];
-    args.lse[first_query + g] = s.maximum + std::log(s.mass);
+    float logit = 0;  // of the keys' mean
+    for (int64_t d = 0; c.means != nullptr && d < c.channels; ++d)
+      logit += load_any(args.query, (first_query + g) * c.channels + d, c.type) * mean_of(c, 0, row, d);
+    args.lse[first_query + g] = s.maximum + std::log(s.mass) + logit * args.scale;
     for (int64_t d = 0; d < c.channels; ++d) {
-      const float out = s.mass == 0 ? 0.0f : s.out[static_cast<size_t>(d)] / s.mass;
+      const float out = s.mass == 0 ? 0.0f : s.out[static_cast<size_t>(d)] / s.mass + mean_of(c, 1, row, d);
       static_cast<uint16_t*>(args.out)[(first_query + g) * c.channels + d] = store_any(out, c.type);
     }
   }
@@ -141,29 +150,37 @@ void append(const KvAppendArgs& args, int64_t sequence, int64_t head) {
   const int64_t count = args.counts ? std::clamp<int64_t>(args.counts[sequence], 0, args.count) : args.count;
   const SequenceParts old = parts_of(c, before), now = parts_of(c, before + count);
   const int64_t row = sequence * c.heads + head;
-  // Where the token at a position is before anything has moved.
-  const auto at = [&](const void* recent, const void* added, int64_t position, int64_t d) {
-    const int64_t index = position - before;
-    return index < 0 ? load_any(recent, (row * c.recent + recent_slot(c, position)) * c.channels + d, c.type)
-                     : load_any(added, (row * args.count + index) * c.channels + d, c.type);
+  const auto centred = [&](bool value, int64_t index, int64_t d) {
+    const void* added = value ? args.values : args.keys;
+    const int64_t from = (row * args.count + index) * c.channels + d;
+    if (c.means == nullptr) return static_cast<const uint16_t*>(added)[from];
+    return store_any(load_any(added, from, c.type) - mean_of(c, value, row, d), c.type);
+  };
+  const auto recent_of = [&](bool value, int64_t position) {
+    return static_cast<uint16_t*>(value ? c.recent_values : c.recent_keys) +
+           (row * c.recent + recent_slot(c, position)) * c.channels;
+  };
+  // The 64 tokens from a position on, where they are before anything has moved, as bits.
+  std::vector<uint16_t> x(static_cast<size_t>(kPageTokens * c.channels));
+  const auto stage = [&](bool value, int64_t first) {
+    for (int64_t i = 0; i < kPageTokens * c.channels; ++i) {
+      const int64_t position = first + i / c.channels, d = i % c.channels;
+      x[static_cast<size_t>(i)] =
+          position < before ? recent_of(value, position)[d] : centred(value, position - before, d);
+    }
+    return x.data();
   };
   for (int64_t i = old.pages; i < now.pages; ++i) {
     const int64_t page = page_of(c, sequence, i), first = c.sinks + i * kPageTokens;
     if (page < 0) continue;
-    key_page(c, page, head).pack([&](int t, int d) { return at(c.recent_keys, args.keys, first + t, d); });
-    value_page(c, page, head).pack([&](int d, int t) {
-      return at(c.recent_values, args.values, first + t, d);
-    });
+    pack_page(key_page(c, page, head), stage(false, first), c);
+    pack_page(value_page(c, page, head), stage(true, first), c);
   }
   for (int64_t index = 0; index < count; ++index) {
     const int64_t position = before + index;
     if (position >= c.sinks && position - c.sinks < now.ring_first) continue;
-    const int64_t to = (row * c.recent + recent_slot(c, position)) * c.channels;
-    const int64_t from = (row * args.count + index) * c.channels;
-    std::copy_n(static_cast<const uint16_t*>(args.keys) + from, c.channels,
-                static_cast<uint16_t*>(c.recent_keys) + to);
-    std::copy_n(static_cast<const uint16_t*>(args.values) + from, c.channels,
-                static_cast<uint16_t*>(c.recent_values) + to);
+    for (const bool value : {false, true})
+      for (int64_t d = 0; d < c.channels; ++d) recent_of(value, position)[d] = centred(value, index, d);
   }
 }
 

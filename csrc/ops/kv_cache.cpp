@@ -27,9 +27,32 @@ void check_cache_tensor(const char* name, const Tensor& t, const Tensor& like, S
               ": expected a contiguous tensor that starts on a 16-byte boundary");
 }
 
+struct PageFormat {
+  const char* name;
+  PageKind kind;
+  int bits;
+};
+constexpr PageFormat kPageFormats[] = {
+    {"bitmap2", PageKind::kBitmap, 2},     {"bitmap4", PageKind::kBitmap, 4},
+    {"4of8_2", PageKind::kFourOfEight, 2}, {"4of8_4", PageKind::kFourOfEight, 4},
+    {"dense2", PageKind::kDense, 2},       {"dense4", PageKind::kDense, 4},
+};
+PageFormat check_format(const char* name, const std::string& format) {
+  std::string known;
+  for (const PageFormat& f : kPageFormats) {
+    if (format == f.name) return f;
+    known += concat(known.empty() ? "" : ", ", f.name);
+  }
+  check_value(false, name, ": expected one of ", known, ", got ", format);
+  return {};
+}
+
 struct Cache {
   const Tensor &key_pages, &value_pages, &page_table, &recent_keys, &recent_values, &lens;
-  int64_t sinks, window, key_bits, value_bits;
+  const OptTensor& means;
+  int64_t sinks, window;
+  const std::string &key_format, &value_format;
+  int64_t keep;
 
   KvCacheArgs check() const {
     check_device("recent_keys", recent_keys);
@@ -43,8 +66,13 @@ struct Cache {
     c.batch = like.size(0), c.heads = like.size(1), c.recent = like.size(2), c.channels = like.size(3);
     check_value(c.channels == 64 || c.channels == 128 || c.channels == 256,
                 "recent_keys: expected a head dimension of 64, 128 or 256, got ", c.channels);
-    for (auto [name, bits] : {std::pair{"key_bits", key_bits}, {"value_bits", value_bits}})
-      check_value(bits == 2 || bits == 4, name, ": expected 2 or 4, got ", bits);
+    const PageFormat key = check_format("key_format", key_format),
+                     value = check_format("value_format", value_format);
+    c.key_kind = key.kind, c.key_bits = key.bits, c.value_kind = value.kind, c.value_bits = value.bits;
+    const bool has_bitmap = key.kind == PageKind::kBitmap || value.kind == PageKind::kBitmap;
+    check_value(!has_bitmap || (keep >= 1 && keep <= c.channels), "keep: expected 1 to ", c.channels,
+                " of a token's channels, got ", keep);
+    c.keep = has_bitmap ? static_cast<int>(keep) : 0;
     check_value(sinks >= 0 && window >= 0, "window: expected sinks and window of at least 0, got ", sinks,
                 " and ", window);
     const int64_t ring = c.recent - sinks;
@@ -52,7 +80,6 @@ struct Cache {
                 " slots for sinks and a multiple of 64 for at least window + 64 = ", window + kPageTokens,
                 " tokens, got ", c.recent, " slots");
     c.sinks = sinks, c.window = window, c.type = *type;
-    c.key_bits = static_cast<int>(key_bits), c.value_bits = static_cast<int>(value_bits);
     check_value(page_table.dim() == 2, "page_table: expected [batch, pages], got shape ",
                 shape_of(page_table));
     c.max_pages = page_table.size(1), c.num_pages = key_pages.dim() > 0 ? key_pages.size(0) : 0;
@@ -61,11 +88,14 @@ struct Cache {
     check_cache_tensor("recent_values", recent_values, like, like.scalar_type(),
                        {c.batch, c.heads, c.recent, c.channels});
     check_cache_tensor("key_pages", key_pages, like, ScalarType::Byte,
-                       {c.num_pages, c.heads, key_page_bytes(c.channels, c.key_bits)});
+                       {c.num_pages, c.heads, key_page_bytes(c)});
     check_cache_tensor("value_pages", value_pages, like, ScalarType::Byte,
-                       {c.num_pages, c.heads, value_page_bytes(c.channels, c.value_bits)});
+                       {c.num_pages, c.heads, value_page_bytes(c)});
     check_cache_tensor("page_table", page_table, like, ScalarType::Int, {c.batch, c.max_pages});
     check_cache_tensor("lens", lens, like, ScalarType::Long, {c.batch});
+    if (means)
+      check_cache_tensor("means", *means, like, like.scalar_type(), {2, c.batch, c.heads, c.channels});
+    c.means = means ? means->const_data_ptr() : nullptr;
     c.key_pages = const_cast<uint8_t*>(key_pages.const_data_ptr<uint8_t>());
     c.value_pages = const_cast<uint8_t*>(value_pages.const_data_ptr<uint8_t>());
     c.page_table = page_table.const_data_ptr<int32_t>();
@@ -79,11 +109,12 @@ struct Cache {
 }  // namespace
 
 void sparse_kv_append(Tensor keys, Tensor values, Tensor key_pages, Tensor value_pages, Tensor page_table,
-                      Tensor recent_keys, Tensor recent_values, Tensor lens, OptTensor counts, int64_t sinks,
-                      int64_t window, int64_t key_bits, int64_t value_bits) {
+                      Tensor recent_keys, Tensor recent_values, Tensor lens, OptTensor means,
+                      OptTensor counts, int64_t sinks, int64_t window, std::string key_format,
+                      std::string value_format, int64_t keep) {
   // check
-  const Cache cache{key_pages, value_pages, page_table, recent_keys, recent_values,
-                    lens,      sinks,       window,     key_bits,    value_bits};
+  const Cache cache{key_pages, value_pages, page_table, recent_keys, recent_values, lens,
+                    means,     sinks,       window,     key_format,  value_format,  keep};
   KvAppendArgs args{};
   args.cache = cache.check();
   const KvCacheArgs& c = args.cache;
@@ -109,11 +140,12 @@ void sparse_kv_append(Tensor keys, Tensor values, Tensor key_pages, Tensor value
 
 std::tuple<Tensor, Tensor> sparse_kv_attention(Tensor query, Tensor key_pages, Tensor value_pages,
                                                Tensor page_table, Tensor recent_keys, Tensor recent_values,
-                                               Tensor lens, int64_t sinks, int64_t window, int64_t key_bits,
-                                               int64_t value_bits, double scale) {
+                                               Tensor lens, OptTensor means, int64_t sinks, int64_t window,
+                                               std::string key_format, std::string value_format, int64_t keep,
+                                               double scale) {
   // check
-  const Cache cache{key_pages, value_pages, page_table, recent_keys, recent_values,
-                    lens,      sinks,       window,     key_bits,    value_bits};
+  const Cache cache{key_pages, value_pages, page_table, recent_keys, recent_values, lens,
+                    means,     sinks,       window,     key_format,  value_format,  keep};
   KvAttentionArgs args{};
   args.cache = cache.check();
   const KvCacheArgs& c = args.cache;
