@@ -27,21 +27,23 @@ void check_cache_tensor(const char* name, const Tensor& t, const Tensor& like, S
               ": expected a contiguous tensor that starts on a 16-byte boundary");
 }
 
-struct PageFormat {
-  const char* name;
-  PageKind kind;
-  int bits;
-};
-constexpr PageFormat kPageFormats[] = {
-    {"bitmap2", PageKind::kBitmap, 2},     {"bitmap4", PageKind::kBitmap, 4},
-    {"4of8_2", PageKind::kFourOfEight, 2}, {"4of8_4", PageKind::kFourOfEight, 4},
-    {"dense2", PageKind::kDense, 2},       {"dense4", PageKind::kDense, 4},
-};
-PageFormat check_format(const char* name, const std::string& format) {
+PageFormat check_format(const char* name, const std::string& format, int64_t channels, int64_t keep) {
+  const int half = static_cast<int>(channels / 2), all = static_cast<int>(channels);
+  const std::pair<const char*, PageFormat> formats[] = {
+      {"dense2", {PageKind::kDense, 2, all}},
+      {"dense4", {PageKind::kDense, 4, all}},
+      {"bitmap2", {PageKind::kBitmap, 2, static_cast<int>(keep)}},
+      {"bitmap4", {PageKind::kBitmap, 4, static_cast<int>(keep)}},
+      {"4of8_2", {PageKind::kFourOfEight, 2, half}},
+      {"4of8_4", {PageKind::kFourOfEight, 4, half}},
+  };
   std::string known;
-  for (const PageFormat& f : kPageFormats) {
-    if (format == f.name) return f;
-    known += concat(known.empty() ? "" : ", ", f.name);
+  for (const auto& [own, page] : formats) {
+    known += concat(known.empty() ? "" : ", ", own);
+    if (format != own) continue;
+    check_value(page.kind != PageKind::kBitmap || (keep >= 1 && keep <= channels), "keep: expected 1 to ",
+                channels, " of a token's channels, got ", keep);
+    return page;
   }
   check_value(false, name, ": expected one of ", known, ", got ", format);
   return {};
@@ -66,13 +68,8 @@ struct Cache {
     c.batch = like.size(0), c.heads = like.size(1), c.recent = like.size(2), c.channels = like.size(3);
     check_value(c.channels == 64 || c.channels == 128 || c.channels == 256,
                 "recent_keys: expected a head dimension of 64, 128 or 256, got ", c.channels);
-    const PageFormat key = check_format("key_format", key_format),
-                     value = check_format("value_format", value_format);
-    c.key_kind = key.kind, c.key_bits = key.bits, c.value_kind = value.kind, c.value_bits = value.bits;
-    const bool has_bitmap = key.kind == PageKind::kBitmap || value.kind == PageKind::kBitmap;
-    check_value(!has_bitmap || (keep >= 1 && keep <= c.channels), "keep: expected 1 to ", c.channels,
-                " of a token's channels, got ", keep);
-    c.keep = has_bitmap ? static_cast<int>(keep) : 0;
+    c.key_format = check_format("key_format", key_format, c.channels, keep);
+    c.value_format = check_format("value_format", value_format, c.channels, keep);
     check_value(sinks >= 0 && window >= 0, "window: expected sinks and window of at least 0, got ", sinks,
                 " and ", window);
     const int64_t ring = c.recent - sinks;
@@ -88,9 +85,9 @@ struct Cache {
     check_cache_tensor("recent_values", recent_values, like, like.scalar_type(),
                        {c.batch, c.heads, c.recent, c.channels});
     check_cache_tensor("key_pages", key_pages, like, ScalarType::Byte,
-                       {c.num_pages, c.heads, key_page_bytes(c)});
+                       {c.num_pages, c.heads, key_page_bytes(c.channels, c.key_format)});
     check_cache_tensor("value_pages", value_pages, like, ScalarType::Byte,
-                       {c.num_pages, c.heads, value_page_bytes(c)});
+                       {c.num_pages, c.heads, value_page_bytes(c.channels, c.value_format)});
     check_cache_tensor("page_table", page_table, like, ScalarType::Int, {c.batch, c.max_pages});
     check_cache_tensor("lens", lens, like, ScalarType::Long, {c.batch});
     if (means)

@@ -147,9 +147,7 @@ def run(args: argparse.Namespace) -> int:
     seed = secrets.randbelow(1 << 20) if args.seed is None else args.seed
     config = SamplingConfig(args.temperature, args.top_k, args.top_p, seed=seed)
     count = min(args.max_new_tokens, room)
-    decoder = None if draft else _decoder(
-        model, len(ids) + count, args.kv, args.kv_sparsity
-    )
+    decoder = None if draft else _decoder(model, len(ids) + count, args.kv, args.kv_sparsity)
     stream = TextStream(tokenizer)
     clock = Clock(device)
 
