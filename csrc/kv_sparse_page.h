@@ -4,8 +4,7 @@
 //
 //   page     elements, scale [n] half; n = channels for keys (of 64 tokens each), 64 tokens for values
 //   value    level · scale, level 0 for what is not kept; 2 bits: ±1 ±2, 4 bits: -8 … 7
-//   bitmap   one bit per element, then the codes of the set ones without a gap, both in the order of
-//            lanes and of their elements: all of lane 0's, all of lane 1's ...
+//   bitmap   64 · channels bits, then the codes of those that are set without a gap, in their order
 //   four of eight   bit planes: of 32 groups of 8 channels of one lane, a word has the same bit
 //
 // Elements belong to the lanes of a warp as tensor cores want them; all positions below follow from that.
@@ -41,28 +40,26 @@ QG_HD SparseOrigin sparse_value_origin(SparseElement e) {
   return {8 * e.x + e.lane % 4 * 2 + e.even, 8 * (e.lane / 4 + 8 * e.j) + e.i};
 }
 
-// Words of a lane are stored in fours, those of all lanes side by side.
-QG_HD int sparse_word(int lane, int word) { return (word / 4 * 32 + lane) * 4 + word % 4; }
-
-// ---- bitmap: bit n of a lane is bit n % 32 of its word n / 32; 8 bits are its part of a tensor core's
-// operand (two rows of four columns). The code of an element that is set is as many codes behind the
-// bitmap (lowest bits first) as there are set elements before it: in lanes before its own, and in its own
-// before n.
-QG_HD int bitmap_key_bit(SparseElement e) {
+// ---- bitmap: bit p is bit p % 32 of word p / 32, and its element's code, if it is set, as many codes behind
+// the bitmap (lowest bits first) as bits are set before it. A lane has 64 bits in a row, the 32 lanes one
+// after the other, and so on; 8 bits are a lane's part of a tensor core's operand, two rows of four columns.
+QG_HD int bitmap_place(int lane, int bit) { return (bit / 64 * 32 + lane) * 64 + bit % 64; }
+QG_HD int bitmap_key_place(SparseElement e) {
   const int y = e.i + 8 * e.j;
-  return y / 2 * 32 + e.x * 4 + y % 2 * 2 + e.even;
+  return bitmap_place(e.lane, y / 2 * 32 + e.x * 4 + y % 2 * 2 + e.even);
 }
-QG_HD int bitmap_value_bit(SparseElement e) {
-  const int y = e.i + 8 * e.j;
-  return y / 2 * 32 + (e.x / 4 * 2 + e.x % 2) * 8 + y % 2 * 4 + e.x / 2 % 2 * 2 + e.even;
+QG_HD int bitmap_value_place(SparseElement e) {
+  const int y = e.i + 8 * e.j, step = e.x / 4 * 2 + e.x % 2;
+  return bitmap_place(e.lane, y / 2 * 32 + step * 8 + y % 2 * 4 + e.x / 2 % 2 * 2 + e.even);
 }
-// The element of a lane's bit.
-QG_HD SparseElement bitmap_key_element(int lane, int bit) {
-  const int y = bit / 32 * 2 + bit / 2 % 2;
+// The element of a bit.
+QG_HD SparseElement bitmap_key_element(int place) {
+  const int lane = place / 64 % 32, bit = place / 2048 * 64 + place % 64, y = bit / 32 * 2 + bit / 2 % 2;
   return {lane, y % 8, bit % 32 / 4, y / 8, bit % 2};
 }
-QG_HD SparseElement bitmap_value_element(int lane, int bit) {
-  const int y = bit / 32 * 2 + bit / 4 % 2, step = bit / 8 % 4;
+QG_HD SparseElement bitmap_value_element(int place) {
+  const int lane = place / 64 % 32, bit = place / 2048 * 64 + place % 64, y = bit / 32 * 2 + bit / 4 % 2;
+  const int step = bit / 8 % 4;
   return {lane, y % 8, step / 2 * 4 + bit / 2 % 2 * 2 + step % 2, y / 8, bit % 2};
 }
 QG_HD int64_t bitmap_bytes(int64_t channels) { return kPageTokens * channels / 8; }
@@ -75,14 +72,16 @@ QG_HD int64_t bitmap_bytes(int64_t channels) { return kPageTokens * channels / 8
 // half of the bits are needed: the second half of the planes lies between the bits of the first.
 QG_HD int four_of_eight_planes(int bits) { return 8 + 4 * bits; }
 struct PlanePlace {
-  int word, bit;
+  int word, bit;  // of the page
 };
+// Words of a lane are stored in fours, those of all lanes side by side.
+QG_HD int four_of_eight_word(int lane, int word) { return (word / 4 * 32 + lane) * 4 + word % 4; }
 QG_HD PlanePlace four_of_eight_place(SparseElement e, int plane, int channels, int bits, bool is_value) {
   const int planes = four_of_eight_planes(bits);
   const int bit = 16 * e.even + (is_value ? e.x % 4 + 4 * (e.j % 2) + 8 * (e.x / 4) : e.x + 8 * (e.j % 2));
-  if (channels > 64) return {e.j / 2 * planes + plane, bit};
+  if (channels > 64) return {four_of_eight_word(e.lane, e.j / 2 * planes + plane), bit};
   const int second = 2 * plane >= planes;
-  return {plane - second * (planes / 2), bit + second * (is_value ? 4 : 8)};
+  return {four_of_eight_word(e.lane, plane - second * (planes / 2)), bit + second * (is_value ? 4 : 8)};
 }
 
 // Everything but the scales.
