@@ -121,8 +121,7 @@ struct SparseCoder {
   QG_HD SparseCoder(uint16_t scale, int bits)
       : factor(bits == 2 ? 1.5f * half_to_float(scale) : 1.0f / half_to_float(scale)) {}
   QG_HD uint32_t code(float x, int bits) const {
-    const uint32_t pattern = bit_cast<uint32_t>(x);
-    if (bits == 2) return (bit_cast<float>(pattern & 0x7fffffffu) > factor ? 1u : 0u) + (pattern >> 31) * 2u;
+    if (bits == 2) return ((x < 0.0f ? -x : x) > factor ? 1u : 0u) + (x < 0.0f ? 2u : 0u);  // 0 for NaN
     constexpr float kMagic = 12582912.0f;  // 1.5 · 2^23: sums with it are whole, their lowest bits a code
     float shifted = rounded_product(x, factor) + kMagic;
     shifted = shifted > kMagic - 8.0f ? shifted : kMagic - 8.0f;  // NaN too

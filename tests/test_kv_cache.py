@@ -59,12 +59,7 @@ def assert_attention(cache: SparseKVCache, query: Tensor) -> None:
     [
         *[("dense2", "dense2"), ("dense4", "dense2"), ("dense2", "dense4")],
         *[(form, form) for form in SPARSE],
-        *[
-            ("bitmap4", "bitmap2"),
-            ("4of8_2", "dense4"),
-            ("dense2", "4of8_4"),
-            ("4of8_4", "bitmap2"),
-        ],
+        *[("bitmap4", "bitmap2"), ("4of8_4", "4of8_2"), ("4of8_2", "4of8_4")],
     ],
 )
 @pytest.mark.parametrize(
@@ -207,10 +202,11 @@ def packed_by_hand(x: np.ndarray, form: str, keep: int, value: bool) -> bytes:
                     in_word = (x_ // 4 * 2 + x_ % 2) * 8 + y % 2 * 4 + x_ // 2 % 2 * 2 + even
                 else:
                     in_word = x_ * 4 + y % 2 * 2 + even
-                places[lane_of(t, c // 8), y // 2 * 32 + in_word] = (t, c)
-        for (lane, bit), (t, c) in sorted(places.items()):
+                bit = y // 2 * 32 + in_word
+                places[(bit // 64 * 32 + lane_of(t, c // 8)) * 64 + bit % 64] = (t, c)
+        for place, (t, c) in sorted(places.items()):
             if chosen[t, c]:
-                total |= 1 << word_at(lane, bit // 32) + bit % 32 | code(t, c) << at
+                total |= 1 << place | code(t, c) << at
                 at += bits
         end = 8 * channels + 64 * keep * bits // 8
     else:
@@ -251,11 +247,11 @@ def test_sparse_pages_by_hand(form: str, dim: int, sparsity: float, device: str)
     if form.startswith("4of8") and sparsity != 0.5:
         pytest.skip("4 of 8 is what it is")
     k, v = tokens_of(1, 1, 64, dim, seed=dim)
-    k[..., 11] = 0.4
     k[0, 0, 5], v[0, 0, 6] = 0.0, -0.0  # nothing to keep
     k[0, 0, 9], v[0, 0, 9] = 0.75, -1.25  # everything is as large as the rest
+    k[..., 11] = 0.4
     k[0, 0, 20, ::2], v[0, 0, 21, : dim // 2] = 2.0, -2.0  # ties
-    v[0, 0, 30, 3:] = 0.0
+    v[0, 0, 30, 3:], k[0, 0, 5, 11] = 0.0, 0.0
     options = {"sparsity": sparsity, "window": 0, "sinks": 0, "max_tokens": 64, "device": device}
     cache = SparseKVCache(1, 1, dim, form, **options)
     cache.append(0, k.to(device), v.to(device))
@@ -335,7 +331,7 @@ def test_centring(form: str, device: str) -> None:
         )
         cache.append(0, *(x.to(device) for x in shifted), counts)
         cache.advance(400, counts)
-        for n in (1, 100):
+        for n in (100, 1):
             cache.append(0, *(x[:, :, :n].to(device) for x in shifted))
             cache.advance(n)
         assert_attention(cache, query)
@@ -347,7 +343,7 @@ def test_centring(form: str, device: str) -> None:
     means = cache.means.float().cpu()
     torch.testing.assert_close(means[0, 0, 0], shifted[0][0].float().mean(1), rtol=1e-2, atol=1e-2)
     torch.testing.assert_close(
-        means[1, 0, 1], shifted[1][1, :, :100].float().mean(1), rtol=1e-2, atol=1e-2
+        means[0, 1, 1], shifted[1][1, :, :100].float().mean(1), rtol=1e-2, atol=1e-2
     )
     before = cache.dense(0, 2)
     cache.fork(2, 1)
@@ -429,7 +425,8 @@ def test_fork_and_crop(form: str, window: int, device: str) -> None:
     cache.advance(100, torch.tensor([0, 100], device=device))
     for a, w, x in zip(cache.dense(1, 1), before, (k, v), strict=True):
         # What was packed, unpacked and packed again may have moved by a step.
-        assert ((a[:, :350] - w[:, :350]).norm() <= 0.05 * w[:, :350].norm()).all()
+        most = 0.05 if form == "dense4" else 0.3
+        assert ((a[:, :350] - w[:, :350]).norm() <= most * w[:, :350].norm()).all()
         recent = x[1, :, 500 - window : 500].float() if window else x[1, :, :0].float()
         if cache.means is not None:
             torch.testing.assert_close(
@@ -495,6 +492,10 @@ def test_bytes(form: str, sparsity: float, keys: float, values: float) -> None:
 def test_mistakes() -> None:
     with pytest.raises(NotImplementedError, match="key_format: expected one of dense2, dense4, b"):
         SparseKVCache(1, 1, 64, "bitmap3", max_tokens=64)
+    with pytest.raises(
+        NotImplementedError, match="value_format: expected one of dense2, dense4 as"
+    ):
+        SparseKVCache(1, 1, 64, key_format="dense2", value_format="bitmap2", max_tokens=64)
     for sparsity in (-0.1, 1, 0.999, torch.nan):
         with pytest.raises(ValueError, match="sparsity: expected 0 or more, and 1 of 64 channels"):
             SparseKVCache(1, 1, 64, "bitmap2", sparsity=sparsity, max_tokens=64)
@@ -502,7 +503,7 @@ def test_mistakes() -> None:
     query = torch.zeros(1, 2, 64).half()
     for name, wrong, match in (
         ("keep", 0, "keep: expected 1 to 64 of a token's channels, got 0"),
-        ("keep", 31, r"key_pages: expected shape \\[4, 1, 1136\\], got \\[4, 1, 1152\\]"),
+        ("keep", 31, r"key_pages: expected shape \[4, 1, 1136\], got \[4, 1, 1152\]"),
         ("value_format", "4of9", "value_format: expected one of dense2, .*4of8_4, got 4of9"),
     ):
         old = getattr(cache, name)

@@ -74,18 +74,15 @@ struct Page {
       const uint16_t scale = scales[static_cast<size_t>(is_value ? token : channel)];
       return SparseCoder(scale, format.bits).code(x(token, channel), format.bits);
     };
-    const auto set_bit = [&](int at, int bit) { or_into<4>(bytes + 4 * at, 1u << bit); };
+    const auto set_bit = [&](PlanePlace at) { or_into<4>(bytes + 4 * at.word, 1u << at.bit); };
     if (format.kind == PageKind::kBitmap) {
-      int at = 0;
-      for (int lane = 0; lane < 32; ++lane)
-        for (int bit = 0; bit < 2 * channels; ++bit) {
-          const SparseOrigin o = origin(bitmap_element(lane, bit));
-          if (x(o.token, o.channel) == 0) continue;
-          set_bit(sparse_word(lane, bit / 32), bit % 32);
-          bytes[bitmap_bytes(channels) + at / 8] |=
-              static_cast<uint8_t>(code_of(o.token, o.channel) << at % 8);
-          at += format.bits;
-        }
+      for (int place = 0, at = 0; place < kPageTokens * channels; ++place) {
+        const SparseOrigin o = origin(bitmap_element(place));
+        if (x(o.token, o.channel) == 0) continue;
+        set_bit({place / 32, place % 32});
+        bytes[bitmap_bytes(channels) + at / 8] |= static_cast<uint8_t>(code_of(o.token, o.channel) << at % 8);
+        at += format.bits;
+      }
     } else {
       for (int token = 0; token < kPageTokens; ++token)
         for (int first = 0, rank = 0; first < channels; first += 8, rank = 0)
@@ -94,8 +91,7 @@ struct Page {
             const SparseElement e = element(token, first + i);
             const uint32_t code = code_of(token, first + i);
             const auto set_plane = [&](int plane) {
-              const PlanePlace at = four_of_eight_place(e, plane, channels, format.bits, is_value);
-              set_bit(sparse_word(e.lane, at.word), at.bit);
+              set_bit(four_of_eight_place(e, plane, channels, format.bits, is_value));
             };
             set_plane(i);
             for (int b = 0; b < format.bits; ++b)
@@ -120,17 +116,15 @@ struct Page {
         }
       }
     } else if (format.kind == PageKind::kBitmap) {
-      int at = 0;
-      for (int lane = 0; lane < 32; ++lane)
-        for (int bit = 0; bit < 2 * channels; ++bit) {
-          const SparseOrigin o = origin(bitmap_element(lane, bit));
-          int level = 0;
-          if (word(sparse_word(lane, bit / 32)) >> bit % 32 & 1) {
-            const int code = bytes[bitmap_bytes(channels) + at / 8] >> at % 8 & ((1 << format.bits) - 1);
-            level = sparse_level(code, format.bits), at += format.bits;
-          }
-          value(o.token, o.channel, decode(o, level));
+      for (int place = 0, at = 0; place < kPageTokens * channels; ++place) {
+        const SparseOrigin o = origin(bitmap_element(place));
+        int level = 0;
+        if (word(place / 32) >> place % 32 & 1) {
+          const int code = bytes[bitmap_bytes(channels) + at / 8] >> at % 8 & ((1 << format.bits) - 1);
+          level = sparse_level(code, format.bits), at += format.bits;
         }
+        value(o.token, o.channel, decode(o, level));
+      }
     } else {
       for (int token = 0; token < kPageTokens; ++token)
         for (int first = 0, rank = 0; first < channels; first += 8, rank = 0)
@@ -138,7 +132,7 @@ struct Page {
             const SparseElement e = element(token, first + i);
             const auto plane = [&](int p) {
               const PlanePlace at = four_of_eight_place(e, p, channels, format.bits, is_value);
-              return static_cast<int>(word(sparse_word(e.lane, at.word)) >> at.bit & 1);
+              return static_cast<int>(word(at.word) >> at.bit & 1);
             };
             int level = 0;
             if (plane(i)) {
@@ -161,8 +155,8 @@ struct Page {
   SparseElement element(int token, int channel) const {
     return is_value ? sparse_value_element(token, channel) : sparse_key_element(token, channel, channels);
   }
-  SparseElement bitmap_element(int lane, int bit) const {
-    return is_value ? bitmap_value_element(lane, bit) : bitmap_key_element(lane, bit);
+  SparseElement bitmap_element(int place) const {
+    return is_value ? bitmap_value_element(place) : bitmap_key_element(place);
   }
   SparseOrigin origin(SparseElement e) const {
     return is_value ? sparse_value_origin(e) : sparse_key_origin(e, channels);

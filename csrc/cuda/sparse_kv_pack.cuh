@@ -75,8 +75,8 @@ struct SparsePacker {
   };
   struct Room {
     alignas(16) uint16_t x[kPageTokens * kStride];
-    alignas(16) uint32_t words[kPageTokens * (kGroups + 1)];  // codes, or records, or parts of fits
-    float factors[kFits];                                     // SparseCoder's
+    alignas(16) uint32_t words[kPageTokens * kGroups + 32];  // codes, or records, or parts of fits
+    float factors[kFits];                                    // SparseCoder's
     int before[kPackThreads / 32];
   };
   static_assert(sizeof(KeyPart) * Channels <= sizeof(Room::words));
@@ -105,10 +105,9 @@ struct SparsePacker {
 #pragma unroll
       for (int i = 0; i < kWords; ++i) pairs[i] = pruning.kept(pairs[i]);
       store();
-      __syncwarp();  // the other lane's half
       pruning.drop_excess(row, half);
-      __syncwarp();
-      each_vector([](const uint4& v, uint32_t* w) { w[0] = v.x, w[1] = v.y, w[2] = v.z, w[3] = v.w; });
+      if (IsValue)
+        each_vector([](const uint4& v, uint32_t* w) { w[0] = v.x, w[1] = v.y, w[2] = v.z, w[3] = v.w; });
     } else {
       store();
     }
@@ -187,17 +186,18 @@ struct SparsePacker {
     }
   };
 
-  // Four threads share a lane's words, in order. Eight elements at a time have at most a word of codes.
+  // A thread has neighbouring words of the bitmap. Eight elements at a time have at most a word of codes.
   template <int Bits>
   __device__ __forceinline__ void pack_bitmap() {
     constexpr int kEach = Channels / 64, kCodeWords = kPageTokens * Channels * Bits / 32;
     for (int i = thread; i < kCodeWords; i += kPackThreads) room.words[i] = 0;
-    const int lane = thread / 4;
     uint32_t chunks[kEach][4], masks[kEach];
     int count = 0;
 #pragma unroll
     for (int w = 0; w < kEach; ++w) {
-      const int word = thread % 4 * kEach + w, j = word / 4, i = word % 4 * 2;
+      const int word = thread * kEach + w;
+      const SparseElement first = IsValue ? bitmap_value_element(32 * word) : bitmap_key_element(32 * word);
+      const int lane = first.lane, i = first.i, j = first.j;
       masks[w] = 0;
       float factors[4];
 #pragma unroll
@@ -232,7 +232,7 @@ struct SparsePacker {
         chunks[w][n] = codes.from_bottom(), masks[w] |= codes.mask << (8 * n);
       }
       count += __popc(masks[w]);
-      reinterpret_cast<uint32_t*>(page)[sparse_word(lane, word)] = masks[w];
+      reinterpret_cast<uint32_t*>(page)[word] = masks[w];
     }
     // Where this thread's codes begin.
     int until = count;
@@ -261,20 +261,32 @@ struct SparsePacker {
       codes[i] = reinterpret_cast<const uint4*>(room.words)[i];
   }
 
+  // So that 32 records that become planes together lie in 32 banks.
+  static __device__ __forceinline__ int record_place(int token, int group) {
+    const int x = token / 8;
+    return token * kGroups + group + (IsValue ? x : x % 4 + x / 4 * 16);
+  }
+
   // A record per group of eight: what is set and the codes. Then its bits, of 32 groups at a time, are
   // planes.
   template <int Bits>
   __device__ __forceinline__ void pack_planes() {
     constexpr int kPlanes = 8 + 4 * Bits, kStored = Channels == 64 ? kPlanes / 2 : kPlanes;
-    for (int item = thread; item < kPageTokens * kGroups; item += kPackThreads) {
-      const int token = item / kGroups, group = item % kGroups;
+    static_assert(kPackThreads % kGroups == 0);
+    const int group = thread % kGroups;  // of all that this thread makes
+    float factors[8];
+#pragma unroll
+    for (int i = 0; i < 8; ++i)
+      if (!IsValue) factors[i] = room.factors[8 * group + i];
+#pragma unroll 2
+    for (int token = thread / kGroups; token < kPageTokens; token += kPackThreads / kGroups) {
       const uint4 v = *reinterpret_cast<const uint4*>(room.x + token * kStride + 8 * group);
       const uint32_t pairs[4] = {v.x, v.y, v.z, v.w};
+      const float of_token = IsValue ? room.factors[token] : 0.0f;
       Codes<Bits> codes;
 #pragma unroll
-      for (int i = 0; i < 8; ++i)
-        codes.add(half_at(pairs[i / 2], i % 2), room.factors[IsValue ? token : 8 * group + i], i);
-      room.words[token * (kGroups + 1) + group] = codes.mask | codes.from_bottom() << 8;
+      for (int i = 0; i < 8; ++i) codes.add(half_at(pairs[i / 2], i % 2), IsValue ? of_token : factors[i], i);
+      room.words[record_place(token, group)] = codes.mask | codes.from_bottom() << 8;
     }
     __syncthreads();  // words
     const int bit = thread % 32, even = bit / 16, x = IsValue ? bit % 4 + bit / 8 % 2 * 4 : bit % 8;
@@ -283,14 +295,15 @@ struct SparsePacker {
       const int lane = i % 32, block = i / 32;
       const SparseElement e{lane, 0, x, Channels == 64 ? 0 : 2 * block + odd, even};
       const SparseOrigin o = IsValue ? sparse_value_origin(e) : sparse_key_origin(e, Channels);
-      uint32_t record = room.words[o.token * (kGroups + 1) + o.channel / 8], own = 0;
+      uint32_t record = room.words[record_place(o.token, o.channel / 8)], own = 0;
       if (Channels == 64) record >>= odd * kStored;
 #pragma unroll
       for (int p = 0; p < kStored; ++p) {
         const uint32_t plane = __ballot_sync(~0u, record >> p & 1u);
         if (bit == p) own = plane;
       }
-      if (bit < kStored) reinterpret_cast<uint32_t*>(page)[sparse_word(lane, block * kPlanes + bit)] = own;
+      if (bit < kStored)
+        reinterpret_cast<uint32_t*>(page)[four_of_eight_word(lane, block * kPlanes + bit)] = own;
     }
   }
 };

@@ -70,6 +70,8 @@ struct Cache {
                 "recent_keys: expected a head dimension of 64, 128 or 256, got ", c.channels);
     c.key_format = check_format("key_format", key_format, c.channels, keep);
     c.value_format = check_format("value_format", value_format, c.channels, keep);
+    check_implemented(c.key_format.kind == c.value_format.kind,
+                      "value_format: expected the kind of key_format, ", key_format, ", got ", value_format);
     check_value(sinks >= 0 && window >= 0, "window: expected sinks and window of at least 0, got ", sinks,
                 " and ", window);
     const int64_t ring = c.recent - sinks;

@@ -111,6 +111,13 @@ class SparseKVCache:
             if chosen not in FORMATS:
                 known = ", ".join(FORMATS)
                 raise NotImplementedError(f"{name}: expected one of {known}, got {chosen!r}")
+        kind = FORMATS[key_format].kind
+        if FORMATS[value_format].kind != kind:
+            known = ", ".join(name for name, form in FORMATS.items() if form.kind == kind)
+            raise NotImplementedError(
+                f"value_format: expected one of {known} as the keys are {key_format}, "
+                f"got {value_format!r}"
+            )
         if page != PAGE:
             raise NotImplementedError(f"page: expected {PAGE} tokens, got {page}")
         if head_dim not in (64, 128, 256):

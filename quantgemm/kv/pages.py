@@ -102,11 +102,11 @@ def _bitmap_levels(pages: Tensor, bits: int, head_dim: int, value: bool) -> Tens
         bit = y // 2 * 32 + (x // 4 * 2 + x % 2) * 8 + y % 2 * 4 + x // 2 % 2 * 2 + even
     else:
         bit = y // 2 * 32 + x * 4 + y % 2 * 2 + even
+    place = (bit // 64 * 32 + lane) * 64 + bit % 64
     end = PAGE * head_dim // 8
-    words = pages[..., :end].contiguous().view(torch.int32)
-    is_set = words[..., _word(lane, bit // 32)].long() >> bit % 32 & 1  # [..., 64, head_dim]
-    # The codes of all that is set follow each other, lane by lane and bit by bit.
-    order = (lane * 2 * head_dim + bit).flatten().argsort()
+    is_set = pages[..., place // 8].long() >> place % 8 & 1  # [..., 64, head_dim]
+    # The codes of all that is set follow each other in the same order.
+    order = place.flatten().argsort()
     in_order = is_set.flatten(-2)[..., order]
     rank = torch.empty_like(in_order)
     rank[..., order] = in_order.cumsum(-1) - in_order
