@@ -62,7 +62,7 @@ QG_HD SparseElement bitmap_value_element(int place) {
   const int step = bit / 8 % 4;
   return {lane, y % 8, step / 2 * 4 + bit / 2 % 2 * 2 + step % 2, y / 8, bit % 2};
 }
-QG_HD int64_t bitmap_bytes(int64_t channels) { return kPageTokens * channels / 8; }
+QG_HD constexpr int64_t bitmap_bytes(int64_t channels) { return kPageTokens * channels / 8; }
 
 // ---- four of eight: of each group 8 bits say which are set, then come the bits of the codes of the first
 // to the fourth that is set. Planes of these bits:
@@ -70,7 +70,7 @@ QG_HD int64_t bitmap_bytes(int64_t channels) { return kPageTokens * channels / 8
 //   plane 8 + rank · bits + b            bit b of the code of rank 0 … 3
 // A plane's bit of group (x, j, even) is in word (j/2) · planes + plane of the lane. With 64 channels only
 // half of the bits are needed: the second half of the planes lies between the bits of the first.
-QG_HD int four_of_eight_planes(int bits) { return 8 + 4 * bits; }
+QG_HD constexpr int four_of_eight_planes(int bits) { return 8 + 4 * bits; }
 struct PlanePlace {
   int word, bit;  // of the page
 };
@@ -85,7 +85,7 @@ QG_HD PlanePlace four_of_eight_place(SparseElement e, int plane, int channels, i
 }
 
 // Everything but the scales.
-QG_HD int64_t sparse_codes_bytes(int64_t channels, PageFormat format) {
+QG_HD constexpr int64_t sparse_codes_bytes(int64_t channels, PageFormat format) {
   return format.kind == PageKind::kBitmap
              ? bitmap_bytes(channels) + kPageTokens * int64_t{format.keep} * format.bits / 8
              : kPageTokens * channels / 8 * four_of_eight_planes(format.bits) / 8;

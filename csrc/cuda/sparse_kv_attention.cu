@@ -118,8 +118,8 @@ int64_t attention_shared(const KvCacheArgs& c) {
   const bool is_same = k.kind == v.kind && k.bits == v.bits;
   const int64_t slack[2] = {overreach(k, c.channels), overreach(v, c.channels)};
   const int64_t pages = key_page_bytes(c.channels, k) + value_page_bytes(c.channels, v);
-  const int64_t bytes = table_bytes(k) + (is_same ? 0 : table_bytes(v)) + kAttentionWarps * pages +
-                        (slack[0] > slack[1] ? slack[0] : slack[1]);
+  const int64_t bytes = table_bytes(k) + (is_same ? 0 : table_bytes(v)) + query_bytes(c.channels) +
+                        kAttentionWarps * pages + (slack[0] > slack[1] ? slack[0] : slack[1]);
   const int64_t sums = 4 * kAttentionWarps * 8 * c.channels;
   return bytes > sums ? bytes : sums;
 }

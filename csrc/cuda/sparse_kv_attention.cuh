@@ -12,9 +12,17 @@ inline constexpr int kAttentionWarps = 4;
 inline constexpr int kAttentionThreads = 32 * kAttentionWarps;
 
 // Blocks whose registers fit a multiprocessor.
-inline constexpr int attention_blocks(int64_t channels) { return channels == 256 ? 2 : 4; }
-// Shared memory of a block: tables, then a page of keys and one of values for each warp. Later the room is
-// that of the sums. Counts of a bitmap that no page has may lead as far as if all bits were set.
+#ifndef QG_CARVE
+#define QG_CARVE 0
+#endif
+#ifndef QG_BLOCKS
+#define QG_BLOCKS 4
+#endif
+inline constexpr int attention_blocks(int64_t channels) { return channels == 256 ? 2 : QG_BLOCKS; }
+// Of the queries in shared memory.
+inline constexpr int64_t query_bytes(int64_t channels) { return 16 * channels; }
+// Shared memory of a block: tables, queries, then a page of keys and one of values for each warp. Later the
+// room is that of the sums. Counts of a bitmap that no page has may lead as far as if all bits were set.
 int64_t attention_shared(const KvCacheArgs& cache);
 
 // Grid: (splits, sequences · key-value heads, query heads / 8).
@@ -28,11 +36,12 @@ __global__ void __launch_bounds__(kAttentionThreads, attention_blocks(Channels))
   const int thread = static_cast<int>(threadIdx.x), warp_index = thread / 32;
   const int64_t row = blockIdx.y, sequence = row / c.heads, first_head = 8 * int64_t{blockIdx.z};
   auto* tables = reinterpret_cast<uint32_t*>(room);
-  uint8_t* stage = reinterpret_cast<uint8_t*>(room) + kTables;
-  Warp warp(args, stage + warp_index * (Warp::key_bytes(c) + Warp::value_bytes(c)), tables, row, first_head);
+  uint4* queries = room + kTables / 16;
+  uint8_t* stage = reinterpret_cast<uint8_t*>(queries) + 16 * Channels +
+                   warp_index * (Warp::key_bytes(c) + Warp::value_bytes(c));
+  Warp warp(args, stage, queries, tables, row, first_head);
   Keys::make_table(tables);
   if constexpr (!std::is_same_v<Keys, Values>) Values::make_table(tables + Keys::kTableBytes / 4);
-  if constexpr (kTables > 0) __syncthreads();  // tables
   wait_for_previous_kernel();
   const SequenceParts parts = parts_of(c, c.lens[sequence]);
 
@@ -50,10 +59,15 @@ __global__ void __launch_bounds__(kAttentionThreads, attention_blocks(Channels))
   };
   int page = page_at(begin);
   warp.fetch_keys(page), warp.fetch_values(page);
-  warp.load_query();
-  const int64_t recent = parts.sinks + parts.ring_end - parts.ring_first, chunks = (recent + 15) / 16;
+  if (warp_index == 0) warp.load_query();
+  __syncthreads();  // queries and tables
+  const int recent = static_cast<int>(parts.sinks + parts.ring_end - parts.ring_first);
+  const int64_t chunks = (recent + 15) / 16;
+  const int first_slot = static_cast<int>(parts.ring_first % ring_slots(c)),
+            last_chunk = static_cast<int>(chunks * (own + 1) / warps);
 #pragma unroll 1
-  for (int64_t i = chunks * own / warps; i < chunks * (own + 1) / warps; ++i) warp.add_recent(parts, 16 * i);
+  for (int i = static_cast<int>(chunks * own / warps); i < last_chunk; ++i)
+    warp.add_recent(parts, first_slot, 16 * i);
   warp.begin_pages();
 #pragma unroll 1
   for (int i = begin; i < end; ++i) {
@@ -121,11 +135,15 @@ cudaError_t launch_attention_of(const KvAttentionArgs& args, cudaStream_t stream
                   static_cast<unsigned>((args.groups + 7) / 8));
   const auto launch = [&]<class Keys, class Values>(std::type_identity<Keys>, std::type_identity<Values>) {
     const int bytes = static_cast<int>(attention_shared(c));
+    // No more shared memory than the blocks need: spilled registers want the rest as a cache.
+    const int all = attention_blocks(Channels) * (bytes + 256 + kReservedShared);
+    const int percent = all * 100 / device.shared_per_multiprocessor + 1;
+    const int carveout = QG_CARVE ? 100 : percent < 100 ? percent : 100;
     const auto kernel = c.type == Real::kFloat16 ? attention_kernel<Half, Channels, Keys, Values>
                                                  : attention_kernel<BFloat16, Channels, Keys, Values>;
     status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     if (status == cudaSuccess)
-      status = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, 100);
+      status = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, carveout);
     if (status != cudaSuccess) return status;
     const DependentLaunch launch(grid, kAttentionThreads, device, stream, bytes);
     return cudaLaunchKernelEx(&launch.config, kernel, args);

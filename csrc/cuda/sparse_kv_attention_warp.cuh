@@ -34,20 +34,20 @@ struct AttentionWarp {
   static constexpr bool kSparseValues = Values::kKind != PageKind::kDense;
   const KvAttentionArgs& args;
   uint8_t* stage;         // a page of keys, then one of values
+  uint4* queries;         // of the block, as halves: of two steps of every lane
   const uint32_t* table;  // of the formats
   int lane;
   int64_t row;                       // sequence · heads + key-value head
   bytes_ptr key_pages, value_pages;  // of this head, with this lane's place in a page
   const Real16* query;               // of this lane's column, or null
-  uint32_t q[kSteps][2];             // as halves
   float out[kSteps][4] = {};         // of codes in their units, so long as pages are added
   float shifts[2][4] = {};           // Σ weight · scale · shift, see add_shifts: belongs to every row of out
   float maximum[2] = {}, mass[2] = {};  // of two columns, at least that of logits; mass of this lane's rows
   bool is_empty = true;                 // nothing added
 
-  __device__ AttentionWarp(const KvAttentionArgs& a, uint8_t* s, const uint32_t* t, int64_t r,
+  __device__ AttentionWarp(const KvAttentionArgs& a, uint8_t* s, uint4* q, const uint32_t* t, int64_t r,
                            int64_t first_head)
-      : args(a), stage(s), table(t), lane(threadIdx.x % 32), row(r) {
+      : args(a), stage(s), queries(q), table(t), lane(threadIdx.x % 32), row(r) {
     const int64_t head = first_head + lane / 4;
     query = head < args.groups
                 ? static_cast<const Real16*>(args.query) + (row * args.groups + head) * Channels
@@ -70,7 +70,9 @@ struct AttentionWarp {
     return kSparseValues ? sparse_value_origin({4 * r, y % 8, 0, y / 8, 0}).channel : 8 * y + r;
   }
 
+  // By one warp for all.
   __device__ __forceinline__ void load_query() {
+    uint32_t q[kSteps][2];
     const auto pack = [](uint32_t pair) {
       return pack_pair(to_float(Real16{static_cast<uint16_t>(pair)}),
                        to_float(Real16{static_cast<uint16_t>(pair >> 16)}), Half{});
@@ -95,6 +97,9 @@ struct AttentionWarp {
       for (int i = 0; i < 2 * kSteps; ++i)
         q[i / 2][i % 2] = pack(query ? __ldg(own + 4 * (first_group(i / 2) + i % 2 * 2)) : 0u);
     }
+#pragma unroll
+    for (int s = 0; s < kSteps; s += 2)
+      queries[16 * s + lane] = make_uint4(q[s][0], q[s][1], q[s + 1][0], q[s + 1][1]);
   }
 
   // One group of copies, empty for no page (-1). Most: at most so many bytes.
@@ -166,32 +171,27 @@ struct AttentionWarp {
   template <class Codes, int Steps>
   static __device__ __forceinline__ void add_shifts(float (&sums)[2][4], const uint8_t* fits,
                                                     const uint32_t (&b)[Steps][2]) {
-    if constexpr (Codes::kKind != PageKind::kDense) {
-      if constexpr (Codes::kOffset != 0.0f) {
-        const uint32_t pair = pack_pair(-Codes::kOffset, -Codes::kOffset, Half{});
-        const uint32_t shift[4] = {pair, pair, pair, pair};
+    if constexpr (Codes::kKind == PageKind::kDense) {
 #pragma unroll
-        for (int s = 0; s < Steps; ++s) mma_16x8x16(sums[s % 2], shift, b[s][0], b[s][1], Half{});
+      for (int s = 0; s < Steps; s += 2) {
+        const uint4 v = *reinterpret_cast<const uint4*>(fits + 32 * s);
+        const uint32_t shift[4] = {v.x, v.y, v.z, v.w};
+        mma_16x8x16(sums[0], shift, b[s][0], b[s][1], Half{});
+        mma_16x8x16(sums[1], shift, b[s + 1][0], b[s + 1][1], Half{});
       }
-      return;
-    }
+    } else if constexpr (Codes::kOffset != 0.0f) {
+      const uint32_t pair = pack_pair(-Codes::kOffset, -Codes::kOffset, Half{});
+      const uint32_t shift[4] = {pair, pair, pair, pair};
 #pragma unroll
-    for (int s = 0; s < Steps; s += 2) {
-      const uint4 v = *reinterpret_cast<const uint4*>(fits + 32 * s);
-      const uint32_t shift[4] = {v.x, v.y, v.z, v.w};
-      mma_16x8x16(sums[0], shift, b[s][0], b[s][1], Half{});
-      mma_16x8x16(sums[1], shift, b[s + 1][0], b[s + 1][1], Half{});
+      for (int s = 0; s < Steps; ++s) mma_16x8x16(sums[s % 2], shift, b[s][0], b[s][1], Half{});
     }
   }
-  template <int Steps>
-  static __device__ __forceinline__ void multiply_scales(uint32_t (&b)[Steps][2],
-                                                         const uint32_t (&x)[Steps][2], const uint8_t* fits) {
-#pragma unroll
-    for (int s = 0; s < Steps; s += 2) {
-      const uint4 v = *reinterpret_cast<const uint4*>(fits + 32 * s);
-      b[s][0] = multiply_halves(x[s][0], v.x), b[s][1] = multiply_halves(x[s][1], v.z);
-      b[s + 1][0] = multiply_halves(x[s + 1][0], v.y), b[s + 1][1] = multiply_halves(x[s + 1][1], v.w);
-    }
+  // Of four groups of columns, in the order of fit_place.
+  static __device__ __forceinline__ void multiply_scales(uint32_t (&first)[2], uint32_t (&second)[2],
+                                                         const uint4& x, const uint8_t* fits) {
+    const uint4 v = *reinterpret_cast<const uint4*>(fits);
+    first[0] = multiply_halves(x.x, v.x), first[1] = multiply_halves(x.y, v.z);
+    second[0] = multiply_halves(x.z, v.y), second[1] = multiply_halves(x.w, v.w);
   }
 
   // The page that is on its way here; then the next one is, or none (-1). Its keys come as soon as these
@@ -202,7 +202,9 @@ struct AttentionWarp {
     cp_async_wait<1>();
     __syncwarp();  // the other lanes' copies too
     const uint8_t* key_fits = stage + codes_bytes<Keys, Channels>(args.cache.key_format.keep) + lane % 4 * 16;
-    multiply_scales(b, q, key_fits);
+#pragma unroll
+    for (int s = 0; s < kSteps; s += 2)
+      multiply_scales(b[s], b[s + 1], queries[16 * s + lane], key_fits + 32 * s);
     add_shifts<Keys>(base, key_fits + 2 * Channels, b);
     Keys::multiply_keys(logits, stage, lane, table, b);
     fetch_keys(next);
@@ -221,22 +223,28 @@ struct AttentionWarp {
     const uint8_t* values = staged_values();
     const uint8_t* fits =
         values + codes_bytes<Values, Channels>(args.cache.value_format.keep) + lane % 4 * 16;
-    multiply_scales(weights, weights, fits);
+#pragma unroll
+    for (int s = 0; s < 4; s += 2) {
+      const uint4 w = make_uint4(weights[s][0], weights[s][1], weights[s + 1][0], weights[s + 1][1]);
+      multiply_scales(weights[s], weights[s + 1], w, fits + 32 * s);
+    }
     add_shifts<Values>(shifts, fits + 2 * kPageTokens, weights);
     constexpr bool kSameTable = std::is_same_v<Keys, Values>;
     Values::multiply_values(out, values, lane, table + (kSameTable ? 0 : Keys::kTableBytes / 4), weights);
     fetch_values(next);
   }
 
-  // Up to 16 recent tokens, the index-th and following of parts. Before all pages.
-  __device__ __forceinline__ void add_recent(const SequenceParts& parts, int64_t index) {
+  // Up to 16 recent tokens, the index-th and following of parts, whose ring begins at first_slot. Before
+  // all pages.
+  __device__ __forceinline__ void add_recent(const SequenceParts& parts, int first_slot, int index) {
     const KvCacheArgs& c = args.cache;
-    const int64_t left = parts.sinks + parts.ring_end - parts.ring_first - index;
+    const int sinks = static_cast<int>(parts.sinks), ring = static_cast<int>(ring_slots(c));
+    const int left = sinks + static_cast<int>(parts.ring_end - parts.ring_first) - index;
     // The i-th token's elements, or any one's in place of those that are not there.
     const auto place = [&](int i) {
-      const int64_t t = index + (i < left ? i : 0);
-      const int64_t position = t < parts.sinks ? t : c.sinks + parts.ring_first + t - parts.sinks;
-      return (row * c.recent + recent_slot(c, position)) * Channels;
+      const int t = index + (i < left ? i : 0), at = first_slot + t - sinks;
+      const int64_t slot = t < sinks ? t : c.sinks + (at < ring ? at : at - ring);
+      return (row * c.recent + slot) * Channels;
     };
     const auto load8 = [](const void* x) { return __ldg(static_cast<const uint4*>(x)); };
     const int own = lane / 4;  // this lane's tokens of the logits, and own + 8
@@ -276,7 +284,7 @@ struct AttentionWarp {
   // elsewhere in out, 8 neighbours of one lane in as many blocks.
   template <class Place>
   __device__ __forceinline__ void load_recent_values(uint32_t (&v)[kSteps][4], const int64_t (&at)[2],
-                                                     Place&& place, int64_t left) const {
+                                                     Place&& place, int left) const {
     const auto* values = static_cast<const uint16_t*>(args.cache.recent_values);
     if constexpr (!kSparseValues) {
 #pragma unroll

@@ -73,6 +73,7 @@ struct BitmapCodes {
     const auto word = [&](uint32_t bit, int i) {
       return *reinterpret_cast<const uint32_t*>(codes + (bit >> 3 & ~3u) + 4 * i);
     };
+    const uint32_t four = blockDim.x >> 5;
     if constexpr (Bits == 2) {
       const uint32_t middle = word(at, 1), low = __funnelshift_r(word(at, 0), middle, at);
       const uint32_t high = __funnelshift_r(middle, word(at, 2), at);
@@ -86,7 +87,7 @@ struct BitmapCodes {
           const uint32_t next = k + odd == 0 ? low : static_cast<uint32_t>(window >> skip);
           // The byte of the codes, that of the bits, and zeros.
           const uint32_t index = permute_bytes(next, fours[odd], 0xcc40u | k << 4 | k << 8 | k << 12);
-          const uint32_t levels = table[index];
+          const uint32_t levels = *reinterpret_cast<const uint32_t*>(reinterpret_cast<const uint8_t*>(table) + index * four);
           a[k][odd] = permute_bytes(levels, 0, 0x1404), a[k][2 + odd] = permute_bytes(levels, 0, 0x3424);
         }
     } else {

@@ -1,17 +1,20 @@
 // SPDX-License-Identifier: MIT
 // Products of a four of eight page's codes (kv_sparse_page.h). Its bits lie in planes, so one operation on
 // words works on 32 groups: which code an element has is a choice by the counts of its neighbours, its
-// level is a function of three or five bits, and the planes of the level are woven to nibbles, which are
+// level is a function of three or five bits, and the planes of the level are woven to words whose bits are
 // operands as they stand (see sparse_kv_codes.cuh).
 #pragma once
 #include "sparse_kv_codes.cuh"
 
 namespace quantgemm {
 
-// Bits of a where mask is set, of b elsewhere.
+// Bits of a where mask is set, of b elsewhere; the compiler takes two operations. PTX ISA 9.7.8.6 (lop3).
 __device__ __forceinline__ uint32_t choose(uint32_t mask, uint32_t a, uint32_t b) {
-  return (mask & a) | (~mask & b);
+  uint32_t d;
+  asm("lop3.b32 %0, %1, %2, %3, 0xca;" : "=r"(d) : "r"(mask), "r"(a), "r"(b));
+  return d;
 }
+__device__ __forceinline__ uint32_t rotate_right(uint32_t x, int by) { return __funnelshift_r(x, x, by); }
 
 template <int Bits>
 struct FourOfEightCodes {
@@ -21,10 +24,13 @@ struct FourOfEightCodes {
   static constexpr int kPlanes = 8 + 4 * Bits;
 
   static __device__ void make_table(uint32_t*) {}
-  static __device__ constexpr float key_unit(int x) { return static_cast<float>(1 << (24 - x / 4 * 4)); }
+  static __device__ constexpr float key_unit(int x) { return 1.0f / static_cast<float>(1 << place(x)) * k24; }
   static __device__ constexpr float value_unit(int y) {
-    return static_cast<float>(1 << (24 - y / 8 % 2 * 4));
+    return 1.0f / static_cast<float>(1 << (place(y / 8 % 2 * 4) + (Bits == 2 ? 3 : 0))) * k24;
   }
+  // Where in a half the element of bit `bit` lies, or, of the later eight, 8 bits further.
+  static __device__ constexpr int place(int bit) { return Bits == 2 ? bit : bit / 4 * 4; }
+  static constexpr float k24 = 1 << 24;
 
   uint32_t planes[kPlanes];
   // How many elements are set between this one and the end of the group that is nearer, [0] in the lower
@@ -59,38 +65,35 @@ struct FourOfEightCodes {
     return choose(two3[end], choose(odd3[end], code[3], code[2]), choose(odd3[end], code[1], code[0]));
   }
 
-  // Level + kOffset of elements i: nibbles of words [bit % 4] at the bits' own places, with 2 bits
-  // beside something in the highest bit.
-  __device__ __forceinline__ void nibbles(uint32_t (&out)[4], int i) const {
+  // Level + kOffset of elements i, those of each fourth bit in one word. 2 bits: the bits of each from its
+  // own place on, cyclic; what is between them belongs to others. 4 bits: nibbles.
+  __device__ __forceinline__ void weave(uint32_t (&out)[4], int i) const {
     const uint32_t set = planes[i];
-    uint32_t u[4] = {};
+    constexpr uint32_t kEven = 0x55555555u, kLow = 0x33333333u;
     if constexpr (Bits == 2) {
       const uint32_t large = code_bit(i, 0), negative = code_bit(i, 1);
-      u[0] = set & ~large;
-      u[1] = ~set | ~(negative | large);
-      u[2] = set & ~negative & large;
+      const uint32_t first = set & ~large, second = rotate_right(~set | ~(negative | large), 31);
+      const uint32_t third = rotate_right(set & ~negative & large, 30);
+      const uint32_t even = choose(kEven, first, second), odd = choose(kEven, second, first);
+      out[0] = choose(kLow, even, third), out[1] = choose(kLow << 1, odd, third);
+      out[2] = choose(kLow, third, even), out[3] = choose(kLow << 1, third, odd);
     } else {
+      uint32_t u[4];
 #pragma unroll
       for (int b = 0; b < 3; ++b) u[b] = set & code_bit(i, b);
       u[3] = ~(set & code_bit(i, 3));
-    }
-    constexpr uint32_t kEven = 0x55555555u, kLow = 0x33333333u;
-    const uint32_t low[2] = {choose(kEven, u[0], u[1] << 1), choose(kEven, u[0] >> 1, u[1])};
 #pragma unroll
-    for (int odd = 0; odd < 2; ++odd) {
-      uint32_t high_up, high;  // for bits 0, 1 and 2, 3 of each four
-      if constexpr (Bits == 2) {
-        high_up = u[2] << (2 - odd), high = odd ? u[2] >> 1 : u[2];
-      } else {
-        high = odd ? choose(kEven, u[2] >> 1, u[3]) : choose(kEven, u[2], u[3] << 1), high_up = high << 2;
+      for (int odd = 0; odd < 2; ++odd) {
+        const uint32_t low = choose(kEven, odd ? u[0] >> 1 : u[0], odd ? u[1] : u[1] << 1);
+        const uint32_t high = choose(kEven, odd ? u[2] >> 1 : u[2], odd ? u[3] : u[3] << 1);
+        out[odd] = choose(kLow, low, high << 2), out[2 + odd] = choose(kLow, low >> 2, high);
       }
-      out[odd] = choose(kLow, low[odd], high_up);
-      out[2 + odd] = choose(kLow, low[odd] >> 2, high);
     }
   }
-  // Of the nibbles at 0, 4, 8, 12 of each half the index-th as two halves.
-  static __device__ __forceinline__ uint32_t operand(uint32_t nibbles, int index) {
-    return (nibbles >> index / 2 * 8) & 0x10001u * (Bits == 2 ? 7u : 15u) << index % 2 * 4;
+  // The elements of bit `bit` of each half, of the word woven for it.
+  static __device__ __forceinline__ uint32_t operand(const uint32_t (&woven)[4], int bit) {
+    const uint32_t word = bit < 8 ? woven[bit % 4] : rotate_right(woven[bit % 4], 8);
+    return word & 0x10001u * (Bits == 2 ? 7u : 15u) << place(bit % 8);
   }
 
   template <int Steps>
@@ -104,14 +107,14 @@ struct FourOfEightCodes {
 #pragma unroll
       for (int i = 0; i < 8; i += 2) {
         uint32_t t[2][4];
-        codes.nibbles(t[0], i), codes.nibbles(t[1], i + 1);
+        codes.weave(t[0], i), codes.weave(t[1], i + 1);
 #pragma unroll
         for (int k = 0; k < kInWord; ++k)
 #pragma unroll
           for (int m = 0; m < 4; ++m) {
-            const int x = 2 * m, at = x / 4 + 2 * k, s = i / 2 + 4 * (j + k);
-            const uint32_t a[4] = {operand(t[0][x % 4], at), operand(t[0][x % 4 + 1], at),
-                                   operand(t[1][x % 4], at), operand(t[1][x % 4 + 1], at)};
+            const int bit = 2 * m + 8 * k, s = i / 2 + 4 * (j + k);
+            const uint32_t a[4] = {operand(t[0], bit), operand(t[0], bit + 1), operand(t[1], bit),
+                                   operand(t[1], bit + 1)};
             mma_16x8x16(logits[m], a, b[s][0], b[s][1], Half{});
           }
       }
@@ -122,6 +125,16 @@ struct FourOfEightCodes {
                                                          int lane, const uint32_t*,
                                                          const uint32_t (&weights)[4][2]) {
     constexpr int kInWord = Tiles == 4 ? 1 : 2;
+    // Elements of other tokens lie elsewhere in a half: so much more have weights to be.
+    uint32_t b[4][2];
+#pragma unroll
+    for (int s = 0; s < 4; ++s)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int up = 3 - s % 2 - 2 * half;
+        b[s][half] =
+            Bits == 2 ? multiply_halves(weights[s][half], 0x3c003c00u + 0x04000400u * up) : weights[s][half];
+      }
 #pragma unroll
     for (int j = 0; j < Tiles / 4; j += kInWord) {
       const FourOfEightCodes codes(page + 16 * lane + j / 2 * kPlanes / 4 * 512,
@@ -129,15 +142,15 @@ struct FourOfEightCodes {
 #pragma unroll
       for (int i = 0; i < 8; i += 2) {
         uint32_t t[2][4];
-        codes.nibbles(t[0], i), codes.nibbles(t[1], i + 1);
+        codes.weave(t[0], i), codes.weave(t[1], i + 1);
 #pragma unroll
         for (int k = 0; k < kInWord; ++k)
 #pragma unroll
           for (int s = 0; s < 4; ++s) {
-            const int at = k + s / 2 * 2;
-            const uint32_t a[4] = {operand(t[0][s % 2], at), operand(t[1][s % 2], at),
-                                   operand(t[0][2 + s % 2], at), operand(t[1][2 + s % 2], at)};
-            mma_16x8x16(out[i / 2 + 4 * (j + k)], a, weights[s][0], weights[s][1], Half{});
+            const int bit = s % 2 + 4 * k + s / 2 * 8;
+            const uint32_t a[4] = {operand(t[0], bit), operand(t[1], bit), operand(t[0], bit + 2),
+                                   operand(t[1], bit + 2)};
+            mma_16x8x16(out[i / 2 + 4 * (j + k)], a, b[s][0], b[s][1], Half{});
           }
       }
     }
