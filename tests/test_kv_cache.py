@@ -329,7 +329,7 @@ def test_centring(form: str, device: str) -> None:
         cache = SparseKVCache(
             1, 2, 64, form, centre=centre, window=64, max_tokens=600, batch=3, device=device
         )
-        cache.append(0, *(x.to(device) for x in shifted), counts)
+        cache.append(0, shifted[0].to(device), shifted[1].to(device), counts)
         cache.advance(400, counts)
         for n in (100, 1):
             cache.append(0, *(x[:, :, :n].to(device) for x in shifted))
