@@ -128,17 +128,21 @@ struct AttentionWarp {
   // product: of one tile or of the steps of a page (first_group).
   template <class Weight, int Tiles>
   __device__ __forceinline__ void softmax(float (&logits)[Tiles][4], uint32_t (&weights)[Tiles][2]) {
-    float top[2] = {logits[0][0], logits[0][1]};
+    // Is one above the maximum? Only then all are compared. The sign bit of `below`: none is.
+    uint32_t below = ~0u;
 #pragma unroll
     for (int m = 0; m < Tiles; ++m)
 #pragma unroll
-      for (int j = 0; j < 4; ++j) top[j % 2] = fmaxf(top[j % 2], logits[m][j]);
-    if (is_empty || __any_sync(~0u, fmaxf(top[0], top[1]) > 0.0f)) {
+      for (int j = 0; j < 4; ++j) below &= __float_as_uint(logits[m][j]);
+    if (is_empty || __any_sync(~0u, static_cast<int>(below) >= 0)) {
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
+        float top = logits[0][c];
 #pragma unroll
-        for (int step = 4; step < 32; step *= 2) top[c] = fmaxf(top[c], __shfl_xor_sync(~0u, top[c], step));
-        if (is_empty || top[c] > 0.0f) raise_maximum(logits, top[c] + kHeadroom, c);
+        for (int m = 0; m < Tiles; ++m) top = fmaxf(top, fmaxf(logits[m][c], logits[m][c + 2]));
+#pragma unroll
+        for (int step = 4; step < 32; step *= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, step));
+        if (is_empty || top > 0.0f) raise_maximum(logits, top + kHeadroom, c);
       }
     }
     is_empty = false;

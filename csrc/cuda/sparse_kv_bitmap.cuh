@@ -31,7 +31,10 @@ struct BitCounts {
 template <int Bits>
 struct BitmapCodes {
   static constexpr PageKind kKind = PageKind::kBitmap;
-  static constexpr int kBits = Bits, kTableBytes = Bits == 2 ? 16384 : 1024;
+  // Entries from one to the next four bits; 5 more than there are spread those that are used most over all
+  // banks, as four bits are any but codes are small more often than not.
+  static constexpr int kRow = 256 + 5;
+  static constexpr int kBits = Bits, kTableBytes = Bits == 2 ? 16 * 4 * kRow : 1024;
   static constexpr float kOffset = Bits == 2 ? 0.0f : 8.0f;
 
   static __device__ constexpr float key_unit(int) { return Bits == 2 ? 1.0f : static_cast<float>(1 << 24); }
@@ -52,7 +55,7 @@ struct BitmapCodes {
           uint32_t selector = 0, rank = 0;
 #pragma unroll
           for (int i = 0; i < 4; ++i) selector |= (bits >> i & 1 ? rank++ : 4u) << 4 * i;
-          table[256 * bits + index] = permute_bytes(levels, 0, selector);
+          table[kRow * bits + index] = permute_bytes(levels, 0, selector);
         }
       } else {  // [eight bits]: even codes are bytes 0 … 3, odd ones 4 … 7
         uint32_t selector = 0, rank = 0;
@@ -73,21 +76,22 @@ struct BitmapCodes {
     const auto word = [&](uint32_t bit, int i) {
       return *reinterpret_cast<const uint32_t*>(codes + (bit >> 3 & ~3u) + 4 * i);
     };
-    const uint32_t four = blockDim.x >> 5;
     if constexpr (Bits == 2) {
       const uint32_t middle = word(at, 1), low = __funnelshift_r(word(at, 0), middle, at);
       const uint32_t high = __funnelshift_r(middle, word(at, 2), at);
       const uint64_t window = low | static_cast<uint64_t>(high) << 32;
-      const uint32_t fours[2] = {bits & 0x0f0f0f0fu, bits >> 4 & 0x0f0f0f0fu};
+      const uint32_t fours[2] = {bits << 2 & 0x3c3c3c3cu, bits >> 2 & 0x3c3c3c3cu};
 #pragma unroll
       for (int k = 0; k < 4; ++k)
 #pragma unroll
         for (int odd = 0; odd < 2; ++odd) {
           const uint32_t skip = permute_bytes(odd ? counts.odd : counts.even, 0, 0x4440u | k);
           const uint32_t next = k + odd == 0 ? low : static_cast<uint32_t>(window >> skip);
-          // The byte of the codes, that of the bits, and zeros.
-          const uint32_t index = permute_bytes(next, fours[odd], 0xcc40u | k << 4 | k << 8 | k << 12);
-          const uint32_t levels = *reinterpret_cast<const uint32_t*>(reinterpret_cast<const uint8_t*>(table) + index * four);
+          // The entry's address is a sum of bytes: 4 · codes + 4 · kRow · bits.
+          const uint32_t terms = permute_bytes(next, fours[odd], 0xc440u + 0x1110u * k);
+          constexpr uint32_t kFactors = 4 | kRow / 2 << 8 | (kRow - kRow / 2) << 16;
+          const uint32_t levels = *reinterpret_cast<const uint32_t*>(reinterpret_cast<const uint8_t*>(table) +
+                                                                     __dp4a(terms, kFactors, 0u));
           a[k][odd] = permute_bytes(levels, 0, 0x1404), a[k][2 + odd] = permute_bytes(levels, 0, 0x3424);
         }
     } else {

@@ -24,13 +24,12 @@ struct FourOfEightCodes {
   static constexpr int kPlanes = 8 + 4 * Bits;
 
   static __device__ void make_table(uint32_t*) {}
-  static __device__ constexpr float key_unit(int x) { return 1.0f / static_cast<float>(1 << place(x)) * k24; }
+  // An element's level begins at its own bit, of the first eight or the later eight, and a half's bits 0 to
+  // 10 are a number as they stand: bit 10 is the exponent's lowest one.
+  static __device__ constexpr float key_unit(int x) { return static_cast<float>(1 << (24 - x)); }
   static __device__ constexpr float value_unit(int y) {
-    return 1.0f / static_cast<float>(1 << (place(y / 8 % 2 * 4) + (Bits == 2 ? 3 : 0))) * k24;
+    return static_cast<float>(1 << (21 - y / 8 % 2 * 4));
   }
-  // Where in a half the element of bit `bit` lies, or, of the later eight, 8 bits further.
-  static __device__ constexpr int place(int bit) { return Bits == 2 ? bit : bit / 4 * 4; }
-  static constexpr float k24 = 1 << 24;
 
   uint32_t planes[kPlanes];
   // How many elements are set between this one and the end of the group that is nearer, [0] in the lower
@@ -65,8 +64,8 @@ struct FourOfEightCodes {
     return choose(two3[end], choose(odd3[end], code[3], code[2]), choose(odd3[end], code[1], code[0]));
   }
 
-  // Level + kOffset of elements i, those of each fourth bit in one word. 2 bits: the bits of each from its
-  // own place on, cyclic; what is between them belongs to others. 4 bits: nibbles.
+  // Level + kOffset of elements i, those of each fourth bit in one word: three or four bits from its own
+  // place on, cyclic. What may be between them belongs to others.
   __device__ __forceinline__ void weave(uint32_t (&out)[4], int i) const {
     const uint32_t set = planes[i];
     constexpr uint32_t kEven = 0x55555555u, kLow = 0x33333333u;
@@ -78,22 +77,25 @@ struct FourOfEightCodes {
       out[0] = choose(kLow, even, third), out[1] = choose(kLow << 1, odd, third);
       out[2] = choose(kLow, third, even), out[3] = choose(kLow << 1, third, odd);
     } else {
-      uint32_t u[4];
-#pragma unroll
-      for (int b = 0; b < 3; ++b) u[b] = set & code_bit(i, b);
-      u[3] = ~(set & code_bit(i, 3));
-#pragma unroll
-      for (int odd = 0; odd < 2; ++odd) {
-        const uint32_t low = choose(kEven, odd ? u[0] >> 1 : u[0], odd ? u[1] : u[1] << 1);
-        const uint32_t high = choose(kEven, odd ? u[2] >> 1 : u[2], odd ? u[3] : u[3] << 1);
-        out[odd] = choose(kLow, low, high << 2), out[2 + odd] = choose(kLow, low >> 2, high);
-      }
+      const uint32_t first = set & code_bit(i, 0), second = rotate_right(set & code_bit(i, 1), 31);
+      const uint32_t third = rotate_right(set & code_bit(i, 2), 30);
+      const uint32_t fourth = rotate_right(~(set & code_bit(i, 3)), 29);
+      const uint32_t even[2] = {choose(kEven, first, second), choose(kEven, third, fourth)};
+      const uint32_t odd[2] = {choose(kEven, second, first), choose(kEven, fourth, third)};
+      out[0] = choose(kLow, even[0], even[1]), out[1] = choose(kLow << 1, odd[0], odd[1]);
+      out[2] = choose(kLow, even[1], even[0]), out[3] = choose(kLow << 1, odd[1], odd[0]);
     }
   }
   // The elements of bit `bit` of each half, of the word woven for it.
   static __device__ __forceinline__ uint32_t operand(const uint32_t (&woven)[4], int bit) {
+#ifdef QG_HI
+    const uint32_t word = bit < 8                    ? woven[bit % 4]
+                          : Bits == 2 && bit % 4 < 2 ? __umulhi(woven[bit % 4], blockDim.x << 17)
+                                                     : rotate_right(woven[bit % 4], 8);
+#else
     const uint32_t word = bit < 8 ? woven[bit % 4] : rotate_right(woven[bit % 4], 8);
-    return word & 0x10001u * (Bits == 2 ? 7u : 15u) << place(bit % 8);
+#endif
+    return word & 0x10001u * (Bits == 2 ? 7u : 15u) << bit % 8;
   }
 
   template <int Steps>
