@@ -228,6 +228,7 @@ struct KvCacheArgs {
   void* recent_keys;          // [batch, heads, recent, channels] of type: sinks, then the ring
   void* recent_values;
   const int64_t* lens;  // [batch]: tokens
+  const void* means;    // [2, batch, heads, channels] of type, what keys and values are less by, or null
   int64_t batch, heads, channels, num_pages, max_pages;
   int64_t recent, sinks, window;
   PageFormat key_format, value_format;

@@ -102,7 +102,8 @@ QG_HD int sparse_value_scale_place(int token) {
   return ((token / 32 * 4 + token % 8 / 2) * 4 + token / 8 % 4) * 2 + token % 2;
 }
 
-// ---- what is kept: magnitudes are compared as integers, NaN is the largest, of equals the first wins ----
+// ---- what is kept: magnitudes are compared as integers, NaN is the largest, of equals the first wins.
+// Zeros are not kept: what belongs to a token is the same for all, but some of it may stay unused.
 QG_HD int sparse_magnitude(uint16_t x) { return x & 0x7fff; }
 
 // ---- codes ----
@@ -115,50 +116,35 @@ QG_HD float sparse_value(int level, uint16_t scale) {
   return rounded_product(static_cast<float>(level), half_to_float(scale));
 }
 struct SparseCoder {
-  float scale, inverse;
-  int bits;
+  float factor;  // 2 bits: where level 2 begins; 4 bits: 1 / scale
 
-  // As fitted or, before codes are stored, half_to_float of the stored scale.
-  QG_HD SparseCoder(float s, int b) : scale(s), inverse(1.0f / s), bits(b) {}
-  QG_HD int code(float x) const {
-    if (bits == 2) {
-      const bool is_negative = (x < 0.0f) != (scale < 0.0f);
-      const float magnitude = x < 0.0f ? -x : x, unit = scale < 0.0f ? -scale : scale;
-      return (is_negative ? 2 : 0) + (magnitude > rounded_product(1.5f, unit) ? 1 : 0);
-    }
-    constexpr float kMagic = 12582912.0f;  // 1.5 · 2^23: sums with it are rounded to integers
-    const float q = (rounded_product(x, inverse) + kMagic) - kMagic;
-    const float level = q >= -8.0f ? (q < 7.0f ? q : 7.0f) : -8.0f;  // -8 for NaN
-    return static_cast<int>(level) & 15;
+  QG_HD SparseCoder(uint16_t scale, int bits)
+      : factor(bits == 2 ? 1.5f * half_to_float(scale) : 1.0f / half_to_float(scale)) {}
+  QG_HD uint32_t code(float x, int bits) const {
+    if (bits == 2) return ((x < 0.0f ? -x : x) > factor ? 1u : 0u) + (x < 0.0f ? 2u : 0u);  // 0 for NaN
+    constexpr float kMagic = 12582912.0f;  // 1.5 · 2^23: sums with it are whole, their lowest bits a code
+    float shifted = rounded_product(x, factor) + kMagic;
+    shifted = shifted > kMagic - 8.0f ? shifted : kMagic - 8.0f;  // NaN too
+    shifted = shifted < kMagic + 7.0f ? shifted : kMagic + 7.0f;
+    return bit_cast<uint32_t>(shifted) & 15u;
   }
 };
 
-// The scale (half) of those of x(0) … x(count - 1) that is_kept(i): the best one for the levels that the
-// one before chooses, four times over. Sums are in order and nothing is fused: CPU and CUDA agree.
-template <class X, class IsKept>
-QG_HD uint16_t fit_sparse_scale(X&& x, IsKept&& is_kept, int count, int bits) {
-  float total = 0.0f, extreme = 0.0f, kept = 0.0f;
-  for (int i = 0; i < count; ++i) {
-    if (!is_kept(i)) continue;
-    const float v = x(i), magnitude = v < 0.0f ? -v : v, largest = extreme < 0.0f ? -extreme : extreme;
-    total += magnitude, kept += 1.0f;
-    if (magnitude > largest) extreme = v;
-  }
-  if (!(total < 3e38f)) return 0x7e00;  // NaN or infinity: the whole group is NaN
-  if (total == 0.0f) return 0;
-  float scale = bits == 2 ? rounded_product(0.8f, total / kept) : extreme * -0.125f;
-  for (int step = 0; step < 4; ++step) {
-    const SparseCoder coder(scale, bits);
-    float products = 0.0f, squares = 0.0f;
-    for (int i = 0; i < count; ++i) {
-      if (!is_kept(i)) continue;
-      const float v = x(i), level = static_cast<float>(sparse_level(coder.code(v), bits));
-      products += rounded_product(level, v), squares += level * level;
-    }
-    if (!(squares > 0.0f)) break;
-    scale = products / squares;
-  }
-  return float_to_half(scale);
+// What a scale follows from: the smallest and the largest magnitude of what a channel or a token keeps, their
+// sum and number. Sums are taken of halves (first and last 32 tokens of a channel; a token's even and odd
+// eights of channels), each in order, then added. Nothing is fused: CPU and CUDA agree.
+struct SparseGroup {
+  float lo, hi, sum[2];
+  int count;
+};
+// 2 bits: a level 1 close to the mean costs attention less than the least squared error does. A group of one
+// magnitude, or of one and its double, is exact; so what was packed before has the same codes again.
+QG_HD uint16_t fit_sparse_group(const SparseGroup& g, int bits) {
+  if (g.count == 0) return 0;
+  if (!(g.hi <= 3.4028235e38f)) return 0x7e00;  // NaN or infinity: all of the group is NaN
+  if (bits == 4) return float_to_half(g.lo == g.hi ? g.lo : g.hi / 7.0f);
+  if (g.hi <= 2.0f * g.lo) return float_to_half(g.lo);
+  return float_to_half(rounded_product(0.875f, (g.sum[0] + g.sum[1]) / static_cast<float>(g.count)));
 }
 
 }  // namespace quantgemm

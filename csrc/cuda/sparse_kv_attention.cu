@@ -37,6 +37,10 @@ __global__ void __launch_bounds__(kMergeThreads) merge_kernel(KvAttentionArgs ar
   const int64_t head = blockIdx.x, stride = channels + 2, part = gridDim.x * stride;
   const float* parts = args.partial + head * stride;
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32;
+  const auto mean_of = [&](bool value, int i) {
+    const int64_t row = (value ? c.batch * c.heads : 0) + head / args.groups;
+    return to_float(static_cast<const Real16*>(c.means)[row * channels + i]);
+  };
   wait_for_previous_kernel();
   let_next_kernel_start();
   // This thread's first parts are on their way while every warp finds the maximum and the mass for itself.
@@ -72,10 +76,21 @@ __global__ void __launch_bounds__(kMergeThreads) merge_kernel(KvAttentionArgs ar
   __syncthreads();  // sums
   if (thread < channels) {
     for (int i = thread + channels; i < kMergeThreads; i += channels) sum += sums[i];
-    store1(static_cast<Real16*>(args.out) + head * channels + d, mass == 0.0f ? 0.0f : sum / mass);
+    const float mean = c.means == nullptr ? 0.0f : mean_of(true, d);
+    store1(static_cast<Real16*>(args.out) + head * channels + d, mass == 0.0f ? 0.0f : sum / mass + mean);
   }
-  if (thread == 0)
-    args.lse[head] = top == -INFINITY && mass == mass ? -INFINITY : (top + log2f(mass)) / 1.4426950408889634f;
+  if (thread >= 32) return;
+  // What the keys are less by is the same for all tokens, so the weights do not know of it.
+  float logit = 0.0f;
+  if (c.means != nullptr) {
+    for (int i = lane; i < channels; i += 32)
+      logit += to_float(static_cast<const Real16*>(args.query)[head * channels + i]) * mean_of(false, i);
+    for (int step = 1; step < 32; step *= 2) logit += __shfl_xor_sync(~0u, logit, step);
+  }
+  if (lane == 0)
+    args.lse[head] = top == -INFINITY && mass == mass
+                         ? -INFINITY
+                         : (top + log2f(mass)) / 1.4426950408889634f + logit * args.scale;
 }
 
 int64_t table_bytes(PageFormat format) {

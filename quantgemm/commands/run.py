@@ -23,7 +23,7 @@ from quantgemm.commands.models import (
 )
 from quantgemm.commands.output import CommandError, plural, printable, shorten, size
 from quantgemm.gguf import open_gguf
-from quantgemm.kv.cache import FORMATS as KV_FORMATS
+from quantgemm.kv.pages import FORMATS as KV_FORMATS
 from quantgemm.models import Decoder, compile_decode, load_tokenizer, resolve_model_path
 from quantgemm.sampling import (
     Model,
@@ -41,7 +41,8 @@ With --draft, a smaller model or the text itself ("ngram": what followed the las
 proposes tokens, and the model judges several in one pass. What comes out follows the same law,
 and with --temperature 0 it is the same text, up to roundings.
 
-On a GPU the steps without drafts are CUDA graphs. --kv keeps keys and values in 2 or 4 bits.
+On a GPU the steps without drafts are CUDA graphs. --kv keeps keys and values in 2 or 4 bits:
+all of them (dense), the largest of each token (bitmap, --kv-sparsity) or 4 of each 8 (4of8).
 """
 EPILOG = """\
 examples:
@@ -49,6 +50,7 @@ examples:
   quantgemm run model.gguf -p "Once upon a time" --no-chat --temperature 0 --max-new-tokens 64
   quantgemm run large.gguf -p - --draft small.gguf < question.txt
   quantgemm run model.gguf -p - --kv dense4 < long.txt
+  quantgemm run model.gguf -p - --kv bitmap2 --kv-sparsity 0.7 < long.txt
 """
 
 
@@ -95,6 +97,12 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         choices=tuple(KV_FORMATS),
         help="keys and values in this format (default: as they are); not with --draft",
     )
+    parser.add_argument(
+        "--kv-sparsity",
+        type=_within(0, 0.99),
+        metavar="S",
+        help="of --kv bitmap2 and bitmap4: the part of each token that is dropped (default: 0.5)",
+    )
     parser.set_defaults(run=run)
 
 
@@ -118,6 +126,8 @@ def _within(low: float, high: float) -> Callable[[str], float]:
 def run(args: argparse.Namespace) -> int:
     if args.kv and args.draft:
         raise CommandError("--kv: not with --draft, whose refused tokens it would have to forget")
+    if args.kv_sparsity is not None and not (args.kv or "").startswith("bitmap"):
+        raise CommandError("--kv-sparsity: only with --kv bitmap2 or --kv bitmap4")
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
     device, device_line = choose_device(args.device)
     print(device_line, file=sys.stderr)
@@ -137,7 +147,7 @@ def run(args: argparse.Namespace) -> int:
     seed = secrets.randbelow(1 << 20) if args.seed is None else args.seed
     config = SamplingConfig(args.temperature, args.top_k, args.top_p, seed=seed)
     count = min(args.max_new_tokens, room)
-    decoder = None if draft else _decoder(model, len(ids) + count, args.kv)
+    decoder = None if draft else _decoder(model, len(ids) + count, args.kv, args.kv_sparsity)
     stream = TextStream(tokenizer)
     clock = Clock(device)
 
@@ -170,12 +180,13 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _decoder(model: Any, tokens: int, kv: str | None) -> Decoder | None:
+def _decoder(model: Any, tokens: int, kv: str | None, sparsity: float | None) -> Decoder | None:
     """Recorded steps, where the model can have them; said if it cannot."""
     if kv is None and model.device.type != "cuda":
         return None
     try:
-        return compile_decode(model, tokens, kv, batch_sizes=(1,))
+        options = {} if sparsity is None else {"sparsity": sparsity}
+        return compile_decode(model, tokens, kv, batch_sizes=(1,), **options)
     except (NotImplementedError, TypeError, ValueError, torch.OutOfMemoryError) as error:
         if kv is not None:
             raise CommandError(f"--kv: {error}") from error
