@@ -67,10 +67,18 @@ QG_HD constexpr int64_t bitmap_bytes(int64_t channels) { return kPageTokens * ch
 // ---- four of eight: of each group 8 bits say which are set, then come the bits of the codes of the first
 // to the fourth that is set. Planes of these bits:
 //   plane i, i = 0 … 7                   element i is set
-//   plane 8 + rank · bits + b            bit b of the code of rank 0 … 3
+//   plane 8 + rank · bits + b            bit b of the code of rank 0 … 3 (four_of_eight_rank)
 // A plane's bit of group (x, j, even) is in word (j/2) · planes + plane of the lane. With 64 channels only
 // half of the bits are needed: the second half of the planes lies between the bits of the first.
 QG_HD constexpr int four_of_eight_planes(int bits) { return 8 + 4 * bits; }
+// The rank of element i of those that are set: from the beginning in the first half of a group, from the
+// end in the second, so that each half needs to know only itself even where less than four are kept.
+QG_HD int four_of_eight_rank(uint32_t set, int i) {
+  int rank = i < 4 ? 0 : 3;
+  for (int other = 0; other < 8; ++other)
+    if (set >> other & 1) rank += i < 4 ? (other < i ? 1 : 0) : (other > i ? -1 : 0);
+  return rank;
+}
 struct PlanePlace {
   int word, bit;  // of the page
 };

@@ -85,9 +85,12 @@ struct Page {
       }
     } else {
       for (int token = 0; token < kPageTokens; ++token)
-        for (int first = 0, rank = 0; first < channels; first += 8, rank = 0)
+        for (int first = 0; first < channels; first += 8) {
+          uint32_t set = 0;
+          for (int i = 0; i < 8; ++i) set |= uint32_t{x(token, first + i) != 0} << i;
           for (int i = 0; i < 8; ++i) {
-            if (x(token, first + i) == 0) continue;
+            if (!(set >> i & 1)) continue;
+            const int rank = four_of_eight_rank(set, i);
             const SparseElement e = element(token, first + i);
             const uint32_t code = code_of(token, first + i);
             const auto set_plane = [&](int plane) {
@@ -96,8 +99,8 @@ struct Page {
             set_plane(i);
             for (int b = 0; b < format.bits; ++b)
               if (code >> b & 1) set_plane(8 + rank * format.bits + b);
-            ++rank;
           }
+        }
     }
   }
 
@@ -127,21 +130,22 @@ struct Page {
       }
     } else {
       for (int token = 0; token < kPageTokens; ++token)
-        for (int first = 0, rank = 0; first < channels; first += 8, rank = 0)
+        for (int first = 0; first < channels; first += 8) {
+          const SparseElement e = element(token, first);
+          const auto plane = [&](int p) {
+            const PlanePlace at = four_of_eight_place(e, p, channels, format.bits, is_value);
+            return static_cast<int>(word(at.word) >> at.bit & 1);
+          };
+          uint32_t set = 0;
+          for (int i = 0; i < 8; ++i) set |= static_cast<uint32_t>(plane(i)) << i;
           for (int i = 0; i < 8; ++i) {
-            const SparseElement e = element(token, first + i);
-            const auto plane = [&](int p) {
-              const PlanePlace at = four_of_eight_place(e, p, channels, format.bits, is_value);
-              return static_cast<int>(word(at.word) >> at.bit & 1);
-            };
-            int level = 0;
-            if (plane(i)) {
-              int code = 0;
-              for (int b = 0; b < format.bits; ++b) code |= plane(8 + rank * format.bits + b) << b;
-              level = sparse_level(code, format.bits), ++rank;
-            }
-            value(token, first + i, decode({token, first + i}, level));
+            int code = 0;
+            const int rank = four_of_eight_rank(set, i);
+            for (int b = 0; b < format.bits; ++b) code |= plane(8 + (rank & 3) * format.bits + b) << b;
+            value(token, first + i,
+                  decode({token, first + i}, set >> i & 1 ? sparse_level(code, format.bits) : 0));
           }
+        }
     }
   }
 

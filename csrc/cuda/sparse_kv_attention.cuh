@@ -45,11 +45,15 @@ __global__ void __launch_bounds__(kAttentionThreads, attention_blocks(Channels))
   wait_for_previous_kernel();
   const SequenceParts parts = parts_of(c, c.lens[sequence]);
 
-  // Pages and recent tokens in equal parts to the warps of all splits.
+  // Recent tokens, 16 at a time, and pages, each twice as much work, in equal parts to the warps of all
+  // splits: the first ones take the recent tokens, so that others need not wait for more than their pages.
+  const int recent = static_cast<int>(parts.sinks + parts.ring_end - parts.ring_first);
+  const int64_t chunks = (recent + 15) / 16, work = chunks + 2 * parts.pages;
   const int64_t warps = args.split * kAttentionWarps,
                 own = int64_t{blockIdx.x} * kAttentionWarps + warp_index;
-  const int begin = static_cast<int>(parts.pages * own / warps),
-            end = static_cast<int>(parts.pages * (own + 1) / warps);
+  const int64_t first = work * own / warps, last = work * (own + 1) / warps;
+  const auto page_before = [&](int64_t w) { return static_cast<int>(w > chunks ? (w - chunks + 1) / 2 : 0); };
+  const int begin = page_before(first), end = page_before(last);
   const int32_t* table = c.page_table + sequence * c.max_pages;
   int entries = -1;  // lane i has an entry of the table
   const auto page_at = [&](int i) {
@@ -61,13 +65,10 @@ __global__ void __launch_bounds__(kAttentionThreads, attention_blocks(Channels))
   warp.fetch_keys(page), warp.fetch_values(page);
   if (warp_index == 0) warp.load_query();
   __syncthreads();  // queries and tables
-  const int recent = static_cast<int>(parts.sinks + parts.ring_end - parts.ring_first);
-  const int64_t chunks = (recent + 15) / 16;
-  const int first_slot = static_cast<int>(parts.ring_first % ring_slots(c)),
-            last_chunk = static_cast<int>(chunks * (own + 1) / warps);
+  const int first_slot = static_cast<int>(parts.ring_first % ring_slots(c));
+  const int last_chunk = static_cast<int>(last < chunks ? last : chunks);
 #pragma unroll 1
-  for (int i = static_cast<int>(chunks * own / warps); i < last_chunk; ++i)
-    warp.add_recent(parts, first_slot, 16 * i);
+  for (int i = static_cast<int>(first); i < last_chunk; ++i) warp.add_recent(parts, first_slot, 16 * i);
   warp.begin_pages();
 #pragma unroll 1
   for (int i = begin; i < end; ++i) {

@@ -88,13 +88,7 @@ struct FourOfEightCodes {
   }
   // The elements of bit `bit` of each half, of the word woven for it.
   static __device__ __forceinline__ uint32_t operand(const uint32_t (&woven)[4], int bit) {
-#ifdef QG_HI
-    const uint32_t word = bit < 8                    ? woven[bit % 4]
-                          : Bits == 2 && bit % 4 < 2 ? __umulhi(woven[bit % 4], blockDim.x << 17)
-                                                     : rotate_right(woven[bit % 4], 8);
-#else
     const uint32_t word = bit < 8 ? woven[bit % 4] : rotate_right(woven[bit % 4], 8);
-#endif
     return word & 0x10001u * (Bits == 2 ? 7u : 15u) << bit % 8;
   }
 
@@ -134,8 +128,7 @@ struct FourOfEightCodes {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int up = 3 - s % 2 - 2 * half;
-        b[s][half] =
-            Bits == 2 ? multiply_halves(weights[s][half], 0x3c003c00u + 0x04000400u * up) : weights[s][half];
+        b[s][half] = multiply_halves(weights[s][half], 0x3c003c00u + 0x04000400u * up);
       }
 #pragma unroll
     for (int j = 0; j < Tiles / 4; j += kInWord) {

@@ -286,7 +286,12 @@ struct SparsePacker {
       Codes<Bits> codes;
 #pragma unroll
       for (int i = 0; i < 8; ++i) codes.add(half_at(pairs[i / 2], i % 2), IsValue ? of_token : factors[i], i);
-      room.words[record_place(token, group)] = codes.mask | codes.from_bottom() << 8;
+      uint32_t all = codes.from_bottom();
+      if (__popc(codes.mask) < 4) {  // those of the second half move to the end (four_of_eight_rank)
+        const uint32_t first = (1u << __popc(codes.mask & 15u) * Bits) - 1u;
+        all = (all & first) | (all & ~first) << (4 - __popc(codes.mask)) * Bits;
+      }
+      room.words[record_place(token, group)] = codes.mask | all << 8;
     }
     __syncthreads();  // words
     const int bit = thread % 32, even = bit / 16, x = IsValue ? bit % 4 + bit / 8 % 2 * 4 : bit % 8;

@@ -134,12 +134,13 @@ def _four_of_eight_levels(pages: Tensor, bits: int, head_dim: int, value: bool) 
         return words[..., _word(lane, word)].long() >> own & 1
 
     is_set = plane(i)  # [..., 64, head_dim/8, 8]
-    rank = is_set.cumsum(-1) - is_set
+    before = is_set.cumsum(-1)
+    rank = torch.where(i < 4, before - is_set, 3 + before - before[..., -1:])
     of_ranks = []
     for r in range(4):  # a code is the same for all of a group, so the first element's will do
         parts = [plane(torch.full_like(i, 8 + r * bits + b)) << b for b in range(bits)]
         of_ranks.append(torch.stack(parts).sum(0)[..., 0])
-    codes = torch.stack(of_ranks, -1).gather(-1, rank.clamp(max=3))
+    codes = torch.stack(of_ranks, -1).gather(-1, rank.clamp(0, 3))
     return (_levels(codes, bits) * is_set).flatten(-2)
 
 
