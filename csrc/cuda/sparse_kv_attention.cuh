@@ -12,13 +12,7 @@ inline constexpr int kAttentionWarps = 4;
 inline constexpr int kAttentionThreads = 32 * kAttentionWarps;
 
 // Blocks whose registers fit a multiprocessor.
-#ifndef QG_CARVE
-#define QG_CARVE 0
-#endif
-#ifndef QG_BLOCKS
-#define QG_BLOCKS 4
-#endif
-inline constexpr int attention_blocks(int64_t channels) { return channels == 256 ? 2 : QG_BLOCKS; }
+inline constexpr int attention_blocks(int64_t channels) { return channels == 256 ? 2 : 4; }
 // Of the queries in shared memory.
 inline constexpr int64_t query_bytes(int64_t channels) { return 16 * channels; }
 // Shared memory of a block: tables, queries, then a page of keys and one of values for each warp. Later the
@@ -45,15 +39,12 @@ __global__ void __launch_bounds__(kAttentionThreads, attention_blocks(Channels))
   wait_for_previous_kernel();
   const SequenceParts parts = parts_of(c, c.lens[sequence]);
 
-  // Recent tokens, 16 at a time, and pages, each twice as much work, in equal parts to the warps of all
-  // splits: the first ones take the recent tokens, so that others need not wait for more than their pages.
-  const int recent = static_cast<int>(parts.sinks + parts.ring_end - parts.ring_first);
-  const int64_t chunks = (recent + 15) / 16, work = chunks + 2 * parts.pages;
+  // Pages and recent tokens in equal parts to the warps of all splits. (All recent tokens to the first
+  // warps, with fewer pages, is slower: 16 after 16 of them come from far away.)
   const int64_t warps = args.split * kAttentionWarps,
                 own = int64_t{blockIdx.x} * kAttentionWarps + warp_index;
-  const int64_t first = work * own / warps, last = work * (own + 1) / warps;
-  const auto page_before = [&](int64_t w) { return static_cast<int>(w > chunks ? (w - chunks + 1) / 2 : 0); };
-  const int begin = page_before(first), end = page_before(last);
+  const int begin = static_cast<int>(parts.pages * own / warps),
+            end = static_cast<int>(parts.pages * (own + 1) / warps);
   const int32_t* table = c.page_table + sequence * c.max_pages;
   int entries = -1;  // lane i has an entry of the table
   const auto page_at = [&](int i) {
@@ -66,9 +57,11 @@ __global__ void __launch_bounds__(kAttentionThreads, attention_blocks(Channels))
   if (warp_index == 0) warp.load_query();
   __syncthreads();  // queries and tables
   const int first_slot = static_cast<int>(parts.ring_first % ring_slots(c));
-  const int last_chunk = static_cast<int>(last < chunks ? last : chunks);
+  const int64_t chunks = (parts.sinks + parts.ring_end - parts.ring_first + 15) / 16;
+  const int last = static_cast<int>(chunks * (own + 1) / warps);
 #pragma unroll 1
-  for (int i = static_cast<int>(first); i < last_chunk; ++i) warp.add_recent(parts, first_slot, 16 * i);
+  for (int i = static_cast<int>(chunks * own / warps); i < last; ++i)
+    warp.add_recent(parts, first_slot, 16 * i);
   warp.begin_pages();
 #pragma unroll 1
   for (int i = begin; i < end; ++i) {
@@ -139,7 +132,7 @@ cudaError_t launch_attention_of(const KvAttentionArgs& args, cudaStream_t stream
     // No more shared memory than the blocks need: spilled registers want the rest as a cache.
     const int all = attention_blocks(Channels) * (bytes + 256 + kReservedShared);
     const int percent = all * 100 / device.shared_per_multiprocessor + 1;
-    const int carveout = QG_CARVE ? 100 : percent < 100 ? percent : 100;
+    const int carveout = percent < 100 ? percent : 100;
     const auto kernel = c.type == Real::kFloat16 ? attention_kernel<Half, Channels, Keys, Values>
                                                  : attention_kernel<BFloat16, Channels, Keys, Values>;
     status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
