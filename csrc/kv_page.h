@@ -16,7 +16,9 @@
 
 namespace quantgemm {
 
-QG_HD constexpr int64_t page_codes_bytes(int64_t channels, int bits) { return kPageTokens * channels * bits / 8; }
+QG_HD constexpr int64_t page_codes_bytes(int64_t channels, int bits) {
+  return kPageTokens * channels * bits / 8;
+}
 QG_HD int64_t key_page_bytes(int64_t channels, PageFormat format) {
   return format.kind == PageKind::kDense ? page_codes_bytes(channels, format.bits) + 4 * channels
                                          : sparse_codes_bytes(channels, format) + 2 * channels;

@@ -216,7 +216,8 @@ def packed_by_hand(x: np.ndarray, form: str, keep: int, value: bool) -> bytes:
                 x_, j, even = numbers(t, g)
                 own = [c for c in range(8 * g, 8 * g + 8) if chosen[t, c]]
                 record = sum(1 << c % 8 for c in own)
-                for rank, c in enumerate(own):
+                for n, c in enumerate(own):  # those of the second half count from the end
+                    rank = n if c % 8 < 4 else 4 - len(own) + n
                     record |= code(t, c) << 8 + rank * bits
                 bit = 16 * even + (
                     x_ % 4 + 4 * (j % 2) + 8 * (x_ // 4) if value else x_ + 8 * (j % 2)

@@ -153,8 +153,7 @@ union PackRoom {
 };
 
 template <class Real16, int Channels>
-__global__ void __launch_bounds__(kThreads, Channels == 256 ? 2 : 4)
-    append_kernel(KvAppendArgs args, bool pack, bool store) {
+__global__ void __launch_bounds__(kThreads) append_kernel(KvAppendArgs args, bool pack, bool store) {
   __shared__ alignas(16) uint8_t room[sizeof(PackRoom<Real16, Channels>)];
   if (blockIdx.z == 0)
     append<Real16, Channels, false>(args, room, pack, store);
