@@ -29,7 +29,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from quantgemm import SparseKVCache, kv
-from quantgemm.kv.cache import FORMATS
+from quantgemm.kv.pages import PAGE, page_bytes
 
 QUERY_HEADS, HEADS, DIM = 32, 8, 128
 GROUPS = QUERY_HEADS // HEADS
@@ -42,6 +42,17 @@ SETTINGS: dict[str, tuple[float, int, int]] = {
     "4 bits, 50 %": (0.5, 4, 4),
     "keys 4, values 2, 70 %": (0.7, 4, 2),
     "16 bits, 70 %": (0.7, 16, 16),
+}
+# name: format of the native cache, sparsity
+CACHES: dict[str, tuple[str, float]] = {
+    "dense2": ("dense2", 0),
+    "4of8_2": ("4of8_2", 0.5),
+    "bitmap2, 50 %": ("bitmap2", 0.5),
+    "bitmap2, 70 %": ("bitmap2", 0.7),
+    "dense4": ("dense4", 0),
+    "4of8_4": ("4of8_4", 0.5),
+    "bitmap4, 50 %": ("bitmap4", 0.5),
+    "bitmap4, 70 %": ("bitmap4", 0.7),
 }
 BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
 
@@ -132,11 +143,20 @@ def native_rows(shapes: list[tuple[int, int]]) -> Iterator[dict[str, Any]]:
         sdpa = sdpa_times(batch, tokens)
         query = torch.randn(batch, QUERY_HEADS, DIM, device="cuda").half()
         k, v = (dense_cache(batch, tokens, i).view(batch, HEADS, tokens, DIM) for i in (0, 1))
-        for form in FORMATS:
-            bits = FORMATS[form] + 0.375  # of keys and values together
+        for name, (form, sparsity) in CACHES.items():
+            part = page_bytes(form, DIM, kv.kept_values(sparsity, DIM), False)
+            part += page_bytes(form, DIM, kv.kept_values(sparsity, DIM), True)
+            bits = part * 8 / (2 * PAGE * DIM)
             layers = num_copies(int(2 * k.numel() * bits / 8))
             cache = SparseKVCache(
-                layers, HEADS, DIM, form, max_tokens=tokens + 256, batch=batch, device="cuda"
+                layers,
+                HEADS,
+                DIM,
+                form,
+                sparsity=sparsity,
+                max_tokens=tokens + 256,
+                batch=batch,
+                device="cuda",
             )
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             for layer in range(layers):
@@ -151,7 +171,8 @@ def native_rows(shapes: list[tuple[int, int]]) -> Iterator[dict[str, Any]]:
             yield {
                 "B": batch,
                 "T": tokens,
-                "format": form,
+                "format": name,
+                "bits/element": bits,
                 "attention_us": timing.median,
                 "low": timing.low,
                 "high": timing.high,
@@ -263,6 +284,10 @@ def show(rows: Iterator[dict[str, Any]], since: float) -> list[dict[str, Any]]:
 ERRORS = {
     "dense4": (4.375, 0.089),
     "dense2": (2.375, 0.364),
+    "bitmap4, 50 %": (3.19, 0.238),
+    "bitmap2, 50 %": (2.19, 0.352),
+    "bitmap2, 70 %": (1.8, 0.490),
+    "4of8_2": (2.19, 0.402),
     "4 bits, 50 %": (4.22, 0.235),
     "2 bits, 50 %": (3.22, 0.482),
     "2 bits, 70 %": (2.9, 0.490),
@@ -289,7 +314,7 @@ def plot(rows: list[dict[str, Any]], folder: Path) -> None:
         error.annotate(name, (bits, size), (5, 5), textcoords="offset points", fontsize=8)
     error.set(xlabel="bits per element", ylabel="error of the output (statistical model)")
     error.set_ylim(0, 0.6)
-    error.set_xlim(2, 5.2)
+    error.set_xlim(1.5, 5.2)
     figure.tight_layout()
     figure.savefig(folder / "sparse_kv.svg")
 

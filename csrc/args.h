@@ -213,6 +213,14 @@ struct KvProductArgs {
 };
 
 // ---- the native key-value cache of one layer (kv_page.h) ----
+// Which elements a page holds: all, `keep` of a token's channels, or 4 of each 8.
+enum class PageKind { kDense, kBitmap, kFourOfEight };
+struct PageFormat {
+  PageKind kind;
+  int bits;  // 2 or 4
+  int keep;  // elements of a token: any of its channels in a bitmap page, else all or half of them
+};
+
 struct KvCacheArgs {
   uint8_t* key_pages;         // [num_pages, heads, key_page_bytes]
   uint8_t* value_pages;       // [num_pages, heads, value_page_bytes]
@@ -220,9 +228,10 @@ struct KvCacheArgs {
   void* recent_keys;          // [batch, heads, recent, channels] of type: sinks, then the ring
   void* recent_values;
   const int64_t* lens;  // [batch]: tokens
+  const void* means;    // [2, batch, heads, channels] of type, what keys and values are less by, or null
   int64_t batch, heads, channels, num_pages, max_pages;
   int64_t recent, sinks, window;
-  int key_bits, value_bits;  // 2 or 4
+  PageFormat key_format, value_format;
   Real type;
 };
 

@@ -5,23 +5,27 @@
 //   page       codes, scale [n] half, shift [n] half; n = channels for keys, 64 tokens for values
 //   value      (code/2^bits + shift) · scale
 //
-// Codes of a key page are rows = tokens, columns k = channels; of a value page the other way round.
+// That is a dense page; sparse ones are in kv_sparse_page.h. Codes of a key page are rows = tokens, columns k
+// = channels; of a value page the other way round.
 #pragma once
 #include <cmath>
 
 #include "args.h"
 #include "formats/portable.h"
+#include "kv_sparse_page.h"
 
 namespace quantgemm {
 
-inline constexpr int kPageTokens = 64;
-
-QG_HD int64_t page_codes_bytes(int64_t channels, int bits) { return kPageTokens * channels * bits / 8; }
-QG_HD int64_t key_page_bytes(int64_t channels, int bits) {
-  return page_codes_bytes(channels, bits) + 4 * channels;
+QG_HD constexpr int64_t page_codes_bytes(int64_t channels, int bits) {
+  return kPageTokens * channels * bits / 8;
 }
-QG_HD int64_t value_page_bytes(int64_t channels, int bits) {
-  return page_codes_bytes(channels, bits) + 4 * kPageTokens;
+QG_HD int64_t key_page_bytes(int64_t channels, PageFormat format) {
+  return format.kind == PageKind::kDense ? page_codes_bytes(channels, format.bits) + 4 * channels
+                                         : sparse_codes_bytes(channels, format) + 2 * channels;
+}
+QG_HD int64_t value_page_bytes(int64_t channels, PageFormat format) {
+  return format.kind == PageKind::kDense ? page_codes_bytes(channels, format.bits) + 4 * kPageTokens
+                                         : sparse_codes_bytes(channels, format) + 2 * kPageTokens;
 }
 
 // Where the code of (row, k) lies: lane 4r + c of a warp holds rows r + 8i of columns 2c, 2c + 1 of

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Decoding with a pruned and quantised key-value cache: bytes, error, and the steps by hand.
 
+First the container of `quantgemm.kv`, then `SparseKVCache`, where attention is one kernel.
+
     python examples/04_sparse_kv_decode.py
 
 No downloads: keys, values and queries are random with the habits of real ones (channels of
@@ -17,7 +19,7 @@ from typing import Any
 import torch
 
 import quantgemm
-from quantgemm import kv
+from quantgemm import SparseKVCache, kv
 
 DEVICE = "cuda" if quantgemm.build_info().cuda and torch.cuda.is_available() else "cpu"
 BATCH, HEADS, GROUPS, DIM = 1, 4, 4, 128
@@ -128,6 +130,29 @@ def main() -> None:
             lambda a=keys, b=values, c=bits: sparse_attention(query, a, b, window, c), 5
         )
         name = f"{sparsity:.0%} pruned, {key_bits:2d} + {value_bits:2d} bits"
+        print(f"{name:24s}{stored:12.2f}{stored / 16:10.3f}{error:22.3f}{taken:14.0f}")
+
+    one = query.view(BATCH, HEADS * GROUPS, DIM)
+    print("\nSparseKVCache, the window and four sinks as they are")
+    for form, sparsity in (
+        ("dense4", 0.0),
+        ("dense2", 0.0),
+        ("bitmap4", 0.5),
+        ("bitmap2", 0.5),
+        ("bitmap2", 0.7),
+        ("4of8_2", 0.5),
+    ):
+        cache = SparseKVCache(
+            1, HEADS, DIM, form, sparsity=sparsity, max_tokens=TOKENS, batch=BATCH, device=DEVICE
+        )
+        cache.append(0, *(x.view(BATCH, HEADS, TOKENS, DIM) for x in (k, v)))
+        cache.advance(TOKENS)
+        out = cache.attend(0, one)[0].view(want.shape).float()
+        error = float((out - want).norm() / want.norm())
+        pages = cache.key_pages.numel() + cache.value_pages.numel()
+        stored = pages * 8 / (2 * cache.page_table.numel() * 64 * HEADS * DIM)
+        taken = microseconds(lambda c=cache: c.attend(0, one), 5)
+        name = f"{form}, {sparsity:.0%} pruned" if form.startswith("bitmap") else form
         print(f"{name:24s}{stored:12.2f}{stored / 16:10.3f}{error:22.3f}{taken:14.0f}")
     print("\nWhat pruning costs depends on the model: measure it on yours (docs/sparse-kv.md).")
 

@@ -170,6 +170,11 @@ def run_kv_cache_cases(generator: torch.Generator) -> None:
         (2, 4, 128, "dense2"),
         (1, 9, 64, "dense4"),
         (1, 1, 256, "dense2"),
+        (2, 4, 128, "bitmap2"),
+        (1, 9, 64, "bitmap4"),
+        (1, 1, 256, "bitmap4"),
+        (2, 4, 128, "4of8_2"),
+        (1, 1, 64, "4of8_4"),
     ):
         for dtype in (torch.float16, torch.bfloat16):
             cache = SparseKVCache(

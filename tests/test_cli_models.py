@@ -25,14 +25,14 @@ PROMPT = "the blocks share the blocks share"
 GREEDY = ("--device", "cpu", "--temperature", 0, "-n", 20, "--no-chat")
 
 
-def save(path: Path, seed: int = 0, **changed: Any) -> Path:
+def save(path: Path, seed: int = 0, head_dim: int = 16, **changed: Any) -> Path:
     _, keys = byte_level()
     keys |= changed
     metadata = {f"tokenizer.{key.replace('__', '.')}": value for key, value in keys.items()}
     metadata = {key: value for key, value in metadata.items() if value is not None}
     count = len(keys["ggml__tokens"])
     metadata["tokenizer.ggml.token_type"] = [3] * 3 + [1] * (count - 3)
-    model = make("llama-tied", seed, vocab_size=count)
+    model = make("llama-tied", seed, vocab_size=count, head_dim=head_dim)
     return write(path, model, "llama-tied", "Q8_0", metadata)
 
 
@@ -140,6 +140,17 @@ def fails(run: Cli, *argv: object) -> str:
     return last
 
 
+@pytest.mark.parametrize("form", ["dense4", "bitmap2", "4of8_4"])
+def test_keys_and_values_in_a_format(run: Cli, tmp_path: Path, form: str) -> None:
+    path = save(tmp_path / "m.gguf", head_dim=64)
+    greedy = (*GREEDY, "--dtype", "float16")
+    sparsity = ("--kv-sparsity", 0.7) if form == "bitmap2" else ()
+    status, out, err = run("run", path, "-p", PROMPT, *greedy, "--kv", form, *sparsity)
+    assert status == 0 and "keys and values" in err, err
+    _, plain, _ = run("run", path, "-p", PROMPT, *greedy)
+    assert out == plain  # shorter than the window: nothing is packed yet
+
+
 def test_failures(run: Cli, path: Path, tmp_path: Path) -> None:
     def failing(*argv: object) -> str:
         return fails(run, "run", *argv, "--device", "cpu")
@@ -158,6 +169,9 @@ def test_failures(run: Cli, path: Path, tmp_path: Path) -> None:
     draft = ("-p", "x", "--draft", other)
     assert "token 0 is '<pad>', expected '<|endoftext|>'" in failing(path, *draft)
     assert "context has 128" in fails(run, "bench", path, "-p", "129", "--device", "cpu")
+    for form in ((), ("--kv", "dense2")):
+        last = fails(run, "run", path, "-p", "x", "--device", "cpu", "--kv-sparsity", 0.5, *form)
+        assert "--kv-sparsity: only with --kv bitmap2 or --kv bitmap4" in last
 
 
 def test_other_architectures(run: Cli, tmp_path: Path) -> None:

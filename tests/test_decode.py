@@ -85,7 +85,7 @@ def test_a_batch_and_its_ends(device: str) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("kv", ["dense4", "dense2"])
+@pytest.mark.parametrize("kv", ["dense4", "dense2", "bitmap4", "bitmap2", "4of8_4", "4of8_2"])
 def test_quantised_keys_and_values(device: str, kv: str) -> None:
     model = tiny(device)
     ids = prompts(device, 1, 250)
@@ -95,7 +95,7 @@ def test_quantised_keys_and_values(device: str, kv: str) -> None:
     got = [decoder.read(ids[:, :240]).clone()]
     got += [decoder.step(ids[:, i]).clone() for i in range(240, 250)]
     error = float((torch.cat(got).float() - want).norm() / want.norm())
-    assert error < {"dense4": 0.1, "dense2": 0.3}[kv]
+    assert error < {"dense4": 0.1, "dense2": 0.3}.get(kv, 0.5)
     plain = compile_decode(model, max_tokens=256)
     plain.prepare(1)
     assert decoder.kv_bytes < plain.kv_bytes

@@ -382,14 +382,34 @@ def test_logits_on_a_packed_cache(device: str) -> None:
     with torch.no_grad():
         want = model(ids).logits
         errors = {}
-        for kind in ("dense4", "dense2"):
+        for kind in ("dense4", "dense2", "bitmap2"):
             cache = quantized_cache(model, kind, max_tokens=320, window=64)
             parts = [ids[:, :200], ids[:, 200:290], *ids[:, 290:].split(1, 1)]  # and tokens
             got = [model(part, past_key_values=cache).logits for part in parts]
             torch.testing.assert_close(got[0], want[:, :200], rtol=1e-2, atol=1e-2)
             errors[kind] = float((torch.cat(got, 1) - want)[:, 290:].float().norm())
             errors[kind] /= float(want[:, 290:].float().norm())
-    assert 0 < errors["dense4"] < errors["dense2"] < 0.2
+    assert 0 < errors["dense4"] < errors["dense2"] < 0.2 and errors["bitmap2"] < 0.4
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_generate_on_pruned_pages(device: str) -> None:
+    from quantgemm.integrations.transformers_cache import quantized_cache
+
+    model = tiny_llama(device)
+    ids = torch.randint(64, (2, 200), device=device)
+    options = {"max_new_tokens": 90, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    options["attention_mask"] = torch.ones_like(ids)
+    texts = []
+    for _ in range(2):
+        cache = quantized_cache(
+            model, "bitmap2", sparsity=0.7, centre=True, max_tokens=300, batch=2, window=64
+        )
+        texts.append(model.generate(ids, past_key_values=cache, **options))
+        assert texts[-1].shape == (2, 290) and cache.get_seq_length() == 289
+        store = cache.layers[0].store
+        assert store._num_pages(289) == 3 and store.key_pages.any(-1)[0, :3].all()
+    assert torch.equal(*texts)
 
 
 def test_a_single_token_unpacks_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -422,7 +442,7 @@ def test_cache_says_what_it_cannot_do() -> None:
     with pytest.raises(NotImplementedError, match=r"attention_mask: expected none"):
         model.generate(ids, attention_mask=padded, past_key_values=cache, **options)
     with pytest.raises(NotImplementedError, match=r"format|key_format: expected one of dense2"):
-        quantized_cache(model, "bitmap2", max_tokens=32)
+        quantized_cache(model, "bitmap3", max_tokens=32)
     model.config.layer_types = ["full_attention", "sliding_attention"]
     with pytest.raises(NotImplementedError, match=r"expected full attention .* got sliding_att"):
         quantized_cache(model, max_tokens=32)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -72,13 +73,16 @@ def attention(query: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def stored(form: str, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """What a format makes of all but the latest tokens."""
-    if form.startswith("dense"):
-        cache = SparseKVCache(1, 1, DIM, form, window=WINDOW, sinks=0, max_tokens=TOKENS)
+    if not form.startswith("container"):
+        name, _, rest = form.partition(" ")
+        options: dict[str, Any] = {"sparsity": 0.7 if "70" in rest else 0.5}
+        options["centre"] = "centred" in rest
+        cache = SparseKVCache(1, 1, DIM, name, window=WINDOW, sinks=0, max_tokens=TOKENS, **options)
         cache.append(0, k[None, None], v[None, None])
         cache.advance(TOKENS)
         keys, values = cache.dense(0, 0)
         return keys[0], values[0]
-    sparsity, bits = {"s50 4b": (0.5, 4), "s50 2b": (0.5, 2), "s70 2b": (0.7, 2)}[form]
+    sparsity, bits = {"50 4": (0.5, 4), "50 2": (0.5, 2), "70 2": (0.7, 2)}[form[10:]]
     old = TOKENS - WINDOW
     parts = []
     for x, value in ((k, False), (v, True)):
@@ -87,15 +91,22 @@ def stored(form: str, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat([parts[0], k[old:]]), torch.cat([parts[1], v[old:]])
 
 
-# Relative L2. The first three rows are the project's targets, the others guard what is there.
+# Relative L2. The first rows are the project's targets, the others guard what is there.
 @pytest.mark.parametrize(
     ("form", "gauss", "laplace"),
     [
         ("dense4", 0.114, 0.175),
         ("dense2", 0.428, 0.562),
-        ("s50 4b", 0.281, 0.332),
-        ("s50 2b", 0.652, 0.848),
-        ("s70 2b", 0.585, 0.787),
+        ("bitmap4", 0.281, 0.332),
+        ("bitmap2", 0.418, 0.556),
+        ("4of8_2", 0.456, 0.562),
+        ("bitmap2 70", 0.578, 0.665),
+        ("4of8_4", 0.33, 0.37),
+        ("bitmap4 70", 0.48, 0.54),
+        ("bitmap2 centred", 0.418, 0.556),
+        ("container 50 4", 0.281, 0.332),
+        ("container 50 2", 0.652, 0.848),
+        ("container 70 2", 0.585, 0.787),
     ],
 )
 @pytest.mark.parametrize("tail", ["gauss", "laplace"])

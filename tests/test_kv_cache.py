@@ -3,15 +3,17 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from conftest import DEVICES, assert_same
 
 from quantgemm import SparseKVCache
-from quantgemm.kv.cache import unpack_pages
+from quantgemm.kv.pages import FORMATS, unpack_pages
 
 Tensor = torch.Tensor
 HALVES = [torch.float16, torch.bfloat16]
+SPARSE = ["bitmap2", "bitmap4", "4of8_2", "4of8_4"]
 
 
 def tokens_of(
@@ -57,7 +59,12 @@ def assert_attention(cache: SparseKVCache, query: Tensor) -> None:
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize(
-    ("key", "value"), [("dense2", "dense2"), ("dense4", "dense2"), ("dense2", "dense4")]
+    ("key", "value"),
+    [
+        *[("dense2", "dense2"), ("dense4", "dense2"), ("dense2", "dense4")],
+        *[(form, form) for form in SPARSE],
+        *[("bitmap4", "bitmap2"), ("4of8_4", "4of8_2"), ("4of8_2", "4of8_4")],
+    ],
 )
 @pytest.mark.parametrize(
     ("heads", "groups", "dim", "count", "sinks", "window"),
@@ -88,6 +95,8 @@ def test_attention(
         dim,
         key_format=key,
         value_format=value,
+        sparsity=0.7 if count == 333 else 0.5,
+        centre=count == 517,
         sinks=sinks,
         window=window,
         max_tokens=1024,
@@ -159,7 +168,7 @@ def test_pages_hold_what_was_appended(form: str, device: str) -> None:
         caches.append(cache)
     for name in ("key_pages", "value_pages", "recent_keys", "recent_values"):
         assert_same(getattr(caches[-1], name), getattr(caches[0], name))
-    bits = caches[0].key_bits
+    bits = FORMATS[form].bits
     for b in range(2):
         dense_k, dense_v = caches[-1].dense(0, b)
         pages = (500 - 4 - 128) // 64
@@ -179,16 +188,226 @@ def test_pages_hold_what_was_appended(form: str, device: str) -> None:
     assert (dense_v[0, 80] == -1.25).all()
 
 
+def packed_by_hand(x: np.ndarray, form: str, keep: int, value: bool) -> bytes:
+    """A sparse page of x float16 ``[64, channels]``, as csrc/kv_sparse_page.h describes it."""
+    channels, (kind, bits) = x.shape[1], FORMATS[form]
+    magnitude = (x.view(np.uint16) & 0x7FFF).astype(int)
+    of, kept = (channels, keep) if kind == "bitmap" else (8, 4)
+    chosen = np.zeros(x.shape, bool)
+    for t in range(64):
+        for first in range(0, channels, of):
+            order = sorted(range(first, first + of), key=lambda c: (-magnitude[t, c], c))
+            chosen[t, order[:kept]] = True
+    chosen &= magnitude != 0
+
+    scales = []
+    for n in range(64 if value else channels):
+        group = abs(x[n] if value else x[:, n]).astype(np.float32)
+        own = chosen[n] if value else chosen[:, n]
+        sums = [np.float32(0)] * 2
+        for i in range(len(group)):
+            if own[i]:
+                sums[i // 8 % 2 if value else i // 32] += group[i]
+        lo, hi = (group[own].min(), group[own].max()) if own.any() else (np.float32(0),) * 2
+        if bits == 4:
+            scale = lo if lo == hi else hi / np.float32(7)
+        elif hi <= 2 * lo:
+            scale = lo
+        else:
+            scale = np.float32(0.875) * ((sums[0] + sums[1]) / np.float32(own.sum()))
+        scales.append(scale.astype(np.float16))
+
+    def code(t: int, c: int) -> int:
+        v, scale = np.float32(x[t, c]), np.float32(scales[t if value else c])
+        if bits == 2:
+            return int(abs(v) > np.float32(1.5) * scale) + 2 * int(v < 0)
+        return int(np.clip(np.rint(v * (np.float32(1) / scale)), -8, 7)) & 15
+
+    total = 0  # the page as one number
+    half = channels // 64
+
+    def lane_of(t: int, g: int) -> int:
+        return g % 8 * 4 + t % 8 // 2 if value else t % 8 * 4 + g % 4
+
+    def numbers(t: int, g: int) -> tuple[int, int, int]:
+        return (t // 8, g // 8, t % 2) if value else (t // 8, g // 4 % half, g // 4 // half)
+
+    def word_at(lane: int, word: int) -> int:
+        return 32 * ((word // 4 * 32 + lane) * 4 + word % 4)
+
+    if kind == "bitmap":
+        at = 64 * channels
+        places = {}
+        for t in range(64):
+            for c in range(channels):
+                x_, j, even = numbers(t, c // 8)
+                y = c % 8 + 8 * j
+                if value:
+                    in_word = (x_ // 4 * 2 + x_ % 2) * 8 + y % 2 * 4 + x_ // 2 % 2 * 2 + even
+                else:
+                    in_word = x_ * 4 + y % 2 * 2 + even
+                bit = y // 2 * 32 + in_word
+                places[(bit // 64 * 32 + lane_of(t, c // 8)) * 64 + bit % 64] = (t, c)
+        for place, (t, c) in sorted(places.items()):
+            if chosen[t, c]:
+                total |= 1 << place | code(t, c) << at
+                at += bits
+        end = 8 * channels + 64 * keep * bits // 8
+    else:
+        planes = 8 + 4 * bits
+        for t in range(64):
+            for g in range(channels // 8):
+                x_, j, even = numbers(t, g)
+                own = [c for c in range(8 * g, 8 * g + 8) if chosen[t, c]]
+                record = sum(1 << c % 8 for c in own)
+                for n, c in enumerate(own):  # those of the second half count from the end
+                    rank = n if c % 8 < 4 else 4 - len(own) + n
+                    record |= code(t, c) << 8 + rank * bits
+                bit = 16 * even + (
+                    x_ % 4 + 4 * (j % 2) + 8 * (x_ // 4) if value else x_ + 8 * (j % 2)
+                )
+                for p in range(planes):
+                    word, own_bit = j // 2 * planes + p, bit
+                    if channels == 64 and p >= planes // 2:
+                        word, own_bit = p - planes // 2, bit + (4 if value else 8)
+                    total |= (record >> p & 1) << word_at(lane_of(t, g), word) + own_bit
+        end = channels * planes
+    for n, scale in enumerate(scales):
+        if value:
+            at = ((n // 32 * 4 + n % 8 // 2) * 4 + n // 8 % 4) * 2 + n % 2
+        else:
+            _, j, even = numbers(0, n // 8)
+            y = n % 8 + 8 * j
+            at = ((y // 4 * 4 + n // 8 % 4) * 4 + y % 2 * 2 + y // 2 % 2) * 2 + even
+        total |= int(scale.view(np.uint16)) << 8 * end + 16 * at
+    return total.to_bytes(end + 2 * len(scales), "little")
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("sparsity", [0, 0.5, 0.7, 0.98])
+@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize("form", SPARSE)
+def test_sparse_pages_by_hand(form: str, dim: int, sparsity: float, device: str) -> None:
+    """Bytes, what they decode to, how many are kept: ties, zeros, equal values among them."""
+    if form.startswith("4of8") and sparsity != 0.5:
+        pytest.skip("4 of 8 is what it is")
+    k, v = tokens_of(1, 1, 64, dim, seed=dim)
+    k[0, 0, 5], v[0, 0, 6] = 0.0, -0.0  # nothing to keep
+    k[0, 0, 9], v[0, 0, 9] = 0.75, -1.25  # everything is as large as the rest
+    k[..., 11] = 0.4
+    k[0, 0, 20, ::2], v[0, 0, 21, : dim // 2] = 2.0, -2.0  # ties
+    v[0, 0, 30, 3:], k[0, 0, 5, 11] = 0.0, 0.0
+    options = {"sparsity": sparsity, "window": 0, "sinks": 0, "max_tokens": 64, "device": device}
+    cache = SparseKVCache(1, 1, dim, form, **options)
+    cache.append(0, k.to(device), v.to(device))
+    cache.advance(64)
+    kept = cache.keep if form.startswith("bitmap") else dim // 2
+    for pages, x, value in ((cache.key_pages, k, False), (cache.value_pages, v, True)):
+        page = pages[0, 0, 0].cpu()
+        want = packed_by_hand(x[0, 0].numpy(), form, cache.keep, value)
+        assert_same(page, torch.frombuffer(bytearray(want), dtype=torch.uint8))
+        levels = unpack_pages(page, form, dim, cache.keep, value)
+        full = x[0, 0].count_nonzero(-1)
+        counts = levels.count_nonzero(-1)
+        if FORMATS[form].bits == 2:  # 4 bits have a level 0
+            usual = [t for t in range(64) if t not in (5, 6, 30)]
+            assert (counts[usual] == kept).all()
+            assert counts[5 if not value else 6] == 0 and counts[30] <= full[30]
+        error = (levels - x[0, 0].float()).where(levels != 0, 0).abs()
+        group = 1 if value else 0
+        largest = x[0, 0].float().abs().amax(group, True)
+        assert (error <= (0.075 if FORMATS[form].bits == 4 else 1) * largest + 1e-6).all()
+    dense_k, dense_v = cache.dense(0, 0)
+    if form.startswith("bitmap") and sparsity:
+        kept_k = dense_k[0, :, 11]
+        close = torch.tensor(0.4).half().float().to(device)
+        assert ((kept_k == 0) | (kept_k == close)).all()  # a channel of equal values
+    assert set(dense_v[0, 9].tolist()) <= {0.0, -1.25}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("form", SPARSE)
+@pytest.mark.parametrize("dtype", HALVES)
+def test_sparse_bytes_are_the_same_on_both_devices(
+    form: str, dtype: torch.dtype, device: str
+) -> None:
+    """Also unpacked by both: several pages, heads, sequences, means, a NaN and an infinity."""
+    for dim, centre in ((64, True), (128, False), (256, True)):
+        k, v = tokens_of(2, 2, 300, dim, dtype)
+        k[0, 0, 10, 3], v[1, 1, 20, 5], k[1, 0, 99, 7] = torch.nan, -torch.nan, torch.inf
+        caches = []
+        for where in dict.fromkeys(("cpu", device)):
+            cache = SparseKVCache(
+                *(1, 2, dim, form),
+                sparsity=0.6,
+                centre=centre,
+                max_tokens=512,
+                batch=2,
+                device=where,
+                dtype=dtype,
+            )
+            if cache.means is not None:
+                g = torch.Generator().manual_seed(2)
+                cache.means.copy_(torch.randn(cache.means.shape, generator=g))
+            for part in (1, 180, 119):  # the first says nothing of means
+                cache.append(0, k[:, :, :part].to(where), v[:, :, :part].to(where))
+                cache.advance(part)
+            caches.append(cache)
+        for name in ("key_pages", "value_pages", "recent_keys", "recent_values"):
+            assert_same(getattr(caches[-1], name), getattr(caches[0], name))
+        for b in range(2):
+            for a, w in zip(caches[-1].dense(0, b), caches[0].dense(0, b), strict=True):
+                torch.testing.assert_close(a.cpu(), w, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("form", ["dense2", "bitmap2", "4of8_4"])
+def test_centring(form: str, device: str) -> None:
+    """A constant in every channel costs nothing; output and the logarithm are right."""
+    k, v = tokens_of(3, 2, 400, 64)
+    offset = 4 * torch.randn(2, 1, 2, 1, 64, generator=torch.Generator().manual_seed(9))
+    shifted = [(x.float() + o).half() for x, o in zip((k, v), offset, strict=True)]
+    query = torch.randn(3, 8, 64, generator=torch.Generator().manual_seed(1)).half().to(device)
+    counts = torch.tensor([400, 0, 170], device=device)
+    errors = []
+    for centre in (False, True):
+        cache = SparseKVCache(
+            1, 2, 64, form, centre=centre, window=64, max_tokens=600, batch=3, device=device
+        )
+        cache.append(0, shifted[0].to(device), shifted[1].to(device), counts)
+        cache.advance(400, counts)
+        for n in (100, 1):
+            cache.append(0, *(x[:, :, :n].to(device) for x in shifted))
+            cache.advance(n)
+        assert_attention(cache, query)
+        _, dense_v = cache.dense(0, 0)
+        errors.append((dense_v[:, :400].cpu() - shifted[1][0]).norm() / v[0].float().norm())
+        assert cache.num_bytes > 0
+    assert errors[1] < errors[0] and errors[1] < 0.75
+    assert cache.means is not None
+    means = cache.means.float().cpu()
+    torch.testing.assert_close(means[0, 0, 0], shifted[0][0].float().mean(1), rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(
+        means[0, 1, 1], shifted[1][1, :, :100].float().mean(1), rtol=1e-2, atol=1e-2
+    )
+    before = cache.dense(0, 2)
+    cache.fork(2, 1)
+    cache.reorder([1, 0, 2])
+    for a, w in zip(cache.dense(0, 0), before, strict=True):
+        assert_same(a, w)
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("window", [0, 64, 128, 100])
-def test_portions_do_not_matter(window: int, device: str) -> None:
+@pytest.mark.parametrize("form", ["dense4", "bitmap2", "4of8_2"])
+def test_portions_do_not_matter(form: str, window: int, device: str) -> None:
     """Token by token, in odd portions, and all at once leave the same bytes."""
     k, v = (x.to(device) for x in tokens_of(2, 2, 400, 64, seed=3))
-    whole = SparseKVCache(1, 2, 64, window=window, max_tokens=400, batch=2, device=device)
+    whole = SparseKVCache(1, 2, 64, form, window=window, max_tokens=400, batch=2, device=device)
     whole.append(0, k, v)
     whole.advance(400)
     for portions in ([1] * 400, [7, 64, 1, 128, 200], [399, 1]):
-        cache = SparseKVCache(1, 2, 64, window=window, max_tokens=400, batch=2, device=device)
+        cache = SparseKVCache(1, 2, 64, form, window=window, max_tokens=400, batch=2, device=device)
         at = 0
         for n in portions:
             cache.append(0, k[:, :, at : at + n], v[:, :, at : at + n])
@@ -226,10 +445,12 @@ def test_sequences_join_and_leave(device: str) -> None:
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("window", [0, 64, 100])
-def test_fork_and_crop(window: int, device: str) -> None:
+@pytest.mark.parametrize("form", ["dense4", "bitmap4", "4of8_2"])
+def test_fork_and_crop(form: str, window: int, device: str) -> None:
     """A copy goes its own way; what is left after cropping reads as before, also out of pages."""
     k, v = (x.to(device) for x in tokens_of(2, 2, 500, 64, seed=5))
-    cache = SparseKVCache(2, 2, 64, window=window, max_tokens=500, batch=2, device=device)
+    options = {"centre": form == "bitmap4", "window": window, "max_tokens": 500, "batch": 2}
+    cache = SparseKVCache(2, 2, 64, form, device=device, **options)
     for layer in range(2):
         cache.append(layer, k, v, torch.tensor([400, 70], device=device))
     cache.advance(400, torch.tensor([400, 70], device=device))
@@ -239,7 +460,7 @@ def test_fork_and_crop(window: int, device: str) -> None:
         cache.crop(1, length)
         for a, w in zip(cache.dense(1, 1), before, strict=True):
             if length:  # packed values are rounded to the ring's dtype
-                torch.testing.assert_close(a, w[:, :length], rtol=1e-3, atol=1e-3)
+                torch.testing.assert_close(a, w[:, :length], rtol=1e-3, atol=4e-3)
         for a, w in zip(cache.dense(1, 0), before, strict=True):
             assert_same(a, w)
     cache.fork(0, 1)
@@ -249,18 +470,25 @@ def test_fork_and_crop(window: int, device: str) -> None:
     cache.advance(100, torch.tensor([0, 100], device=device))
     for a, w, x in zip(cache.dense(1, 1), before, (k, v), strict=True):
         # What was packed, unpacked and packed again may have moved by a step.
-        assert ((a[:, :350] - w[:, :350]).norm() <= 0.05 * w[:, :350].norm()).all()
+        most = 0.05 if form == "dense4" else 0.3
+        assert ((a[:, :350] - w[:, :350]).norm() <= most * w[:, :350].norm()).all()
         recent = x[1, :, 500 - window : 500].float() if window else x[1, :, :0].float()
+        if cache.means is not None:
+            torch.testing.assert_close(
+                a[:, 450 - window :][:, : recent.shape[1]], recent, rtol=0, atol=4e-3
+            )
+            continue
         assert_same(a[:, 450 - window :][:, : recent.shape[1]], recent)
     with pytest.raises(ValueError, match="tokens: the sequence has 450, got 451"):
         cache.crop(1, 451)
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_nan_reaches_the_output_of_its_head(device: str) -> None:
+@pytest.mark.parametrize("form", FORMATS)
+def test_nan_reaches_the_output_of_its_head(form: str, device: str) -> None:
     k, v = tokens_of(1, 2, 300, 64)
     v[0, 1, 20, 5] = torch.nan
-    cache = SparseKVCache(1, 2, 64, max_tokens=300, device=device)
+    cache = SparseKVCache(1, 2, 64, form, max_tokens=300, device=device)
     cache.append(0, k.to(device), v.to(device))
     cache.advance(300)
     out, _ = cache.attend(0, torch.randn(1, 4, 64).half().to(device))
@@ -282,18 +510,52 @@ def test_lengths_that_cannot_be_do_not_hang(device: str) -> None:
     assert_same(out[2], want[2])
 
 
-def test_bytes() -> None:
-    """Bits per element of the pages: codes, and 32 bits per channel or per token."""
-    cache = SparseKVCache(1, 1, 128, "dense2", max_tokens=64 * 100, window=0, sinks=0)
+@pytest.mark.parametrize(
+    ("form", "sparsity", "keys", "values"),
+    [
+        ("dense2", 0, 2.5, 2.25),
+        ("dense4", 0, 4.5, 4.25),
+        ("bitmap2", 0.5, 2.25, 2.125),
+        ("bitmap2", 0.7, 1.84, 1.72),
+        ("bitmap4", 0.5, 3.25, 3.125),
+        ("bitmap4", 0.7, 2.44, 2.32),
+        ("4of8_2", 0, 2.25, 2.125),
+        ("4of8_4", 0, 3.25, 3.125),
+    ],
+)
+def test_bytes(form: str, sparsity: float, keys: float, values: float) -> None:
+    """Bits per element of the pages; of pruned ones a bitmap, codes and a scale."""
+    options = {"sparsity": sparsity, "max_tokens": 64 * 100, "window": 0, "sinks": 0}
+    cache = SparseKVCache(1, 1, 128, form, **options)
     elements = 64 * 100 * 128
-    assert cache.key_pages.numel() * 8 / elements == 2.5
-    assert cache.value_pages.numel() * 8 / elements == 2.25
-    assert unpack_pages(cache.key_pages[0], 128, 2, False).shape == (100, 1, 64, 128)
+    assert cache.key_pages.numel() * 8 / elements <= 1.01 * keys
+    assert cache.value_pages.numel() * 8 / elements <= 1.01 * values
+    unpacked = unpack_pages(cache.key_pages[0], form, 128, cache.keep, False)
+    assert unpacked.shape == (100, 1, 64, 128) and not unpacked.any()
 
 
 def test_mistakes() -> None:
-    with pytest.raises(NotImplementedError, match="key_format: expected one of dense2, dense4"):
-        SparseKVCache(1, 1, 64, "bitmap2", max_tokens=64)
+    with pytest.raises(NotImplementedError, match="key_format: expected one of dense2, dense4, b"):
+        SparseKVCache(1, 1, 64, "bitmap3", max_tokens=64)
+    with pytest.raises(
+        NotImplementedError, match="value_format: expected one of dense2, dense4 as"
+    ):
+        SparseKVCache(1, 1, 64, key_format="dense2", value_format="bitmap2", max_tokens=64)
+    for sparsity in (-0.1, 1, 0.999, torch.nan):
+        with pytest.raises(ValueError, match="sparsity: expected 0 or more, and 1 of 64 channels"):
+            SparseKVCache(1, 1, 64, "bitmap2", sparsity=sparsity, max_tokens=64)
+    cache = SparseKVCache(1, 1, 64, "bitmap2", max_tokens=400)
+    query = torch.zeros(1, 2, 64).half()
+    for name, wrong, match in (
+        ("keep", 0, "keep: expected 1 to 64 of a token's channels, got 0"),
+        ("keep", 31, r"key_pages: expected shape \[4, 1, 1136\], got \[4, 1, 1152\]"),
+        ("value_format", "4of9", "value_format: expected one of dense2, .*4of8_4, got 4of9"),
+    ):
+        old = getattr(cache, name)
+        setattr(cache, name, wrong)
+        with pytest.raises(ValueError, match=match):
+            cache.attend(0, query)
+        setattr(cache, name, old)
     with pytest.raises(ValueError, match="head_dim: expected 64, 128 or 256, got 80"):
         SparseKVCache(1, 1, 80, max_tokens=64)
     cache = SparseKVCache(1, 2, 64, max_tokens=100)

@@ -124,22 +124,28 @@ def sparse_kv_cases(device: str) -> dict[str, tuple[Callable, tuple]]:
 
 
 def kv_cache_cases(device: str) -> dict[str, tuple[Callable, tuple]]:
-    generator = torch.Generator().manual_seed(5)
-    cache = quantgemm.SparseKVCache(1, 2, 64, "dense2", max_tokens=500, batch=2, device=device)
-    new = torch.randn(2, 2, 300, 64, generator=generator).half().to(device)
-    query = torch.randn(2, 8, 64, generator=generator).half().to(device)
-    stored = (cache.key_pages[0], cache.value_pages[0], cache.page_table)
-    recent = (cache.recent_keys[0], cache.recent_values[0])
-    one = new[:, :, :1].clone()
-    before = cache.lens.clone()
-    append = (Q.sparse_kv_append.default, (one, one, *stored, *recent, before, None, 4, 128, 2, 2))
-    cache.append(0, new, new)
-    cache.advance(300)
-    attend = (query, *stored, *recent, cache.lens, 4, 128, 2, 2, 0.125)
-    return {
-        "sparse_kv_append": append,
-        "sparse_kv_attention": (Q.sparse_kv_attention.default, attend),
-    }
+    cases = {}
+    for name, form in (("", "dense2"), (" bitmap", "bitmap2"), (" four of eight", "4of8_4")):
+        generator = torch.Generator().manual_seed(5)
+        centre = name == " bitmap"
+        cache = quantgemm.SparseKVCache(
+            1, 2, 64, form, centre=centre, max_tokens=500, batch=2, device=device
+        )
+        new = torch.randn(2, 2, 300, 64, generator=generator).half().to(device)
+        query = torch.randn(2, 8, 64, generator=generator).half().to(device)
+        stored = (cache.key_pages[0], cache.value_pages[0], cache.page_table)
+        recent = (cache.recent_keys[0], cache.recent_values[0])
+        means = None if cache.means is None else cache.means[0]
+        one = new[:, :, :1].clone()
+        before = cache.lens.clone()
+        settings = (4, 128, form, form, 32)
+        append = (one, one, *stored, *recent, before, means, None, *settings)
+        cache.append(0, new, new)
+        cache.advance(300)
+        attend = (query, *stored, *recent, cache.lens, means, *settings, 0.125)
+        cases["sparse_kv_append" + name] = (Q.sparse_kv_append.default, append)
+        cases["sparse_kv_attention" + name] = (Q.sparse_kv_attention.default, attend)
+    return cases
 
 
 def outputs(result: torch.Tensor | tuple[torch.Tensor, ...] | None) -> tuple[torch.Tensor, ...]:

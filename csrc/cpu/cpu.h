@@ -2,6 +2,8 @@
 // The CPU backend: each function does one range of its work; the op layer splits the whole among
 // torch's threads.
 #pragma once
+#include <vector>
+
 #include "../args.h"
 
 namespace quantgemm {
@@ -36,6 +38,8 @@ void kv_pack_cpu(const KvCompressArgs& args, int64_t first_block, int64_t last_b
 void kv_product_cpu(const KvProductArgs& args, int64_t first_group, int64_t last_group);
 
 // The native cache: pairs of sequence and key-value head.
+// All but the keep largest magnitudes become zero; of equal ones the first stay. order: room.
+void kv_prune_cpu(uint16_t* row, int64_t channels, int64_t keep, std::vector<int>& order);
 void kv_append_cpu(const KvAppendArgs& args, int64_t first_row, int64_t last_row);
 void kv_attention_cpu(const KvAttentionArgs& args, int64_t first_row, int64_t last_row);
 

@@ -19,50 +19,177 @@ uint16_t store_any(float x, Real type) {
   return type == Real::kFloat16 ? float_to_half(x) : float_to_bfloat16(x);
 }
 
-// One page of keys or of values. Fits belong to k: a channel of keys, a token of values.
+// What is stored is less by this; is_value: 0 or 1.
+float mean_of(const KvCacheArgs& c, int64_t is_value, int64_t row, int64_t d) {
+  if (c.means == nullptr) return 0;
+  return load_any(c.means, ((is_value * c.batch * c.heads) + row) * c.channels + d, c.type);
+}
+
+// One page of keys or of values, [token, channel] to the outside.
 struct Page {
-  uint8_t* codes;
-  int rows, num_k, bits;
+  uint8_t* bytes;
+  PageFormat format;
+  int channels;
+  bool is_value;
 
-  uint16_t* fits() const { return reinterpret_cast<uint16_t*>(codes + int64_t{rows} * num_k * bits / 8); }
-  PageFit fit(int k) const {
-    const int at = fit_place(k);
-    return {fits()[at], fits()[num_k + at]};
+  int rows() const { return is_value ? channels : kPageTokens; }
+  int num_k() const { return is_value ? kPageTokens : channels; }
+  uint16_t* fits() const {
+    return reinterpret_cast<uint16_t*>(bytes + (format.kind == PageKind::kDense
+                                                    ? page_codes_bytes(channels, format.bits)
+                                                    : sparse_codes_bytes(channels, format)));
   }
+  uint32_t word(int at) const { return load<uint32_t, 4>(bytes + 4 * at); }
 
-  float value(int row, int k) const {
-    const CodePlace at = code_place(row, k, num_k, bits);
-    uint32_t word;
-    std::memcpy(&word, codes + 4 * at.word, 4);
-    return PageCoder(fit(k), bits).value(static_cast<float>(word >> at.shift & ((1u << bits) - 1)));
-  }
-
-  // x(row, k)
+  // x(token, channel)
   template <class Fn>
-  void pack(Fn&& x) const {
-    std::fill_n(codes, int64_t{rows} * num_k * bits / 8, uint8_t{0});
-    for (int k = 0; k < num_k; ++k) {
-      const PageFit fit = fit_page_group([&](int row) { return x(row, k); }, rows, bits);
+  void pack_dense(Fn&& x) const {
+    const auto at_row = [&](int row, int k) { return is_value ? x(k, row) : x(row, k); };
+    for (int k = 0; k < num_k(); ++k) {
+      const PageFit fit = fit_page_group([&](int row) { return at_row(row, k); }, rows(), format.bits);
       const int place = fit_place(k);
-      fits()[place] = fit.scale, fits()[num_k + place] = fit.shift;
-      const PageCoder coder(fit, bits);
-      for (int row = 0; row < rows; ++row) {
-        const CodePlace at = code_place(row, k, num_k, bits);
-        or_into<4>(codes + 4 * at.word, static_cast<uint32_t>(coder.code(x(row, k))) << at.shift);
+      fits()[place] = fit.scale, fits()[num_k() + place] = fit.shift;
+      const PageCoder coder(fit, format.bits);
+      for (int row = 0; row < rows(); ++row) {
+        const CodePlace at = code_place(row, k, num_k(), format.bits);
+        or_into<4>(bytes + 4 * at.word, static_cast<uint32_t>(coder.code(at_row(row, k))) << at.shift);
       }
     }
   }
+  // x(token, channel) is zero where nothing is kept.
+  template <class Fn>
+  void pack_sparse(Fn&& x) const {
+    std::vector<uint16_t> scales(static_cast<size_t>(num_k()));
+    for (int k = 0; k < num_k(); ++k) {
+      SparseGroup group{INFINITY, 0, {0, 0}, 0};
+      for (int row = 0; row < rows(); ++row) {
+        const float v = std::fabs(is_value ? x(k, row) : x(row, k));
+        if (v == 0) continue;
+        group.lo = std::min(v, group.lo), group.hi = v > group.hi || v != v ? v : group.hi;
+        group.sum[is_value ? row / 8 % 2 : row / 32] += v, ++group.count;
+      }
+      scales[static_cast<size_t>(k)] = fits()[scale_place(k)] = fit_sparse_group(group, format.bits);
+    }
+    const auto code_of = [&](int token, int channel) {
+      const uint16_t scale = scales[static_cast<size_t>(is_value ? token : channel)];
+      return SparseCoder(scale, format.bits).code(x(token, channel), format.bits);
+    };
+    const auto set_bit = [&](PlanePlace at) { or_into<4>(bytes + 4 * at.word, 1u << at.bit); };
+    if (format.kind == PageKind::kBitmap) {
+      for (int place = 0, at = 0; place < kPageTokens * channels; ++place) {
+        const SparseOrigin o = origin(bitmap_element(place));
+        if (x(o.token, o.channel) == 0) continue;
+        set_bit({place / 32, place % 32});
+        bytes[bitmap_bytes(channels) + at / 8] |= static_cast<uint8_t>(code_of(o.token, o.channel) << at % 8);
+        at += format.bits;
+      }
+    } else {
+      for (int token = 0; token < kPageTokens; ++token)
+        for (int first = 0; first < channels; first += 8) {
+          uint32_t set = 0;
+          for (int i = 0; i < 8; ++i) set |= uint32_t{x(token, first + i) != 0} << i;
+          for (int i = 0; i < 8; ++i) {
+            if (!(set >> i & 1)) continue;
+            const int rank = four_of_eight_rank(set, i);
+            const SparseElement e = element(token, first + i);
+            const uint32_t code = code_of(token, first + i);
+            const auto set_plane = [&](int plane) {
+              set_bit(four_of_eight_place(e, plane, channels, format.bits, is_value));
+            };
+            set_plane(i);
+            for (int b = 0; b < format.bits; ++b)
+              if (code >> b & 1) set_plane(8 + rank * format.bits + b);
+          }
+        }
+    }
+  }
+
+  // value(token, channel, of the element)
+  template <class Fn>
+  void unpack(Fn&& value) const {
+    if (format.kind == PageKind::kDense) {
+      for (int k = 0; k < num_k(); ++k) {
+        const int place = fit_place(k);
+        const PageCoder coder({fits()[place], fits()[num_k() + place]}, format.bits);
+        for (int row = 0; row < rows(); ++row) {
+          const CodePlace at = code_place(row, k, num_k(), format.bits);
+          const uint32_t code = word(at.word) >> at.shift & ((1u << format.bits) - 1);
+          const float v = coder.value(static_cast<float>(code));
+          is_value ? value(k, row, v) : value(row, k, v);
+        }
+      }
+    } else if (format.kind == PageKind::kBitmap) {
+      for (int place = 0, at = 0; place < kPageTokens * channels; ++place) {
+        const SparseOrigin o = origin(bitmap_element(place));
+        int level = 0;
+        if (word(place / 32) >> place % 32 & 1) {
+          const int code = bytes[bitmap_bytes(channels) + at / 8] >> at % 8 & ((1 << format.bits) - 1);
+          level = sparse_level(code, format.bits), at += format.bits;
+        }
+        value(o.token, o.channel, decode(o, level));
+      }
+    } else {
+      for (int token = 0; token < kPageTokens; ++token)
+        for (int first = 0; first < channels; first += 8) {
+          const SparseElement e = element(token, first);
+          const auto plane = [&](int p) {
+            const PlanePlace at = four_of_eight_place(e, p, channels, format.bits, is_value);
+            return static_cast<int>(word(at.word) >> at.bit & 1);
+          };
+          uint32_t set = 0;
+          for (int i = 0; i < 8; ++i) set |= static_cast<uint32_t>(plane(i)) << i;
+          for (int i = 0; i < 8; ++i) {
+            int code = 0;
+            const int rank = four_of_eight_rank(set, i);
+            for (int b = 0; b < format.bits; ++b) code |= plane(8 + (rank & 3) * format.bits + b) << b;
+            value(token, first + i,
+                  decode({token, first + i}, set >> i & 1 ? sparse_level(code, format.bits) : 0));
+          }
+        }
+    }
+  }
+
+ private:
+  int scale_place(int k) const {
+    return is_value ? sparse_value_scale_place(k) : sparse_key_scale_place(k, channels);
+  }
+  float decode(SparseOrigin o, int level) const {
+    return level == 0 ? 0.0f : sparse_value(level, fits()[scale_place(is_value ? o.token : o.channel)]);
+  }
+  SparseElement element(int token, int channel) const {
+    return is_value ? sparse_value_element(token, channel) : sparse_key_element(token, channel, channels);
+  }
+  SparseElement bitmap_element(int place) const {
+    return is_value ? bitmap_value_element(place) : bitmap_key_element(place);
+  }
+  SparseOrigin origin(SparseElement e) const {
+    return is_value ? sparse_value_origin(e) : sparse_key_origin(e, channels);
+  }
 };
 
+// x: the page's tokens [64, channels] as bits, pruned here.
+void pack_page(const Page& page, std::vector<uint16_t>& x, Real type) {
+  const int channels = page.channels;
+  const auto at = [&](int token, int channel) {
+    return load_any(x.data(), token * channels + channel, type);
+  };
+  std::fill_n(page.bytes, reinterpret_cast<uint8_t*>(page.fits()) - page.bytes, uint8_t{0});
+  if (page.format.kind == PageKind::kDense) return page.pack_dense(at);
+  const int of = page.format.kind == PageKind::kBitmap ? channels : 8;
+  const int keep = page.format.kind == PageKind::kBitmap ? page.format.keep : 4;
+  std::vector<int> order;
+  for (size_t i = 0; i < x.size(); i += static_cast<size_t>(of)) kv_prune_cpu(x.data() + i, of, keep, order);
+  page.pack_sparse(at);
+}
+
 Page key_page(const KvCacheArgs& c, int64_t page, int64_t head) {
-  const int64_t bytes = key_page_bytes(c.channels, c.key_bits);
-  return {c.key_pages + (page * c.heads + head) * bytes, kPageTokens, static_cast<int>(c.channels),
-          c.key_bits};
+  const int64_t bytes = key_page_bytes(c.channels, c.key_format);
+  return {c.key_pages + (page * c.heads + head) * bytes, c.key_format, static_cast<int>(c.channels), false};
 }
 Page value_page(const KvCacheArgs& c, int64_t page, int64_t head) {
-  const int64_t bytes = value_page_bytes(c.channels, c.value_bits);
-  return {c.value_pages + (page * c.heads + head) * bytes, static_cast<int>(c.channels), kPageTokens,
-          c.value_bits};
+  const int64_t bytes = value_page_bytes(c.channels, c.value_format);
+  return {c.value_pages + (page * c.heads + head) * bytes, c.value_format, static_cast<int>(c.channels),
+          true};
 }
 // -1 for an entry that is no page.
 int64_t page_of(const KvCacheArgs& c, int64_t sequence, int64_t index) {
@@ -89,10 +216,11 @@ struct Sums {
 
 void attend(const KvAttentionArgs& args, int64_t sequence, int64_t head) {
   const KvCacheArgs& c = args.cache;
-  const int64_t first_query = (sequence * c.heads + head) * args.groups;
+  const int64_t row = sequence * c.heads + head, first_query = row * args.groups;
   std::vector<Sums> sums(static_cast<size_t>(args.groups));
   for (Sums& s : sums) s.out.assign(static_cast<size_t>(c.channels), 0.0f);
   std::vector<float> key(static_cast<size_t>(c.channels)), value(key.size());
+  std::vector<float> page_keys(key.size() * kPageTokens), page_values(page_keys.size());
   const auto add_token = [&](int64_t tokens_behind) {
     for (int64_t g = 0; g < args.groups; ++g) {
       if (tokens_behind < hidden_tokens(args, static_cast<int>(g))) continue;
@@ -107,18 +235,20 @@ void attend(const KvAttentionArgs& args, int64_t sequence, int64_t head) {
   for (int64_t i = 0; i < parts.pages; ++i) {
     const int64_t page = page_of(c, sequence, i);
     if (page < 0) continue;
-    const Page keys = key_page(c, page, head), values = value_page(c, page, head);
-    for (int t = 0; t < kPageTokens; ++t) {
-      for (int d = 0; d < c.channels; ++d) {
-        key[static_cast<size_t>(d)] = keys.value(t, d);
-        value[static_cast<size_t>(d)] = values.value(d, t);
-      }
+    const auto at = [&](std::vector<float>& to) {
+      return [&](int t, int d, float x) { to[static_cast<size_t>(t * c.channels + d)] = x; };
+    };
+    key_page(c, page, head).unpack(at(page_keys));
+    value_page(c, page, head).unpack(at(page_values));
+    for (int64_t t = 0; t < kPageTokens; ++t) {
+      std::copy_n(page_keys.data() + t * c.channels, c.channels, key.data());
+      std::copy_n(page_values.data() + t * c.channels, c.channels, value.data());
       add_token(args.tokens);  // the window hides nothing that is packed
     }
   }
   int64_t left = parts.sinks + parts.ring_end - parts.ring_first;
   const auto add_recent = [&](int64_t slot) {
-    const int64_t at = ((sequence * c.heads + head) * c.recent + slot) * c.channels;
+    const int64_t at = (row * c.recent + slot) * c.channels;
     for (int64_t d = 0; d < c.channels; ++d) {
       key[static_cast<size_t>(d)] = load_any(c.recent_keys, at + d, c.type);
       value[static_cast<size_t>(d)] = load_any(c.recent_values, at + d, c.type);
@@ -129,9 +259,12 @@ void attend(const KvAttentionArgs& args, int64_t sequence, int64_t head) {
   for (int64_t t = parts.ring_first; t < parts.ring_end; ++t) add_recent(recent_slot(c, c.sinks + t));
   for (int64_t g = 0; g < args.groups; ++g) {
     const Sums& s = sums[static_cast<size_t>(g)];
-    args.lse[first_query + g] = s.maximum + std::log(s.mass);
+    float logit = 0;  // of the keys' mean
+    for (int64_t d = 0; c.means != nullptr && d < c.channels; ++d)
+      logit += load_any(args.query, (first_query + g) * c.channels + d, c.type) * mean_of(c, 0, row, d);
+    args.lse[first_query + g] = s.maximum + std::log(s.mass) + logit * args.scale;
     for (int64_t d = 0; d < c.channels; ++d) {
-      const float out = s.mass == 0 ? 0.0f : s.out[static_cast<size_t>(d)] / s.mass;
+      const float out = s.mass == 0 ? 0.0f : s.out[static_cast<size_t>(d)] / s.mass + mean_of(c, 1, row, d);
       static_cast<uint16_t*>(args.out)[(first_query + g) * c.channels + d] = store_any(out, c.type);
     }
   }
@@ -143,29 +276,38 @@ void append(const KvAppendArgs& args, int64_t sequence, int64_t head) {
   const int64_t count = args.counts ? std::clamp<int64_t>(args.counts[sequence], 0, args.count) : args.count;
   const SequenceParts old = parts_of(c, before), now = parts_of(c, before + count);
   const int64_t row = sequence * c.heads + head;
-  // Where the token at a position is before anything has moved.
-  const auto at = [&](const void* recent, const void* added, int64_t position, int64_t d) {
-    const int64_t index = position - before;
-    return index < 0 ? load_any(recent, (row * c.recent + recent_slot(c, position)) * c.channels + d, c.type)
-                     : load_any(added, (row * args.count + index) * c.channels + d, c.type);
+  const auto centred = [&](bool value, int64_t index, int64_t d) {
+    const void* added = value ? args.values : args.keys;
+    const int64_t from = (row * args.count + index) * c.channels + d;
+    if (c.means == nullptr) return static_cast<const uint16_t*>(added)[from];
+    return store_any(load_any(added, from, c.type) - mean_of(c, value, row, d), c.type);
+  };
+  const auto recent_of = [&](bool value, int64_t position) {
+    return static_cast<uint16_t*>(value ? c.recent_values : c.recent_keys) +
+           (row * c.recent + recent_slot(c, position)) * c.channels;
+  };
+  // The 64 tokens from a position on, where they are before anything has moved, as bits.
+  std::vector<uint16_t> x(static_cast<size_t>(kPageTokens * c.channels));
+  const auto stage = [&](bool value, int64_t first) {
+    for (int64_t i = 0; i < kPageTokens * c.channels; ++i) {
+      const int64_t position = first + i / c.channels, d = i % c.channels;
+      x[static_cast<size_t>(i)] =
+          position < before ? recent_of(value, position)[d] : centred(value, position - before, d);
+    }
   };
   for (int64_t i = old.pages; i < now.pages; ++i) {
     const int64_t page = page_of(c, sequence, i), first = c.sinks + i * kPageTokens;
     if (page < 0) continue;
-    key_page(c, page, head).pack([&](int t, int d) { return at(c.recent_keys, args.keys, first + t, d); });
-    value_page(c, page, head).pack([&](int d, int t) {
-      return at(c.recent_values, args.values, first + t, d);
-    });
+    stage(false, first);
+    pack_page(key_page(c, page, head), x, c.type);
+    stage(true, first);
+    pack_page(value_page(c, page, head), x, c.type);
   }
   for (int64_t index = 0; index < count; ++index) {
     const int64_t position = before + index;
     if (position >= c.sinks && position - c.sinks < now.ring_first) continue;
-    const int64_t to = (row * c.recent + recent_slot(c, position)) * c.channels;
-    const int64_t from = (row * args.count + index) * c.channels;
-    std::copy_n(static_cast<const uint16_t*>(args.keys) + from, c.channels,
-                static_cast<uint16_t*>(c.recent_keys) + to);
-    std::copy_n(static_cast<const uint16_t*>(args.values) + from, c.channels,
-                static_cast<uint16_t*>(c.recent_values) + to);
+    for (const bool value : {false, true})
+      for (int64_t d = 0; d < c.channels; ++d) recent_of(value, position)[d] = centred(value, index, d);
   }
 }
 

@@ -10,6 +10,19 @@
 #include "cpu.h"
 
 namespace quantgemm {
+
+void kv_prune_cpu(uint16_t* row, int64_t channels, int64_t keep, std::vector<int>& order) {
+  if (keep >= channels) return;
+  order.resize(static_cast<size_t>(channels));
+  std::iota(order.begin(), order.end(), 0);
+  const auto larger = [&](int a, int b) {
+    const uint32_t key_a = magnitude_key(row[a]), key_b = magnitude_key(row[b]);
+    return key_a > key_b || (key_a == key_b && a < b);
+  };
+  std::nth_element(order.begin(), order.begin() + keep, order.end(), larger);
+  for (auto i = order.begin() + keep; i != order.end(); ++i) row[*i] = 0;
+}
+
 namespace {
 
 template <class Fn>
@@ -28,18 +41,6 @@ struct Block {
   }
 };
 
-void prune(uint16_t* row, int64_t channels, int64_t keep, std::vector<int>& order) {
-  if (keep >= channels) return;
-  order.resize(static_cast<size_t>(channels));
-  std::iota(order.begin(), order.end(), 0);
-  const auto larger = [&](int a, int b) {
-    const uint32_t key_a = magnitude_key(row[a]), key_b = magnitude_key(row[b]);
-    return key_a > key_b || (key_a == key_b && a < b);
-  };
-  std::nth_element(order.begin(), order.begin() + keep, order.end(), larger);
-  for (auto i = order.begin() + keep; i != order.end(); ++i) row[*i] = 0;
-}
-
 Block load_block(const KvCompressArgs& args, int64_t index) {
   const int64_t blocks = (args.tokens + kTile - 1) / kTile;
   const int64_t head = index / blocks, first = index % blocks * kTile;
@@ -49,7 +50,7 @@ Block load_block(const KvCompressArgs& args, int64_t index) {
   std::copy_n(x, count * args.channels, block.values.begin());
   std::vector<int> order;
   for (int64_t t = 0; t < count; ++t)
-    prune(block.values.data() + t * args.channels, args.channels, args.keep, order);
+    kv_prune_cpu(block.values.data() + t * args.channels, args.channels, args.keep, order);
   return block;
 }
 

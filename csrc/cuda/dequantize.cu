@@ -44,7 +44,8 @@ cudaError_t launch_dequantize(const DequantizeArgs& args, cudaStream_t stream) {
       if constexpr (PlainFormat<F>) {
         convert_kernel<F><<<grid, kDecodeThreads, 0, stream>>>(args.blocks, out, args.num_blocks);
       } else {
-        dequantize_kernel<F><<<grid, kDecodeThreads, kIdleBytes<F>, stream>>>(args.blocks, out, args.num_blocks);
+        dequantize_kernel<F>
+            <<<grid, kDecodeThreads, kIdleBytes<F>, stream>>>(args.blocks, out, args.num_blocks);
       }
     };
     if (!BlockFormats::visit(args.qtype, launch)) PlainFormats::visit(args.qtype, launch);

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 #include "sparse_kv_attention.cuh"
+#include "sparse_kv_codes.cuh"
 
 namespace quantgemm {
-template cudaError_t launch_attention_of<64>(const KvAttentionArgs&, cudaStream_t);
+template cudaError_t launch_attention_of<64, DenseCodes>(const KvAttentionArgs&, cudaStream_t);
 }

@@ -1,5 +1,11 @@
 // SPDX-License-Identifier: MIT
-// Products of a page's codes (kv_page.h) on tensor cores, straight from the codes' bits.
+// Products of a page's codes (kv_page.h) on tensor cores, and what attention asks of a format:
+//
+//   multiply_keys    logits[M] += codes of tokens 16M … · b, columns as multiply_scales left them
+//   multiply_values  out[M] += codes of rows 16M … · weights; Σ · value_unit(block of 8 rows) is in units
+//   kOffset          to be taken off each code so multiplied; dense pages have shifts instead
+//
+// This is the dense format, whose operands are the codes' own bits.
 #pragma once
 #include <cuda_fp16.h>
 
@@ -49,5 +55,37 @@ __device__ __forceinline__ void load_words(uint32_t (&words)[Count], const uint8
     words[4 * i] = v.x, words[4 * i + 1] = v.y, words[4 * i + 2] = v.z, words[4 * i + 3] = v.w;
   }
 }
+
+template <int Bits>
+struct DenseCodes {
+  static constexpr PageKind kKind = PageKind::kDense;
+  static constexpr int kBits = Bits, kTableBytes = 0;
+  static constexpr float kOffset = 0.0f;
+
+  static __device__ void make_table(uint32_t*) {}
+  static __device__ constexpr float key_unit(int i) { return code_unit(Bits, i); }
+  static __device__ constexpr float value_unit(int i) { return code_unit(Bits, i); }
+
+  template <int Steps>
+  static __device__ __forceinline__ void multiply_keys(float (&logits)[4][4], const uint8_t* page, int lane,
+                                                       const uint32_t*, const uint32_t (&b)[Steps][2]) {
+    uint32_t words[Steps * Bits];
+    load_words(words, page + 16 * lane, 32);
+#pragma unroll
+    for (int s = 0; s < Steps; ++s) multiply_codes<Bits>(logits, words, s, b[s]);
+  }
+  template <int Tiles>
+  static __device__ __forceinline__ void multiply_values(float (&out)[Tiles][4], const uint8_t* page,
+                                                         int lane, const uint32_t*,
+                                                         const uint32_t (&weights)[4][2]) {
+    uint32_t words[Tiles * Bits];
+    load_words(words, page + 16 * lane, 32);
+#pragma unroll
+    for (int block = 0; block < Tiles / 4; ++block)
+#pragma unroll
+      for (int s = 0; s < 4; ++s)
+        multiply_codes<Bits>(out + 4 * block, words + block * 4 * Bits, s, weights[s]);
+  }
+};
 
 }  // namespace quantgemm

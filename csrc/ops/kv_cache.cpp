@@ -27,9 +27,34 @@ void check_cache_tensor(const char* name, const Tensor& t, const Tensor& like, S
               ": expected a contiguous tensor that starts on a 16-byte boundary");
 }
 
+PageFormat check_format(const char* name, const std::string& format, int64_t channels, int64_t keep) {
+  const int half = static_cast<int>(channels / 2), all = static_cast<int>(channels);
+  const std::pair<const char*, PageFormat> formats[] = {
+      {"dense2", {PageKind::kDense, 2, all}},
+      {"dense4", {PageKind::kDense, 4, all}},
+      {"bitmap2", {PageKind::kBitmap, 2, static_cast<int>(keep)}},
+      {"bitmap4", {PageKind::kBitmap, 4, static_cast<int>(keep)}},
+      {"4of8_2", {PageKind::kFourOfEight, 2, half}},
+      {"4of8_4", {PageKind::kFourOfEight, 4, half}},
+  };
+  std::string known;
+  for (const auto& [own, page] : formats) {
+    known += concat(known.empty() ? "" : ", ", own);
+    if (format != own) continue;
+    check_value(page.kind != PageKind::kBitmap || (keep >= 1 && keep <= channels), "keep: expected 1 to ",
+                channels, " of a token's channels, got ", keep);
+    return page;
+  }
+  check_value(false, name, ": expected one of ", known, ", got ", format);
+  return {};
+}
+
 struct Cache {
   const Tensor &key_pages, &value_pages, &page_table, &recent_keys, &recent_values, &lens;
-  int64_t sinks, window, key_bits, value_bits;
+  const OptTensor& means;
+  int64_t sinks, window;
+  const std::string &key_format, &value_format;
+  int64_t keep;
 
   KvCacheArgs check() const {
     check_device("recent_keys", recent_keys);
@@ -43,8 +68,10 @@ struct Cache {
     c.batch = like.size(0), c.heads = like.size(1), c.recent = like.size(2), c.channels = like.size(3);
     check_value(c.channels == 64 || c.channels == 128 || c.channels == 256,
                 "recent_keys: expected a head dimension of 64, 128 or 256, got ", c.channels);
-    for (auto [name, bits] : {std::pair{"key_bits", key_bits}, {"value_bits", value_bits}})
-      check_value(bits == 2 || bits == 4, name, ": expected 2 or 4, got ", bits);
+    c.key_format = check_format("key_format", key_format, c.channels, keep);
+    c.value_format = check_format("value_format", value_format, c.channels, keep);
+    check_implemented(c.key_format.kind == c.value_format.kind,
+                      "value_format: expected the kind of key_format, ", key_format, ", got ", value_format);
     check_value(sinks >= 0 && window >= 0, "window: expected sinks and window of at least 0, got ", sinks,
                 " and ", window);
     const int64_t ring = c.recent - sinks;
@@ -52,7 +79,6 @@ struct Cache {
                 " slots for sinks and a multiple of 64 for at least window + 64 = ", window + kPageTokens,
                 " tokens, got ", c.recent, " slots");
     c.sinks = sinks, c.window = window, c.type = *type;
-    c.key_bits = static_cast<int>(key_bits), c.value_bits = static_cast<int>(value_bits);
     check_value(page_table.dim() == 2, "page_table: expected [batch, pages], got shape ",
                 shape_of(page_table));
     c.max_pages = page_table.size(1), c.num_pages = key_pages.dim() > 0 ? key_pages.size(0) : 0;
@@ -61,11 +87,14 @@ struct Cache {
     check_cache_tensor("recent_values", recent_values, like, like.scalar_type(),
                        {c.batch, c.heads, c.recent, c.channels});
     check_cache_tensor("key_pages", key_pages, like, ScalarType::Byte,
-                       {c.num_pages, c.heads, key_page_bytes(c.channels, c.key_bits)});
+                       {c.num_pages, c.heads, key_page_bytes(c.channels, c.key_format)});
     check_cache_tensor("value_pages", value_pages, like, ScalarType::Byte,
-                       {c.num_pages, c.heads, value_page_bytes(c.channels, c.value_bits)});
+                       {c.num_pages, c.heads, value_page_bytes(c.channels, c.value_format)});
     check_cache_tensor("page_table", page_table, like, ScalarType::Int, {c.batch, c.max_pages});
     check_cache_tensor("lens", lens, like, ScalarType::Long, {c.batch});
+    if (means)
+      check_cache_tensor("means", *means, like, like.scalar_type(), {2, c.batch, c.heads, c.channels});
+    c.means = means ? means->const_data_ptr() : nullptr;
     c.key_pages = const_cast<uint8_t*>(key_pages.const_data_ptr<uint8_t>());
     c.value_pages = const_cast<uint8_t*>(value_pages.const_data_ptr<uint8_t>());
     c.page_table = page_table.const_data_ptr<int32_t>();
@@ -79,11 +108,12 @@ struct Cache {
 }  // namespace
 
 void sparse_kv_append(Tensor keys, Tensor values, Tensor key_pages, Tensor value_pages, Tensor page_table,
-                      Tensor recent_keys, Tensor recent_values, Tensor lens, OptTensor counts, int64_t sinks,
-                      int64_t window, int64_t key_bits, int64_t value_bits) {
+                      Tensor recent_keys, Tensor recent_values, Tensor lens, OptTensor means,
+                      OptTensor counts, int64_t sinks, int64_t window, std::string key_format,
+                      std::string value_format, int64_t keep) {
   // check
-  const Cache cache{key_pages, value_pages, page_table, recent_keys, recent_values,
-                    lens,      sinks,       window,     key_bits,    value_bits};
+  const Cache cache{key_pages, value_pages, page_table, recent_keys, recent_values, lens,
+                    means,     sinks,       window,     key_format,  value_format,  keep};
   KvAppendArgs args{};
   args.cache = cache.check();
   const KvCacheArgs& c = args.cache;
@@ -109,11 +139,12 @@ void sparse_kv_append(Tensor keys, Tensor values, Tensor key_pages, Tensor value
 
 std::tuple<Tensor, Tensor> sparse_kv_attention(Tensor query, Tensor key_pages, Tensor value_pages,
                                                Tensor page_table, Tensor recent_keys, Tensor recent_values,
-                                               Tensor lens, int64_t sinks, int64_t window, int64_t key_bits,
-                                               int64_t value_bits, double scale) {
+                                               Tensor lens, OptTensor means, int64_t sinks, int64_t window,
+                                               std::string key_format, std::string value_format, int64_t keep,
+                                               double scale) {
   // check
-  const Cache cache{key_pages, value_pages, page_table, recent_keys, recent_values,
-                    lens,      sinks,       window,     key_bits,    value_bits};
+  const Cache cache{key_pages, value_pages, page_table, recent_keys, recent_values, lens,
+                    means,     sinks,       window,     key_format,  value_format,  keep};
   KvAttentionArgs args{};
   args.cache = cache.check();
   const KvCacheArgs& c = args.cache;

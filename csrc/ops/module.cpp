@@ -46,12 +46,12 @@ STABLE_TORCH_LIBRARY(quantgemm, m) {
       "Tensor? zeros, int head_dim, int groups, int bits) -> Tensor");
   m.def(
       "sparse_kv_append(Tensor keys, Tensor values, Tensor(a!) key_pages, Tensor(b!) value_pages, "
-      "Tensor page_table, Tensor(c!) recent_keys, Tensor(d!) recent_values, Tensor lens, Tensor? counts, "
-      "int sinks, int window, int key_bits, int value_bits) -> ()");
+      "Tensor page_table, Tensor(c!) recent_keys, Tensor(d!) recent_values, Tensor lens, Tensor? means, "
+      "Tensor? counts, int sinks, int window, str key_format, str value_format, int keep) -> ()");
   m.def(
       "sparse_kv_attention(Tensor query, Tensor key_pages, Tensor value_pages, Tensor page_table, "
-      "Tensor recent_keys, Tensor recent_values, Tensor lens, int sinks, int window, int key_bits, "
-      "int value_bits, float scale) -> (Tensor out, Tensor lse)");
+      "Tensor recent_keys, Tensor recent_values, Tensor lens, Tensor? means, int sinks, int window, "
+      "str key_format, str value_format, int keep, float scale) -> (Tensor out, Tensor lse)");
 }
 
 namespace {

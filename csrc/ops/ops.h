@@ -41,12 +41,14 @@ Tensor sparse_key_spmm(Tensor query, Tensor bitmaps, Tensor tile_offsets, Tensor
 Tensor sparse_value_spmm(Tensor scores, Tensor bitmaps, Tensor tile_offsets, Tensor packed_codes,
                          OptTensor scales, OptTensor zeros, int64_t head_dim, int64_t groups, int64_t bits);
 void sparse_kv_append(Tensor keys, Tensor values, Tensor key_pages, Tensor value_pages, Tensor page_table,
-                      Tensor recent_keys, Tensor recent_values, Tensor lens, OptTensor counts, int64_t sinks,
-                      int64_t window, int64_t key_bits, int64_t value_bits);
+                      Tensor recent_keys, Tensor recent_values, Tensor lens, OptTensor means,
+                      OptTensor counts, int64_t sinks, int64_t window, std::string key_format,
+                      std::string value_format, int64_t keep);
 std::tuple<Tensor, Tensor> sparse_kv_attention(Tensor query, Tensor key_pages, Tensor value_pages,
                                                Tensor page_table, Tensor recent_keys, Tensor recent_values,
-                                               Tensor lens, int64_t sinks, int64_t window, int64_t key_bits,
-                                               int64_t value_bits, double scale);
+                                               Tensor lens, OptTensor means, int64_t sinks, int64_t window,
+                                               std::string key_format, std::string value_format, int64_t keep,
+                                               double scale);
 
 bool can_quantize(int64_t qtype);
 

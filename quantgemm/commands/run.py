@@ -23,7 +23,7 @@ from quantgemm.commands.models import (
 )
 from quantgemm.commands.output import CommandError, plural, printable, shorten, size
 from quantgemm.gguf import open_gguf
-from quantgemm.kv.cache import FORMATS as KV_FORMATS
+from quantgemm.kv.pages import FORMATS as KV_FORMATS
 from quantgemm.models import Decoder, compile_decode, load_tokenizer, resolve_model_path
 from quantgemm.sampling import (
     Model,
@@ -41,7 +41,8 @@ With --draft, a smaller model or the text itself ("ngram": what followed the las
 proposes tokens, and the model judges several in one pass. What comes out follows the same law,
 and with --temperature 0 it is the same text, up to roundings.
 
-On a GPU the steps are CUDA graphs. --kv keeps keys and values in 2 or 4 bits.
+On a GPU the steps are CUDA graphs. --kv keeps keys and values in 2 or 4 bits:
+all of them (dense), the largest of each token (bitmap, --kv-sparsity) or 4 of each 8 (4of8).
 """
 EPILOG = """\
 examples:
@@ -49,6 +50,7 @@ examples:
   quantgemm run model.gguf -p "Once upon a time" --no-chat --temperature 0 --max-new-tokens 64
   quantgemm run large.gguf -p - --draft small.gguf < question.txt
   quantgemm run model.gguf -p - --kv dense4 < long.txt
+  quantgemm run model.gguf -p - --kv bitmap2 --kv-sparsity 0.7 < long.txt
 """
 
 
@@ -95,6 +97,12 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         choices=tuple(KV_FORMATS),
         help="keys and values in this format (default: as they are); not with --draft",
     )
+    parser.add_argument(
+        "--kv-sparsity",
+        type=_within(0, 0.99),
+        metavar="S",
+        help="of --kv bitmap2 and bitmap4: the part of each token that is dropped (default: 0.5)",
+    )
     parser.set_defaults(run=run)
 
 
@@ -118,6 +126,8 @@ def _within(low: float, high: float) -> Callable[[str], float]:
 def run(args: argparse.Namespace) -> int:
     if args.kv and args.draft:
         raise CommandError("--kv: not with --draft, whose refused tokens it would have to forget")
+    if args.kv_sparsity is not None and not (args.kv or "").startswith("bitmap"):
+        raise CommandError("--kv-sparsity: only with --kv bitmap2 or --kv bitmap4")
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
     device, device_line = choose_device(args.device)
     print(device_line, file=sys.stderr)
@@ -139,9 +149,9 @@ def run(args: argparse.Namespace) -> int:
     seed = secrets.randbelow(1 << 20) if args.seed is None else args.seed
     config = SamplingConfig(args.temperature, args.top_k, args.top_p, seed=seed)
     count = min(args.max_new_tokens, room)
-    decoder = _decoder(model, len(ids) + count, most, args.kv)
+    decoder = _decoder(model, len(ids) + count, most, args.kv, args.kv_sparsity)
     if draft and not isinstance(draft, NgramDraft) and decoder is not None:
-        draft = _decoder(draft, len(ids) + count, 1, None) or draft
+        draft = _decoder(draft, len(ids) + count, 1) or draft
     stream = TextStream(tokenizer)
     clock = Clock(device)
 
@@ -174,12 +184,15 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _decoder(model: Any, tokens: int, most: int, kv: str | None) -> Decoder | None:
+def _decoder(
+    model: Any, tokens: int, most: int, kv: str | None = None, sparsity: float | None = None
+) -> Decoder | None:
     """Recorded steps of one and of `most` tokens, where the model can have them; said if not."""
     if kv is None and model.device.type != "cuda":
         return None
     try:
-        decoder = compile_decode(model, tokens, kv)
+        options: dict[str, Any] = {} if sparsity is None else {"sparsity": sparsity}
+        decoder = compile_decode(model, tokens, kv, **options)
         decoder.prepare(1)
         decoder.prepare(1, most)
         return decoder

@@ -31,8 +31,9 @@ def quantized_cache(
 ) -> Any:
     """A transformers Cache for this model, which from now on attends through quantgemm.
 
-    format, and options window, sinks, key_format, value_format: as for `SparseKVCache`. max_tokens:
-    prompt and answer together. Attention without such a cache is torch's, as before.
+    format, and options window, sinks, key_format, value_format, sparsity, centre: as for
+    `SparseKVCache`. max_tokens: prompt and answer together. Attention without such a cache is
+    torch's, as before.
     """
     config = model.config.get_text_config()
     if unsuited := sorted(set(getattr(config, "layer_types", None) or ()) - {"full_attention"}):

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""The native key-value cache: pages of 64 quantised tokens, the latest ones as they are.
+"""The native key-value cache: pages of 64 quantised tokens, pruned or not, the latest ones as
+they are.
 
     cache = SparseKVCache(num_layers, num_kv_heads, head_dim, format="dense4", max_tokens=8192)
     cache.append(layer, k, v)  # [batch, num_kv_heads, tokens, head_dim]
@@ -17,22 +18,10 @@ from typing import Any
 
 import torch
 
+from quantgemm.kv.pages import FORMATS, PAGE, page_bytes, unpack_pages
 from quantgemm.ops import register_fake
 
 Tensor = torch.Tensor
-
-PAGE = 64
-FORMATS = {"dense2": 2, "dense4": 4}
-
-
-def key_page_bytes(head_dim: int, bits: int) -> int:
-    """Codes, and for each channel a scale and a shift."""
-    return PAGE * head_dim * bits // 8 + 4 * head_dim
-
-
-def value_page_bytes(head_dim: int, bits: int) -> int:
-    """Codes, and for each token a scale and a shift."""
-    return PAGE * head_dim * bits // 8 + 4 * PAGE
 
 
 def sparse_kv_attention(
@@ -43,10 +32,12 @@ def sparse_kv_attention(
     recent_keys: Tensor,
     recent_values: Tensor,
     lens: Tensor,
+    means: Tensor | None,
     sinks: int,
     window: int,
-    key_bits: int,
-    value_bits: int,
+    key_format: str,
+    value_format: str,
+    keep: int,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention of each sequence's last token: query ``[batch, query heads, head_dim]``.
@@ -65,10 +56,12 @@ def sparse_kv_attention(
         recent_keys,
         recent_values,
         lens,
+        means,
         sinks,
         window,
-        key_bits,
-        value_bits,
+        key_format,
+        value_format,
+        keep,
         scale,
     )
 
@@ -87,9 +80,13 @@ class SparseKVCache:
     """Keys and values of all layers: sinks and the latest tokens as they are, the rest in pages.
 
     format: ``dense2`` or ``dense4``, codes of 2 or 4 bits with a scale and a shift for each channel
-    of 64 keys and for each token of values; key_format and value_format differ from it where
+    of 64 keys and for each token of values; ``bitmap2``, ``bitmap4``, of each token the
+    ``round((1 - sparsity)·head_dim)`` largest magnitudes with a scale alone; ``4of8_2``,
+    ``4of8_4``, the four largest of each eight. key_format and value_format differ from it where
     given. window: tokens that stay as they are, at least; sinks: the first tokens, which always
-    do. max_tokens: of a sequence, all pages are allocated for them at once.
+    do. max_tokens: of a sequence, all pages are allocated for them at once. centre: a sequence's
+    first portion of tokens says by how much each channel is off zero; what is stored is less by
+    that, and attention adds it again, so that nothing but the rounding changes.
     """
 
     def __init__(
@@ -101,6 +98,8 @@ class SparseKVCache:
         *,
         key_format: str | None = None,
         value_format: str | None = None,
+        sparsity: float = 0.5,
+        centre: bool = False,
         window: int = 128,
         sinks: int = 4,
         page: int = PAGE,
@@ -114,6 +113,13 @@ class SparseKVCache:
             if chosen not in FORMATS:
                 known = ", ".join(FORMATS)
                 raise NotImplementedError(f"{name}: expected one of {known}, got {chosen!r}")
+        kind = FORMATS[key_format].kind
+        if FORMATS[value_format].kind != kind:
+            known = ", ".join(name for name, form in FORMATS.items() if form.kind == kind)
+            raise NotImplementedError(
+                f"value_format: expected one of {known} as the keys are {key_format}, "
+                f"got {value_format!r}"
+            )
         if page != PAGE:
             raise NotImplementedError(f"page: expected {PAGE} tokens, got {page}")
         if head_dim not in (64, 128, 256):
@@ -124,7 +130,12 @@ class SparseKVCache:
             least = 1 if name in sizes else 0
             if size < least:
                 raise ValueError(f"{name}: expected at least {least}, got {size}")
-        self.key_bits, self.value_bits = FORMATS[key_format], FORMATS[value_format]
+        keep = round((1 - sparsity) * head_dim) if 0 <= sparsity < 1 else 0
+        if not keep:
+            raise ValueError(
+                f"sparsity: expected 0 or more, and 1 of {head_dim} channels left, got {sparsity}"
+            )
+        self.key_format, self.value_format, self.keep = key_format, value_format, keep
         self.window, self.sinks, self.max_tokens = window, sinks, max_tokens
         self.batch, self.head_dim, self.num_kv_heads = batch, head_dim, num_kv_heads
         slots = sinks + (window + PAGE - 1) // PAGE * PAGE + PAGE
@@ -134,15 +145,19 @@ class SparseKVCache:
             return torch.zeros(sizes, dtype=dtype, device=device)
 
         total = (num_layers, batch * pages, num_kv_heads)
-        self.key_pages = new(*total, key_page_bytes(head_dim, self.key_bits), dtype=torch.uint8)
-        bytes_of_value = value_page_bytes(head_dim, self.value_bits)
-        self.value_pages = new(*total, bytes_of_value, dtype=torch.uint8)
+        key_bytes = page_bytes(key_format, head_dim, keep, value=False)
+        value_bytes = page_bytes(value_format, head_dim, keep, value=True)
+        self.key_pages = new(*total, key_bytes, dtype=torch.uint8)
+        self.value_pages = new(*total, value_bytes, dtype=torch.uint8)
         recent = (num_layers, batch, num_kv_heads, slots, head_dim)
         self.recent_keys, self.recent_values = new(*recent, dtype=dtype), new(*recent, dtype=dtype)
         self.lens = new(batch, dtype=torch.int64)
         self.page_table = torch.arange(batch * pages, dtype=torch.int32, device=device).view(
             batch, pages
         )
+        self.means: Tensor | None = None
+        if centre:
+            self.means = new(num_layers, 2, batch, num_kv_heads, head_dim, dtype=dtype)
         self._most = [0] * batch  # no sequence is longer than this
 
     def append(
@@ -158,6 +173,8 @@ class SparseKVCache:
                 f"keys: the cache holds {self.max_tokens} tokens of a sequence; up to "
                 f"{max(self._most)} are there, got {keys.shape[2]} more"
             )
+        if self.means is not None and keys.dim() == 4 and keys.shape[2] > 1:
+            self._measure(self.means[layer], keys, values, counts)
         torch.ops.quantgemm.sparse_kv_append(
             keys,
             values,
@@ -167,12 +184,27 @@ class SparseKVCache:
             self.recent_keys[layer],
             self.recent_values[layer],
             self.lens,
+            None if self.means is None else self.means[layer],
             counts,
             self.sinks,
             self.window,
-            self.key_bits,
-            self.value_bits,
+            self.key_format,
+            self.value_format,
+            self.keep,
         )
+
+    def _measure(self, means: Tensor, keys: Tensor, values: Tensor, counts: Tensor | None) -> None:
+        """The means of sequences that begin here. Any others would do, but for the rounding."""
+        begins = self.lens == 0
+        for mean, x in zip(means, (keys, values), strict=True):
+            if counts is None:
+                new = x.mean(2, dtype=torch.float32)
+            else:
+                taken = torch.arange(x.shape[2], device=x.device) < counts[:, None]
+                total = x.where(taken[:, None, :, None], 0).sum(2, dtype=torch.float32)
+                new = total / counts[:, None, None]
+            new = torch.nan_to_num(new, 0.0, 0.0, 0.0).to(mean.dtype)
+            mean.copy_(new.where(begins[:, None, None], mean))
 
     def advance(self, tokens: int, counts: Tensor | None = None) -> None:
         """The tokens that all layers were given become part of the sequences."""
@@ -195,10 +227,12 @@ class SparseKVCache:
             self.recent_keys[layer],
             self.recent_values[layer],
             self.lens,
+            None if self.means is None else self.means[layer],
             self.sinks,
             self.window,
-            self.key_bits,
-            self.value_bits,
+            self.key_format,
+            self.value_format,
+            self.keep,
             self.head_dim**-0.5 if scale is None else scale,
         )
 
@@ -212,6 +246,8 @@ class SparseKVCache:
         for pages in (self.key_pages, self.value_pages):
             old = pages[:, self.page_table[index].flatten().long()]
             pages[:, self.page_table.flatten().long()] = old
+        if self.means is not None:
+            self.means.copy_(self.means[:, :, index])
         self.lens.copy_(self.lens[index])
         self._most = [self._most[i] for i in order]
 
@@ -221,6 +257,8 @@ class SparseKVCache:
             recent[:, target] = recent[:, source]
         for pages in (self.key_pages, self.value_pages):
             pages[:, self.page_table[target].long()] = pages[:, self.page_table[source].long()]
+        if self.means is not None:
+            self.means[:, :, target] = self.means[:, :, source]
         self.lens[target] = self.lens[source]
         self._most[target] = self._most[source]
 
@@ -240,8 +278,8 @@ class SparseKVCache:
             positions = positions.to(self.lens.device)
             slots = positions % (self.recent_keys.shape[3] - self.sinks) + self.sinks
             used = self.page_table[sequence, new:old].long()
-            for stored, recent, bits, value in self._stores():
-                values = unpack_pages(stored[:, used], self.head_dim, bits, value)
+            for stored, recent, form, value in self._stores():
+                values = unpack_pages(stored[:, used], form, self.head_dim, self.keep, value)
                 values = values.transpose(1, 2).flatten(2, 3)  # [layers, heads, tokens, head_dim]
                 recent[:, sequence, :, slots] = values[:, :, : len(positions)].to(recent.dtype)
         self.lens[sequence] = tokens
@@ -251,10 +289,10 @@ class SparseKVCache:
         rest = max(0, tokens - self.sinks)
         return min(max(0, rest - self.window) // PAGE, self.page_table.shape[1])
 
-    def _stores(self) -> tuple[tuple[Tensor, Tensor, int, bool], ...]:
+    def _stores(self) -> tuple[tuple[Tensor, Tensor, str, bool], ...]:
         return (
-            (self.key_pages, self.recent_keys, self.key_bits, False),
-            (self.value_pages, self.recent_values, self.value_bits, True),
+            (self.key_pages, self.recent_keys, self.key_format, False),
+            (self.value_pages, self.recent_values, self.value_format, True),
         )
 
     def reset(self, sequence: int) -> None:
@@ -265,8 +303,9 @@ class SparseKVCache:
     @property
     def num_bytes(self) -> int:
         """Bytes of all tensors, used or not."""
-        tensors = (self.key_pages, self.value_pages, self.recent_keys, self.recent_values)
-        return sum(t.numel() * t.element_size() for t in (*tensors, self.page_table, self.lens))
+        tensors = [self.key_pages, self.value_pages, self.recent_keys, self.recent_values]
+        tensors += [self.page_table, self.lens, *([] if self.means is None else [self.means])]
+        return sum(t.numel() * t.element_size() for t in tensors)
 
     def dense(self, layer: int, sequence: int) -> tuple[Tensor, Tensor]:
         """The keys and values that attention sees, float32 ``[num_kv_heads, tokens, head_dim]``.
@@ -281,29 +320,11 @@ class SparseKVCache:
         at = torch.arange(pages * PAGE, rest, device=self.lens.device) % ring + self.sinks
         used = self.page_table[sequence, :pages].long()
         both = []
-        for stored, recent, bits, value in self._stores():
+        for stored, recent, form, value in self._stores():
             own = recent[layer, sequence].float()
-            old = unpack_pages(stored[layer, used], self.head_dim, bits, value)  # [p, h, 64, d]
+            old = unpack_pages(stored[layer, used], form, self.head_dim, self.keep, value)
             old = old.transpose(0, 1).reshape(self.num_kv_heads, pages * PAGE, self.head_dim)
             both.append(torch.cat([own[:, :sinks], old, own[:, at]], 1))
+            if self.means is not None:
+                both[-1] += self.means[layer, int(value), sequence].float()[:, None]
         return both[0], both[1]
-
-
-def unpack_pages(pages: Tensor, head_dim: int, bits: int, value: bool) -> Tensor:
-    """uint8 ``[..., page bytes]`` to float32 ``[..., 64 tokens, head_dim]``: csrc/kv_page.h."""
-    rows, num_k = (head_dim, PAGE) if value else (PAGE, head_dim)
-    row = torch.arange(rows, device=pages.device)[:, None]
-    k = torch.arange(num_k, device=pages.device)[None]
-    per_half = 16 // bits
-    pair = (row // 64 * (num_k // 16) + k // 16) * 2 + k // 8 % 2
-    own = pair * (8 // per_half) + row // 8 % 8 // per_half
-    word = (own // 4 * 32 + row % 8 * 4 + k % 8 // 2) * 4 + own % 4
-    at = row // 8 % per_half * bits + 16 * (k % 2)
-    end = rows * num_k * bits // 8
-    words = pages[..., :end].contiguous().view(torch.int32)[..., word]
-    codes = words.long() >> at & (2**bits - 1)
-    fits = pages[..., end:].contiguous().view(torch.float16).float()
-    place = (((k // 32 * 4 + k % 8 // 2) * 4 + k // 8 % 4) * 2 + k % 2)[0]
-    scale, shift = fits[..., place], fits[..., num_k + place]
-    x: Tensor = (codes / 2**bits + shift[..., None, :]) * scale[..., None, :]
-    return x.transpose(-1, -2) if value else x

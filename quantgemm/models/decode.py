@@ -43,7 +43,8 @@ def compile_decode(
 
     max_tokens: prompt and answer together; memory for them is taken at once. kv: None keeps keys
     and values as they are, else a format of `SparseKVCache` (options: its window, sinks,
-    key_format, value_format). batch_sizes: those to record now, others when they are first used.
+    key_format, value_format, sparsity, centre). batch_sizes: those to record now, others when they
+    are first used.
 
     The model attends through quantgemm from now on where it is given such a cache, and its RMS
     norms and rotary embeddings are one kernel each where that changes nothing but roundings (the

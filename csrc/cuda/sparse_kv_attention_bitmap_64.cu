@@ -1,0 +1,7 @@
+// SPDX-License-Identifier: MIT
+#include "sparse_kv_attention.cuh"
+#include "sparse_kv_bitmap.cuh"
+
+namespace quantgemm {
+template cudaError_t launch_attention_of<64, BitmapCodes>(const KvAttentionArgs&, cudaStream_t);
+}
