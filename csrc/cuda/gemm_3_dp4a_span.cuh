@@ -84,7 +84,9 @@ __device__ __forceinline__ void multiply_span(
       }
 #pragma unroll
       for (int r = 0; r < P::kDepth; ++r) {
-        const Affine affine = F::affine(windows[r].bytes + at, within / F::kGroup);
+        Affine affine = F::affine(windows[r].bytes + at, within / F::kGroup);
+        if constexpr (P::kHalves && !P::kIntegers)
+          affine.scale = F::planar_scale(windows[r].bytes + at, within / F::kGroup);
 #pragma unroll
         for (int t = 0; t < Tokens; ++t) {
           int dot = dots[r][t][0];

@@ -218,12 +218,19 @@ struct IQ1_S {
   static constexpr int kType = 19, kElems = 256, kBytes = 50, kGroup = 32;
   static constexpr const char* kName = "IQ1_S";
   static constexpr bool kOffset = false;
-  QG_HD static Affine affine(bytes_ptr b, int g) {
-    const uint32_t high = load<uint16_t, 2>(b + 34 + 2 * g);
-    // Where s lies, 4096's mantissa counts in twos: a quarter of what a conversion costs.
-    const float twice = bit_cast<float>((high & 0x7000u) | 0x45800000u) - 4095.0f;
-    return {half_to_float(load<uint16_t, 2>(b)) * 0.125f * twice, 0};
+  // Where s lies, 4096's mantissa counts in twos: a quarter of what a conversion costs.
+  QG_HD static float scale_of(bytes_ptr b, uint32_t high) {
+    return half_to_float(load<uint16_t, 2>(b)) * 0.125f *
+           (bit_cast<float>(and_or(high, 0x7000u, 0x45800000u)) - 4095.0f);
   }
+  QG_HD static Affine affine(bytes_ptr b, int g) {
+    return {scale_of(b, load<uint16_t, 2>(b + 34 + 2 * g)), 0};
+  }
+  // In its low half, of a block at a multiple of four.
+  QG_HD static uint32_t aligned_high(bytes_ptr b, int g) {
+    return load<uint32_t, 4>(b + ((34 + 2 * g) & ~3)) >> (g & 1 ? 0 : 16);
+  }
+  QG_HD static float planar_scale(bytes_ptr b, int g) { return scale_of(b, aligned_high(b, g)); }
   QG_HD static uint32_t quad(bytes_ptr b, int i) {
     const int point = i >> 1;
     const uint32_t high = load<uint16_t, 2>(b + 34 + 2 * (i >> 3));
@@ -236,7 +243,7 @@ struct IQ1_S {
   template <class Table>
   QG_HD static uint32_t planar_codes(bytes_ptr b, int i, const Table& table) {
     const int g = i >> 3, point = (i >> 1) & 3;
-    const uint32_t high = load<uint16_t, 2>(b + 34 + 2 * g) & 0x0fffu;
+    const uint32_t high = aligned_high(b, g) & 0x0fffu;
     // Index bits 9 and 10, and 8, of points 0 and 1 or 2 and 3 to where an entry's place has them.
     const uint32_t words = high * (point < 2 ? 0x00040020u : 0x00100080u),
                    halves = high * (point < 2 ? 0x00004002u : 0x00010008u);

@@ -190,6 +190,17 @@ QG_HD uint32_t either_and(uint32_t a, uint32_t b, uint32_t mask) {
 #endif
 }
 
+// (a & mask) | bits in one instruction, with two constants.
+QG_HD uint32_t and_or(uint32_t a, uint32_t mask, uint32_t bits) {
+#ifdef __CUDA_ARCH__
+  uint32_t result;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(result) : "r"(a), "r"(mask), "r"(bits));
+  return result;
+#else
+  return (a & mask) | bits;
+#endif
+}
+
 QG_HD int byte_at(uint32_t quad, int j) { return static_cast<int8_t>(quad >> (8 * j)); }
 
 QG_HD float byte_to_float(uint32_t quad, int j) {
