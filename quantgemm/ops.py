@@ -27,6 +27,7 @@ __all__ = [
     "gemm_fp32",
     "gemm_packed",
     "invert_vocabulary_map",
+    "moe_gemm",
     "pack",
     "quantize",
     "quantize_activations",
@@ -303,6 +304,49 @@ def _gemm_packed_backward(ctx: Any, grad_y: torch.Tensor) -> tuple[torch.Tensor 
 torch.library.register_autograd(
     "quantgemm::gemm_packed", _gemm_packed_backward, setup_context=_save_packed
 )
+
+
+def moe_gemm(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    qtype: int,
+    n: int,
+    k: int,
+    expert_ids: torch.Tensor,
+    weights: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    algo: str = "auto",
+) -> torch.Tensor:
+    """Products of a mixture of experts: ``y[t, j] = weights[t, j] · (x · w[e]ᵀ + bias[e])``.
+
+    packed: uint8 ``[experts, strips, strip_bytes]``, `pack` of each expert's rows, stacked; at most
+    4096. expert_ids: int64 or int32 ``[tokens, top]``, e above; any other number, such as -1, gives
+    a row of zeros. x: float32/float16/bfloat16 ``[tokens, k]``, or ``[tokens, top, k]`` where each
+    (token, expert) has a row of its own, as the second product of an expert has. weights: float32
+    ``[tokens, top]``, multiplied before y is rounded; bias: ``[experts, n]`` of x's dtype.
+    Returns ``[tokens, top, n]``. algo: as for `gemm_packed`.
+
+    Tokens are put beside others of the same expert on the device: nothing waits for the GPU, and a
+    CUDA graph can hold it. Sums may be added in another order for another batch. No gradients.
+    """
+    return torch.ops.quantgemm.moe_gemm(  # type: ignore[no-any-return]
+        x, packed, int(qtype), n, k, expert_ids, weights, bias, algo
+    )
+
+
+@register_fake("quantgemm::moe_gemm")
+def _(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    qtype: int,
+    n: int,
+    k: int,
+    expert_ids: torch.Tensor,
+    weights: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    algo: str = "auto",
+) -> torch.Tensor:
+    return x.new_empty([*expert_ids.shape, n])
 
 
 def gemm_fp32(x: torch.Tensor, w: torch.Tensor, algo: str) -> torch.Tensor:

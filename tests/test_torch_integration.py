@@ -38,6 +38,10 @@ def product_cases(device: str) -> dict[str, tuple[Callable, tuple]]:
     ids = torch.randint(0, 9, (2, 5), generator=generator).to(device)
     w = Q.quantize(torch.randn(9, 512, generator=generator), int(QType.Q4_K)).to(device)
     packed = Q.pack(w, int(QType.Q4_K))
+    routes = (
+        torch.randint(-1, 1, (3, 7), generator=generator).to(device),
+        torch.rand(3, 7).to(device),
+    )
     weights = torch.randn(9, 512, generator=generator).to(device)
     return {
         "gemm": (Q.gemm.default, (x, w, int(QType.Q4_K), "auto")),
@@ -56,6 +60,23 @@ def product_cases(device: str) -> dict[str, tuple[Callable, tuple]]:
         "gemm_packed of few tokens": (
             Q.gemm_packed.default,
             (x[0], packed, int(QType.Q4_K), 9, 512, None, "auto"),
+        ),
+        "moe_gemm": (
+            Q.moe_gemm.default,
+            (x[:, 0].half(), packed[None], int(QType.Q4_K), 9, 512, routes[0], None, None, "auto"),
+        ),
+        "moe_gemm with weights": (
+            Q.moe_gemm.default,
+            (
+                x,
+                packed[None],
+                int(QType.Q4_K),
+                9,
+                512,
+                *routes,
+                weights[None, :, 0].clone(),
+                "auto",
+            ),
         ),
         "gemm_fp32": (Q.gemm_fp32.default, (x, weights, "tiled")),
         "rms_norm": (Q.rms_norm.default, (x, weights[0], 1e-5)),

@@ -15,13 +15,14 @@ cudaError_t launch_gemv_packed(const GemmPackedArgs& args, cudaStream_t stream) 
 }
 
 cudaError_t launch_mma_packed(const GemmPackedArgs& args, cudaStream_t stream) {
+  const int64_t tokens = args.routes.ids == nullptr ? args.m : args.routes.tile;
   switch (args.type) {
     case Real::kFloat32: return packed_gemm::launch_f32_32(args, stream);
     case Real::kFloat16:
-      return args.m <= 16 ? packed_gemm::launch_f16_16(args, stream)
+      return tokens <= 16 ? packed_gemm::launch_f16_16(args, stream)
                           : packed_gemm::launch_f16_32(args, stream);
     case Real::kBFloat16:
-      return args.m <= 16 ? packed_gemm::launch_bf16_16(args, stream)
+      return tokens <= 16 ? packed_gemm::launch_bf16_16(args, stream)
                           : packed_gemm::launch_bf16_32(args, stream);
   }
   return cudaErrorInvalidValue;

@@ -2,6 +2,7 @@
 // How a packed product on wgmma lays out its shared memory (Tile), goes from tile to tile (Walk), and how
 // activations and weights get there: rings of places, each with a barrier for "full" and one for "empty".
 #pragma once
+#include "expert_routes.cuh"
 #include "gemm_packed_wgmma.h"
 #include "packed_tile.cuh"
 #include "tensor_copy.cuh"
@@ -36,11 +37,12 @@ struct Tile {
   static constexpr int kPlaces = Tokens == 256 ? 4 : Tokens == 128 ? 6 : 10, kPlaceBytes = Tokens * 128;
   static constexpr int kOutAt = kPlaces * kPlaceBytes, kOutBytes = 16384;  // or 64 sums
   static constexpr int kSlotsAt = kOutAt + kRowGroups * kOutBytes;
-  static constexpr int kFit = (kSharedBytes - 1024 - 256 - kSlotsAt) / kSlotBytes,
+  static constexpr int kFit = (kSharedBytes - 1024 - 256 - 4 * Tokens - kSlotsAt) / kSlotBytes,
                        kSlots = kFit < 6 ? kFit : 6;
   static_assert(kSlots >= 2);
   static constexpr int kBarriersAt = kSlotsAt + kSlots * kSlotBytes;
-  static constexpr int kBytes = 1024 + kBarriersAt + 16 * (kPlaces + kSlots);
+  static constexpr int kRowsAt = kBarriersAt + 16 * (kPlaces + kSlots);
+  static constexpr int kBytes = 1024 + kRowsAt + 4 * Tokens;
   static_assert(kBytes <= kSharedBytes && kPlaces * kPlaceBytes >= Tokens * kRows * 4);  // sums go there
 };
 
@@ -63,10 +65,12 @@ struct Ring {
 //     for (Walk at(schedule); at.valid(); at.next())
 struct Walk {
   const Schedule& s;
+  const ExpertRoutes& routes;
   int part, mate, tile, row_tile, token_tile, first_slot, last_slot;
 
-  __device__ __forceinline__ explicit Walk(const Schedule& schedule, int slots)
+  __device__ __forceinline__ explicit Walk(const Schedule& schedule, const ExpertRoutes& routes, int slots)
       : s(schedule),
+        routes(routes),
         part(static_cast<int>(blockIdx.x) % s.ranks() / s.mates),
         mate(static_cast<int>(blockIdx.x) % s.mates),
         tile(static_cast<int>(blockIdx.x) / s.ranks()),
@@ -74,26 +78,37 @@ struct Walk {
         last_slot(static_cast<int>(int64_t{slots} * (part + 1) / s.parts)) {
     locate();
   }
-  __device__ __forceinline__ bool valid() const { return tile < s.tiles; }
+  __device__ __forceinline__ bool valid() const {
+    return tile < (routes.groups == nullptr ? s.tiles : *routes.num_groups * s.row_sets);
+  }
   __device__ __forceinline__ void next() {
     tile += static_cast<int>(gridDim.x) / s.ranks();
     locate();
   }
-  // Some token tiles with all rows, then the next ones: what is read at a time fits in the L2.
+  // Some token tiles with all rows, then the next ones: what is read at a time fits in the L2. A group of an
+  // expert's tokens is a tile.
   __device__ __forceinline__ void locate() {
+    if (routes.groups != nullptr) {  // also behind the last one
+      token_tile = tile / s.row_sets, row_tile = tile % s.row_sets;
+      return;
+    }
     const int together = kTilesTogether * s.row_sets, band = tile / together, in_band = tile % together;
     const int height = min(kTilesTogether, s.token_tiles - band * kTilesTogether);
     if (!valid()) return;
     token_tile = band * kTilesTogether + in_band % height;
     row_tile = in_band / height * s.mates + mate;
   }
+  __device__ __forceinline__ ExpertGroup group() const {
+    return routes.groups == nullptr ? ExpertGroup{} : routes.groups[token_tile];
+  }
 };
 
 // One thread copies activations.
 template <class P>
-__device__ __forceinline__ void copy_activations(const Schedule& s, const CUtensorMap& x, uint32_t smem) {
+__device__ __forceinline__ void copy_activations(const GemmPackedArgs& args, const Schedule& s,
+                                                 const CUtensorMap& x, uint32_t smem) {
   Ring<P::kPlaces> ring{smem + P::kBarriersAt};
-  for (Walk at(s, s.slots(P::kSlotSteps)); at.valid(); at.next()) {
+  for (Walk at(s, args.routes, s.slots(P::kSlotSteps)); at.valid(); at.next()) {
     const int share = P::kTokens / s.mates, row = at.token_tile * P::kTokens + at.mate * share;
     const int blocks = ((1 << s.mates) - 1) << at.part * s.mates;
     const int last = 128 * at.last_slot * P::kSlotSteps;  // zeros behind k
@@ -105,6 +120,56 @@ __device__ __forceinline__ void copy_activations(const Schedule& s, const CUtens
       copy_tile(to + ring.place * P::kPlaceBytes, x, col, row, ring.full(), blocks);
     }
   }
+}
+
+// Rows of x that lie apart, by two warps: each has four of eight tokens, eight lanes to a token. A step's
+// barrier hears of it some steps later, when it has arrived.
+template <class P>
+__device__ __forceinline__ void gather_activations(const GemmPackedArgs& args, const Schedule& s,
+                                                   uint8_t* memory, int warp) {
+  constexpr int kOnTheWay = P::kPlaces / 2;
+  const int lane = threadIdx.x % 32, piece = lane % 8;
+  const uint32_t smem = shared_address(memory);
+  auto* const rows = reinterpret_cast<int32_t*>(memory + P::kRowsAt);  // of x, by token
+  Ring<P::kPlaces> ring{smem + P::kBarriersAt}, arrived = ring;
+  int on_the_way = 0;
+  const auto announce = [&] {
+    publish_to_copies();
+    __syncwarp();
+    if (lane == 0) mbarrier_arrive(arrived.full());
+    arrived.step();
+  };
+  for (Walk at(s, args.routes, s.slots(P::kSlotSteps)); at.valid(); at.next()) {
+    const ExpertGroup group = at.group();
+    __syncwarp();
+    for (int i = lane; i < P::kTokens / 2; i += 32) {  // this warp's
+      const int token = 8 * (i / 4) + 4 * warp + i % 4;
+      rows[token] =
+          token < group.count ? args.routes.slots[group.first + token] / args.routes.slots_per_row : -1;
+    }
+    __syncwarp();
+    const int last = at.last_slot * P::kSlotSteps;
+#pragma unroll 1
+    for (int step = 0; step < last; ++step, ring.step()) {
+      const int col = step * kTileCols + 8 * piece;
+      const uint32_t to = smem + ring.place * P::kPlaceBytes;
+      mbarrier_wait(ring.empty(), ring.turn ^ 1);
+#pragma unroll 4
+      for (int i = 0; i < P::kTokens / 8; ++i) {
+        const int token = 8 * i + 4 * warp + lane / 8, row = rows[token];
+        const bool there = row >= 0 && col < args.k;  // else zeros
+        const auto* from = static_cast<const typename P::T*>(args.x) + (there ? row * args.k + col : 0);
+        cp_async16(to + token * 128 + 16 * (piece ^ token % 8), from, there ? 16 : 0);
+      }
+      cp_async_commit();
+      if (++on_the_way <= kOnTheWay) continue;
+      cp_async_wait<kOnTheWay>();
+      announce();
+      --on_the_way;
+    }
+  }
+  cp_async_wait<0>();
+  for (; on_the_way > 0; --on_the_way) announce();
 }
 
 // Bytes, a multiple of 16 and at most Most, by a warp. The copy engine would want 95 clocks for each such
@@ -139,8 +204,10 @@ __device__ __forceinline__ void copy_weights(const GemmPackedArgs& args, const S
   Ring<P::kSlots> ring{smem + P::kBarriersAt + 16 * P::kPlaces};
   const int64_t strip_bytes = L::strip_bytes(args.k);
   const auto strips = static_cast<int>(num_strips(args.n));
-  for (Walk at(s, s.slots(P::kSlotSteps)); at.valid(); at.next()) {
-    const int strip = at.row_tile * kStrips + group * kPanelStrips;
+  for (Walk at(s, args.routes, s.slots(P::kSlotSteps)); at.valid(); at.next()) {
+    int strip = at.row_tile * kStrips + group * kPanelStrips;
+    const bool there = strip < strips;
+    if (args.routes.groups != nullptr) strip += args.routes.groups[at.token_tile].expert * strips;
 #pragma unroll 1
     for (int slot = at.first_slot; slot < at.last_slot; ++slot, ring.step()) {
       const int step = slot * P::kSlotSteps, count = min(s.steps - step, P::kSlotSteps);
@@ -148,7 +215,7 @@ __device__ __forceinline__ void copy_weights(const GemmPackedArgs& args, const S
       mbarrier_wait(ring.empty(), ring.turn ^ 1);
       bytes_ptr from = args.packed + strip * strip_bytes;
       uint32_t to = smem + P::kSlotsAt + ring.place * P::kSlotBytes + group * kPanelStrips * P::kStripBytes;
-      if (strip < strips) {
+      if (there) {
 #pragma unroll 1
         for (int i = 0; i < kPanelStrips; ++i, from += strip_bytes, to += P::kStripBytes) {
           copy_run<P::kHighAt>(to, from + int64_t{step} * L::kLowTile, count * L::kLowTile);

@@ -1,16 +1,14 @@
 // SPDX-License-Identifier: MIT
 // gemm_packed(x [..., k], packed uint8 [strips, strip_bytes], qtype, n, k, bias [n] or None, algo)
 //     -> y [..., n] of x's dtype; y = x · wᵀ + bias, sums and bias in float32, y rounded once
+#include "gemm_packed.h"
+
 #include <vector>
 
 #include "../cpu/cpu.h"
-#include "../gemm_select.h"
-#include "launch_scope.h"
 #include "ops.h"
-#include "packed_checks.h"
 
 namespace quantgemm {
-namespace {
 
 PackedAlgo check_packed_algo(const std::string& name, const PackedProblem& problem) {
   if (name == "auto") return select_packed_gemm(problem);
@@ -41,7 +39,7 @@ cudaError_t launch_gemm_packed(const std::pair<PackedAlgo, GemmPackedArgs>& job,
 
 // The CPU's product: strips are unpacked a few at a time into a thread's own memory, where the CPU backend
 // multiplies blocks. x and y are float32 here, so the bias is added before y is rounded.
-void multiply_on_cpu(const GemmPackedArgs& args, const PackedShape& shape) {
+void multiply_packed_on_cpu(const GemmPackedArgs& args, const PackedShape& shape) {
   constexpr GemmAlgo kAlgo = GemmAlgo::kTiled;
   GemmArgs whole{args.x, nullptr, nullptr, args.y, nullptr, args.m, args.n, args.k, args.qtype, args.type};
   std::vector<uint8_t> scratch(static_cast<size_t>(gemm_cpu_scratch_bytes(whole, kAlgo)) + 64);
@@ -63,6 +61,8 @@ void multiply_on_cpu(const GemmPackedArgs& args, const PackedShape& shape) {
     }
   });
 }
+
+namespace {
 
 void add_bias_on_cpu(const GemmPackedArgs& args) {
   const float* bias = static_cast<const float*>(args.bias);
@@ -125,7 +125,7 @@ Tensor gemm_packed(Tensor x, Tensor packed_weights, int64_t qtype, int64_t n, in
     return y;
   }
   if (k == 0) torch::stable::zero_(y);
-  if (k > 0) multiply_on_cpu(args, shape);
+  if (k > 0) multiply_packed_on_cpu(args, shape);
   if (added) add_bias_on_cpu(args);
   return widen ? torch::stable::to(y, x.scalar_type()) : y;
 }

@@ -16,6 +16,9 @@ STABLE_TORCH_LIBRARY(quantgemm, m) {
   m.def(
       "gemm_packed(Tensor x, Tensor packed, int qtype, int n, int k, Tensor? bias=None, str algo='auto') "
       "-> Tensor");
+  m.def(
+      "moe_gemm(Tensor x, Tensor packed, int qtype, int n, int k, Tensor expert_ids, Tensor? weights=None, "
+      "Tensor? bias=None, str algo='auto') -> Tensor");
   m.def("embedding(Tensor ids, Tensor w, int qtype, ScalarType dtype=float) -> Tensor");
   m.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
   m.def("rotary(Tensor q, Tensor k, Tensor cos, Tensor sin) -> (Tensor q, Tensor k)");
@@ -65,6 +68,7 @@ void register_backend(torch::stable::detail::StableLibrary& m) {
   m.impl("pack", TORCH_BOX(&quantgemm::pack));
   m.impl("unpack", TORCH_BOX(&quantgemm::unpack));
   m.impl("gemm_packed", TORCH_BOX(&quantgemm::gemm_packed));
+  m.impl("moe_gemm", TORCH_BOX(&quantgemm::moe_gemm));
   m.impl("embedding", TORCH_BOX(&quantgemm::embedding));
   m.impl("rms_norm", TORCH_BOX(&quantgemm::rms_norm));
   m.impl("rotary", TORCH_BOX(&quantgemm::rotary));
