@@ -21,53 +21,48 @@ __device__ __forceinline__ void clear_row(T* row, int64_t n, int thread, int thr
 
 // What a thread block that groups for itself has in shared memory.
 struct alignas(16) OwnRoutes {
-  int32_t num_groups, leaders[kOwnSlots / 32], ids[kOwnSlots], slots[kOwnSlots];
   ExpertGroup groups[kOwnSlots];
+  int32_t ids[kOwnSlots], slots[kOwnSlots];
+  int32_t counts[kOwnSlots];  // of the group that begins at a place, else 0
+  uint32_t begins[kOwnSlots / 32];
+  int32_t num_groups;
 };
 
-// All threads, at least kOwnSlots. A slot leads a group if those of its expert before it fill groups.
+// All threads, at least kOwnSlots. Slots are sorted by expert: a slot's place is how many come before it.
 static __device__ __noinline__ void make_own_routes(OwnRoutes& own, const ExpertRoutes& routes) {
+  constexpr int kNone = 0x7fffffff;  // behind all experts
   const auto i = static_cast<int>(threadIdx.x), count = static_cast<int>(routes.num_slots);
-  if (i < kOwnSlots) own.ids[i] = i < count ? static_cast<int32_t>(expert_of(routes, i)) : -1;
-  __syncthreads();
-  int id = -1, rank = 0, leader = -1;
+  int id = kNone, smaller = 0, before = 0, equal = 0;
   if (i < kOwnSlots) {
-    id = own.ids[i];
-#pragma unroll 8
-    for (int j = 0; j < i; ++j) {
-      if (own.ids[j] != id) continue;
-      if (rank == 0) leader = j;
-      if (++rank == routes.tile) rank = 0;
-    }
-    if (rank == 0) leader = i;
-    const uint32_t leads = __ballot_sync(~0u, id >= 0 && leader == i);
-    if (i % 32 == 0) own.leaders[i / 32] = static_cast<int32_t>(leads);
+    if (i < count && expert_of(routes, i) >= 0) id = static_cast<int>(expert_of(routes, i));
+    own.ids[i] = id, own.counts[i] = 0;
   }
   __syncthreads();
-  if (i < kOwnSlots && id >= 0) {
-    int group = 0;  // leaders before this slot's
-    for (int j = 0; j < leader / 32; ++j) group += __popc(own.leaders[j]);
-    group += __popc(own.leaders[leader / 32] & ((1u << leader % 32) - 1));
-    if (leader == i) own.groups[group] = {id, group, 0, 0};
-    own.ids[i] = group * 256 + rank;
-  }
-  if (i == 0) {
-    int groups = 0;
-    for (const int32_t leads : own.leaders) groups += __popc(leads);
-    own.num_groups = groups;
+  if (id != kNone) {
+    const int4* const ids = reinterpret_cast<const int4*>(own.ids);
+#pragma unroll 2
+    for (int j = 0; j < count; j += 4) {
+      const int4 four = ids[j / 4];
+      smaller += (four.x < id) + (four.y < id) + (four.z < id) + (four.w < id);
+      equal += (four.x == id) + (four.y == id) + (four.z == id) + (four.w == id);
+      before += (four.x == id && j < i) + (four.y == id && j + 1 < i) + (four.z == id && j + 2 < i) +
+                (four.w == id && j + 3 < i);
+    }
+    own.slots[smaller + before] = i;
+    if (before % routes.tile == 0) own.counts[smaller + before] = min(equal - before, routes.tile);
   }
   __syncthreads();
-  // Groups lie side by side: a slot's place is how many slots are in groups before its own, and its rank.
-  if (i < kOwnSlots && id >= 0) {
-    int place = rank, members = 0;
-    const int group = own.ids[i] / 256;
-    for (int j = 0; j < count; ++j) {
-      if (own.ids[j] < 0) continue;
-      place += own.ids[j] / 256 < group;
-      members += own.ids[j] / 256 == group;
-    }
-    own.slots[place] = i;
-    if (rank == 0) own.groups[group].first = place, own.groups[group].count = members;
+  if (i < kOwnSlots) {
+    const uint32_t begins = __ballot_sync(~0u, own.counts[i] != 0);
+    if (i % 32 == 0) own.begins[i / 32] = begins;
+  }
+  __syncthreads();
+  if (i < kOwnSlots) {
+    int group = __popc(own.begins[i / 32] & ((1u << i % 32) - 1));
+    for (int j = 0; j < i / 32; ++j) group += __popc(own.begins[j]);
+    const int members = own.counts[i];
+    if (members != 0) own.groups[group] = {own.ids[own.slots[i]], i, members, 0};
+    if (i == kOwnSlots - 1) own.num_groups = group + (members != 0);
   }
   __syncthreads();
 }

@@ -235,6 +235,7 @@ __device__ __forceinline__ void multiply(const GemmPackedArgs& args, const Sched
       for (int i = 0; i < 4; ++i) {
         weights.decode(a[i % P::kFragments], step, i, fresh && i == 0);
         if (i == 0) mbarrier_wait(x.full(), x.turn);
+        if (i == 0 && args.routes.groups != nullptr) publish_to_copies();  // gathered
         const uint64_t tokens = swizzled_rows(smem + x.place * P::kPlaceBytes) + 2 * i;
         wgmma_fence();
 #pragma unroll
@@ -293,7 +294,7 @@ __global__ void __launch_bounds__((Tile<F, X, Tokens>::kThreads), 1)
   const bool routed = args.routes.groups != nullptr;
   if (threadIdx.x < P::kPlaces + P::kSlots) {
     const bool counts_tokens = threadIdx.x < P::kPlaces;
-    mbarrier_init(barriers + 16 * threadIdx.x, counts_tokens ? (routed ? 2 : 1) : 32 * kRowGroups);
+    mbarrier_init(barriers + 16 * threadIdx.x, counts_tokens ? (routed ? 64 : 1) : 32 * kRowGroups);
     mbarrier_init(barriers + 16 * threadIdx.x + 8,
                   counts_tokens ? kStrips * schedule.mates : P::kMultipliers / 32);
     publish_barriers();

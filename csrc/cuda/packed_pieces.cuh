@@ -12,7 +12,7 @@ struct Pieces {
   OwnRoutes own;
   const ExpertGroup* groups;
   const int32_t *all_slots, *slots;  // `slots` of the piece's tokens
-  int64_t at, end;                   // strips of all groups, those to come
+  uint32_t at, end;                  // strips of all groups, those to come
   int32_t first_strip, strips, tokens, expert;
 
   // All threads do these; then members can be read. Blocks share the strips of all groups evenly; each has
@@ -22,15 +22,15 @@ struct Pieces {
     if (for_itself) make_own_routes(own, routes);
     if (threadIdx.x == 0) {
       groups = for_itself ? own.groups : routes.groups, all_slots = for_itself ? own.slots : routes.slots;
-      const int64_t count = for_itself ? own.num_groups : *routes.num_groups;
-      const int64_t total = count * split.strips, most = (total + gridDim.x - 1) / gridDim.x;
-      const int64_t blocks = most > 0 ? (split.strips + most - 1) / most : 1;  // of a group
-      const int64_t group = blockIdx.x / blocks, part = blockIdx.x % blocks;
+      const uint32_t count = for_itself ? own.num_groups : *routes.num_groups, each = split.strips;
+      const uint32_t total = count * each, few = total / gridDim.x, more = total % gridDim.x;
+      const uint32_t most = few + (more > 0), blocks = most > 0 ? (each + most - 1) / most : 1;  // of a group
       if (count * blocks > gridDim.x) {
-        at = total * blockIdx.x / gridDim.x, end = total * (blockIdx.x + 1) / gridDim.x;
+        at = few * blockIdx.x + min(blockIdx.x, more), end = at + few + (blockIdx.x < more);
       } else {
-        at = group * split.strips + split.strips * part / blocks;
-        end = group < count ? group * split.strips + split.strips * (part + 1) / blocks : at;
+        const uint32_t group = blockIdx.x / blocks, part = blockIdx.x % blocks;
+        at = group * each + each * part / blocks;
+        end = group < count ? group * each + each * (part + 1) / blocks : at;
       }
     }
     next(split);
@@ -41,9 +41,10 @@ struct Pieces {
     if (threadIdx.x == 0) {
       strips = 0;
       if (at < end) {
-        const ExpertGroup group = groups[at / split.strips];
-        first_strip = static_cast<int>(at % split.strips);
-        strips = static_cast<int>(min(end - at, int64_t{min(split.strips - first_strip, split.most_strips)}));
+        const uint32_t each = split.strips;
+        const ExpertGroup group = groups[at / each];
+        first_strip = static_cast<int32_t>(at % each);
+        strips = min(static_cast<int32_t>(min(end - at, each - first_strip)), split.most_strips);
         at += strips;
         expert = group.expert, tokens = group.count, slots = all_slots + group.first;
       }

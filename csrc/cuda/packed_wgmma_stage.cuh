@@ -122,54 +122,49 @@ __device__ __forceinline__ void copy_activations(const GemmPackedArgs& args, con
   }
 }
 
-// Rows of x that lie apart, by two warps: each has four of eight tokens, eight lanes to a token. A step's
-// barrier hears of it some steps later, when it has arrived.
+// Rows of x that lie apart, by two warps: each has four of eight tokens, eight lanes to a token.
 template <class P>
 __device__ __forceinline__ void gather_activations(const GemmPackedArgs& args, const Schedule& s,
                                                    uint8_t* memory, int warp) {
-  constexpr int kOnTheWay = P::kPlaces / 2;
-  const int lane = threadIdx.x % 32, piece = lane % 8;
+  constexpr int kUnit = 64;  // rows of x are so many bytes, some times
+  const int lane = threadIdx.x % 32, piece = lane % 8, own = 4 * warp + lane / 8;
   const uint32_t smem = shared_address(memory);
-  auto* const rows = reinterpret_cast<int32_t*>(memory + P::kRowsAt);  // of x, by token
-  Ring<P::kPlaces> ring{smem + P::kBarriersAt}, arrived = ring;
-  int on_the_way = 0;
-  const auto announce = [&] {
-    publish_to_copies();
-    __syncwarp();
-    if (lane == 0) mbarrier_arrive(arrived.full());
-    arrived.step();
-  };
+  // Where the rows of tokens own, own + 8, … begin, in units, for each own.
+  constexpr int kEach = P::kTokens / 8;
+  auto* const rows = reinterpret_cast<uint32_t*>(memory + P::kRowsAt);
+  const auto* const own_rows = reinterpret_cast<const uint4*>(rows + own * kEach);
+  Ring<P::kPlaces> ring{smem + P::kBarriersAt};
   for (Walk at(s, args.routes, s.slots(P::kSlotSteps)); at.valid(); at.next()) {
     const ExpertGroup group = at.group();
     __syncwarp();
     for (int i = lane; i < P::kTokens / 2; i += 32) {  // this warp's
-      const int token = 8 * (i / 4) + 4 * warp + i % 4;
-      rows[token] =
-          token < group.count ? args.routes.slots[group.first + token] / args.routes.slots_per_row : -1;
+      const int lane_own = 4 * warp + i % 4, token = 8 * (i / 4) + lane_own;
+      int32_t slot = token < group.count ? args.routes.slots[group.first + token] : 0;
+      slot /= args.routes.slots_per_row;
+      rows[lane_own * kEach + i / 4] = static_cast<uint32_t>(slot * (2 * args.k / kUnit));
     }
     __syncwarp();
     const int last = at.last_slot * P::kSlotSteps;
+    bytes_ptr from = static_cast<bytes_ptr>(args.x) + 16 * piece;
 #pragma unroll 1
-    for (int step = 0; step < last; ++step, ring.step()) {
-      const int col = step * kTileCols + 8 * piece;
-      const uint32_t to = smem + ring.place * P::kPlaceBytes;
+    for (int step = 0; step < last; ++step, from += 2 * kTileCols, ring.step()) {
+      const bool inside = step * kTileCols + 8 * piece < args.k;
+      const uint32_t to = smem + ring.place * P::kPlaceBytes + own * 128 + 16 * (piece ^ own);
       mbarrier_wait(ring.empty(), ring.turn ^ 1);
-#pragma unroll 4
-      for (int i = 0; i < P::kTokens / 8; ++i) {
-        const int token = 8 * i + 4 * warp + lane / 8, row = rows[token];
-        const bool there = row >= 0 && col < args.k;  // else zeros
-        const auto* from = static_cast<const typename P::T*>(args.x) + (there ? row * args.k + col : 0);
-        cp_async16(to + token * 128 + 16 * (piece ^ token % 8), from, there ? 16 : 0);
+      uint4 next = own_rows[0];
+#pragma unroll 2
+      for (int i = 0; i < kEach; i += 4) {
+        const uint32_t four[4] = {next.x, next.y, next.z, next.w};
+        if (i + 4 < kEach) next = own_rows[i / 4 + 1];
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          const bool there = inside && 8 * (i + j) + own < group.count;  // else zeros
+          cp_async16(to + 1024 * (i + j), from + uint64_t{four[j]} * kUnit, there ? 16 : 0);
+        }
       }
-      cp_async_commit();
-      if (++on_the_way <= kOnTheWay) continue;
-      cp_async_wait<kOnTheWay>();
-      announce();
-      --on_the_way;
+      mbarrier_arrive_after_copies(ring.full());
     }
   }
-  cp_async_wait<0>();
-  for (; on_the_way > 0; --on_the_way) announce();
 }
 
 // Bytes, a multiple of 16 and at most Most, by a warp. The copy engine would want 95 clocks for each such

@@ -150,6 +150,8 @@ Tensor moe_gemm(Tensor x, Tensor packed_weights, int64_t qtype, int64_t n, int64
   routes.tile =
       static_cast<int32_t>(std::min<int64_t>(routes.tile, choice.algo == PackedAlgo::kWgmma ? 256 : tokens));
   routes.most_groups = std::min(slots, slots / routes.tile + std::min(slots, experts));
+  check_implemented(routes.most_groups * shape.strips < int64_t{1} << 31, "expert_ids: ", slots,
+                    " ids are too many for ", n, " outputs");
   OptTensor table;
   if (slots > kOwnSlots || choice.algo == PackedAlgo::kWgmma) {
     table = new_output("moe_gemm", rows, {4 + 4 * routes.most_groups + 2 * slots}, ScalarType::Int);
