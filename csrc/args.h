@@ -89,13 +89,15 @@ struct ExpertRoutes {
   ExpertGroup* groups = nullptr;   // [most_groups]
   int32_t* slots = nullptr;        // [num_slots], by expert
   int32_t* ranks = nullptr;        // [num_slots], for the making
+  void* sorted = nullptr;          // [num_slots, k] of type (16 bits): rows of x by slots, for wgmma
   int64_t num_slots = 0, experts = 0, expert_bytes = 0, most_groups = 0;
   int32_t slots_per_row = 1;  // that share a row of x
   int32_t tile = 0;
   bool wide = false;
 };
 
-// y[m, n] = (x[m, k] · wᵀ + bias) + residual, w as strips; with routes, m = num_slots rows of y.
+// y[m, n] = x[m, k] · wᵀ + bias + residual, or silu(x · wᵀ) · (x · upᵀ), w and up as strips; with routes m is
+// num_slots, rows of y.
 struct GemmPackedArgs {
   const void* x;          // [m, k] of type
   const uint8_t* packed;  // [num_strips(n), strip_bytes(k)] of qtype; of all experts
@@ -104,6 +106,9 @@ struct GemmPackedArgs {
   int64_t m, n, k;
   int64_t qtype;
   Real type;
+  const void* residual = nullptr;  // [m, n] of type
+  int64_t up_at = 0;               // bytes from w to up; 0: there is none
+  void* gate = nullptr;            // [m, n] of type where wgmma leaves x · wᵀ, if there is up
   ExpertRoutes routes = {};
 };
 

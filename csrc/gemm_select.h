@@ -154,8 +154,8 @@ inline MoeChoice moe_choice_of(PackedAlgo algo, const PackedProblem& p, int64_t 
     return (static_cast<double>(slots) / busy / tile + 0.5) * step;
   };
   int best = 64;
-  double least = clocks(64, 666);
-  for (const auto& [tile, step] : {std::pair{128, 840.0}, std::pair{256, 1340.0}})
+  double least = clocks(64, 670);
+  for (const auto& [tile, step] : {std::pair{128, 830.0}, std::pair{256, 1170.0}})
     if (clocks(tile, step) < least) best = tile, least = clocks(tile, step);
   return {algo, best};
 }

@@ -119,6 +119,27 @@ def test_rows_weights_and_bias(device: str) -> None:
             assert torch.equal(ops.moe_gemm(x, packed, 2, n, k, ids, ones, None, algo), y)
 
 
+@on_devices
+def test_gated(device: str) -> None:
+    """silu(gate) · up of each expert: what the two products and torch make of it."""
+    fmt, n, k, experts, top = FORMATS[QType.Q4_K], 88, 512, 5, 3
+    gate = experts_of(fmt, experts, n, k, device)[0]
+    up = gate.flip(0)
+    for tokens, dtype in itertools.product((1, 30, 200), (torch.float32, torch.bfloat16)):
+        ids = random_ids(tokens, top, experts, device)
+        ids[0, 0] = -1
+        x = random_x(tokens, k, dtype=dtype, device=device) / 8
+        weights = torch.rand(tokens, top, generator=torch.Generator().manual_seed(1)).to(device)
+        parts = [ops.moe_gemm(x.float(), w, fmt.type_id, n, k, ids).double() for w in (gate, up)]
+        want = torch.nn.functional.silu(parts[0]) * parts[1] * weights[..., None]
+        for algo in algos(device, dtype):
+            y = ops.moe_gemm(x, gate, fmt.type_id, n, k, ids, weights, None, algo, up)
+            error = (y.double() - want).abs().amax(-1)
+            largest = parts[0].abs().amax(-1) * parts[1].abs().amax(-1)
+            assert (error <= 4 * max(torch.finfo(dtype).eps, 1e-6) * largest).all()
+            assert (y[0, 0] == 0).all()
+
+
 @pytest.mark.cuda
 def test_many_experts_and_long_rows() -> None:
     """Pieces that end inside of an expert, columns in several panels, groups of several tiles."""
@@ -126,7 +147,7 @@ def test_many_experts_and_long_rows() -> None:
     for tokens, top, experts, n, k in (
         (16, 8, 128, 768, 2048),
         (64, 8, 128, 130, 512),
-        (3, 2, 4, 4096, 14336),
+        (3, 2, 4, 520, 14336),
         (700, 4, 5, 264, 768),
         (1500, 8, 64, 200, 256),
     ):
@@ -213,6 +234,12 @@ def test_errors_name_the_argument() -> None:
          lambda: ops.moe_gemm(x, packed, 2, 3, 64, ids, torch.ones(4, 1))),
         (ValueError, r"bias: expected shape \[2, 3\], got \[3\]",
          lambda: ops.moe_gemm(x, packed, 2, 3, 64, ids, None, torch.zeros(3))),
+        (ValueError, r"up: expected shape \[experts, 4, 576\]",
+         lambda: ops.moe_gemm(x, packed, 2, 3, 64, ids, up=packed[0])),
+        (ValueError, "up: expected 2 experts as packed, got 1",
+         lambda: ops.moe_gemm(x, packed, 2, 3, 64, ids, up=packed[:1])),
+        (ValueError, "bias: expected none beside up",
+         lambda: ops.moe_gemm(x, packed, 2, 3, 64, ids, None, torch.zeros(2, 3), up=packed)),
         (ValueError, "k: expected at least 1, got 0",
          lambda: ops.moe_gemm(x[:, :0], packed[..., :0], 2, 3, 0, ids)),
         (NotImplementedError, "the CPU has no tensor cores",

@@ -10,6 +10,7 @@
 namespace quantgemm {
 namespace {
 
+constexpr int kGatherThreads = 256;
 constexpr int kThreads = 1024, kPerThread = kMaxExperts / kThreads;
 
 // Of two numbers in one word, sums over the threads before this one.
@@ -83,6 +84,23 @@ __global__ void __launch_bounds__(kThreads) routes_kernel(const GemmPackedArgs a
       clear_row(static_cast<T*>(args.y) + slot * args.n, args.n, threadIdx.x % 32, 32);
 }
 
+// Rows of x by slots, a warp to a row. Rows are multiples of 64 bytes.
+__global__ void __launch_bounds__(kGatherThreads) gather_kernel(const GemmPackedArgs args) {
+  let_next_kernel_start();
+  wait_for_previous_kernel();
+  const ExpertRoutes& routes = args.routes;
+  const int groups = *routes.num_groups;
+  const int slots = groups == 0 ? 0 : routes.groups[groups - 1].first + routes.groups[groups - 1].count;
+  const int64_t vectors = args.k / 8;
+  for (int i = blockIdx.x * (kGatherThreads / 32) + threadIdx.x / 32; i < slots;
+       i += gridDim.x * (kGatherThreads / 32)) {
+    const auto* from = static_cast<const uint4*>(args.x) + routes.slots[i] / routes.slots_per_row * vectors;
+    auto* to = static_cast<uint4*>(routes.sorted) + i * vectors;
+#pragma unroll 4
+    for (int64_t v = threadIdx.x % 32; v < vectors; v += 32) to[v] = from[v];
+  }
+}
+
 }  // namespace
 
 cudaError_t launch_expert_routes(const GemmPackedArgs& args, cudaStream_t stream) {
@@ -95,7 +113,11 @@ cudaError_t launch_expert_routes(const GemmPackedArgs& args, cudaStream_t stream
   cudaError_t launched = cudaErrorInvalidValue;
   visit_real(args.type,
              [&]<class T>(T) { launched = cudaLaunchKernelEx(&launch.config, routes_kernel<T>, args); });
-  return launched;
+  if (launched != cudaSuccess || args.routes.sorted == nullptr) return launched;
+  const int64_t rows = (args.routes.num_slots + kGatherThreads / 32 - 1) / (kGatherThreads / 32);
+  const auto gathering = static_cast<unsigned>(std::min<int64_t>(rows, 8 * device.multiprocessors));
+  const DependentLaunch gather(gathering, kGatherThreads, device, stream);
+  return cudaLaunchKernelEx(&gather.config, gather_kernel, args);
 }
 
 }  // namespace quantgemm

@@ -151,6 +151,7 @@ __global__ void __launch_bounds__(Plan<F, X, TokenTiles>::kThreads, 1)
   Pieces& pieces = *reinterpret_cast<Pieces*>(reinterpret_cast<uint8_t*>(memory) + split.pieces_at);
   auto first_strip = static_cast<int>(int64_t{split.strips} * blockIdx.x / gridDim.x);
   int strips = static_cast<int>(int64_t{split.strips} * (blockIdx.x + 1) / gridDim.x) - first_strip;
+  const int gated = args.up_at != 0;
   bytes_ptr w = args.packed;
   if (routed) {  // what to read depends on ids
     let_next_kernel_start();
@@ -165,6 +166,10 @@ __global__ void __launch_bounds__(Plan<F, X, TokenTiles>::kThreads, 1)
       w = args.packed + pieces.expert * args.routes.expert_bytes;
     }
     w += first_strip * strip_bytes;
+    strips <<= gated;  // of w and up in turn
+    const auto strip_at = [&](int strip) {
+      return w + (strip >> gated) * strip_bytes + (strip & gated ? args.up_at : 0);
+    };
     const Shared<P> shared(memory, split, strips);
     const auto row_of_x = [&](int token) {
       return int64_t{routed ? pieces.slots[token] / args.routes.slots_per_row : token};
@@ -177,7 +182,7 @@ __global__ void __launch_bounds__(Plan<F, X, TokenTiles>::kThreads, 1)
     const auto fetch = [&](typename P::Batch& batch) {
       if (ahead.panel == split.panels) return;
       const int tile = ahead.panel * split.panel_tiles + ahead.batch * kBatchTiles;
-      if (ahead.valid()) batch.load(w + ahead.strip * strip_bytes, args.k, tile, split.tiles - tile);
+      if (ahead.valid()) batch.load(strip_at(ahead.strip), args.k, tile, split.tiles - tile);
       ahead.advance(split, strips);
     };
     fetch(batches[0]);
@@ -233,22 +238,29 @@ __global__ void __launch_bounds__(Plan<F, X, TokenTiles>::kThreads, 1)
 
     const int tokens = routed ? pieces.tokens : split.columns / P::kPerToken;
 #pragma unroll 1
-    for (int i = threadIdx.x; i < strips * tokens * kStripRows; i += P::kThreads) {
-      const int row = i % kStripRows, token = i / kStripRows % tokens, strip = i / kStripRows / tokens;
-      const int64_t output = static_cast<int64_t>(first_strip + strip) * kStripRows + row;
+    for (int i = threadIdx.x; i < (strips >> gated) * tokens * kStripRows; i += P::kThreads) {
+      const int row = i % kStripRows, token = i / kStripRows % tokens, own = i / kStripRows / tokens;
+      const int64_t output = static_cast<int64_t>(first_strip + own) * kStripRows + row;
       if (output >= args.n) continue;
-      float sum = 0;
-      for (int p = 0; p < P::kPerToken; ++p) {
-        const int within = (token * P::kPerToken + p) * kStripRows + row;
-        if (split.panels > 1) sum += shared.totals[strip * split.columns * kStripRows + within];
-        if (split.panels > 0) sum += sum_of_slots(shared, split, last_batches, strips, strip, within);
+      float sum = 0, factor = 1;
+#pragma unroll 1
+      for (int strip = own << gated; strip < (own + 1) << gated; ++strip) {
+        if (strip > own << gated) factor = silu(sum);
+        sum = 0;
+        for (int p = 0; p < P::kPerToken; ++p) {
+          const int within = (token * P::kPerToken + p) * kStripRows + row;
+          if (split.panels > 1) sum += shared.totals[strip * split.columns * kStripRows + within];
+          if (split.panels > 0) sum += sum_of_slots(shared, split, last_batches, strips, strip, within);
+        }
+        if (sum != sum) sum = dot_decoded<F>(strip_at(strip), row, x + row_of_x(token) * args.k, args.k);
       }
-      if (sum != sum)
-        sum = dot_decoded<F>(w + strip * strip_bytes, row, x + row_of_x(token) * args.k, args.k);
+      if (gated) sum *= factor;
       const X* const bias = static_cast<const X*>(args.bias) + (routed ? pieces.expert * args.n : 0);
       if (args.bias != nullptr) sum += to_float(bias[output]);
       const int64_t y_row = routed ? pieces.slots[token] : token;
       if (args.routes.weights != nullptr) sum *= args.routes.weights[y_row];
+      if (args.residual != nullptr)
+        sum += to_float(static_cast<const X*>(args.residual)[y_row * args.n + output]);
       store1(static_cast<X*>(args.y) + y_row * args.n + output, sum);
     }
     if (!routed) break;
@@ -270,13 +282,14 @@ cudaError_t launch(const GemmPackedArgs& args, const Device& device, cudaStream_
   const bool routed = args.routes.ids != nullptr;
   split.columns = (routed ? args.routes.tile : static_cast<int>(args.m)) * P::kPerToken;
   const int pieces_bytes = routed ? static_cast<int>(sizeof(Pieces)) : 0;
+  const int gated = args.up_at != 0;
   const auto tiles_beside = [&](int strips) {  // whole batches that fit in shared memory with so many strips
     const int left = device.shared_per_block - kReserved - pieces_bytes - 64 * P::kPlannedColumns -
-                     (2 * strips + P::kWarps - 1) * P::kStripBytes * P::kPlannedColumns;
+                     ((2 << gated) * strips + P::kWarps - 1) * P::kStripBytes * P::kPlannedColumns;
     return left / ((P::kTileBytes + P::kTileSumBytes) * P::kPlannedColumns) / P::Batch::kTiles *
            P::Batch::kTiles;
   };
-  int most_strips = P::kMostStrips;
+  int most_strips = P::kMostStrips >> gated;
   while (most_strips > 1 && tiles_beside(most_strips) < kFewestTiles) most_strips /= 2;
   const int most_tiles = tiles_beside(most_strips);
   if (most_tiles <= 0) return cudaErrorNotSupported;
@@ -289,7 +302,7 @@ cudaError_t launch(const GemmPackedArgs& args, const Device& device, cudaStream_
   int blocks = split.strips < device.multiprocessors && !routed ? split.strips : device.multiprocessors;
   while (!routed && (split.strips + blocks - 1) / blocks > most_strips) blocks += device.multiprocessors;
   const int strips = routed ? most_strips : (split.strips + blocks - 1) / blocks;
-  split.pieces_at = static_cast<int>((Shared<P>::bytes(split, strips) + 15) / 16 * 16);
+  split.pieces_at = static_cast<int>((Shared<P>::bytes(split, strips << gated) + 15) / 16 * 16);
   const int bytes = split.pieces_at + pieces_bytes;
 
   const auto kernel = packed_kernel<F, X, TokenTiles>;
@@ -320,6 +333,7 @@ cudaError_t launch_passes(const GemmPackedArgs& args, cudaStream_t stream) {
         pass.m = args.m - token < kTokens ? args.m - token : kTokens;
         pass.x = static_cast<const X*>(args.x) + token * args.k;
         pass.y = static_cast<X*>(args.y) + token * args.n;
+        if (args.residual != nullptr) pass.residual = static_cast<const X*>(args.residual) + token * args.n;
         status = launch<F, X, TokenTiles>(pass, device, stream);
         if (status != cudaSuccess) return;
       }

@@ -55,7 +55,7 @@ cudaError_t launch_wgmma_packed(const GemmPackedArgs& args, cudaStream_t stream)
   if (args.routes.groups != nullptr) {  // a group is a tile; how many there are the device knows
     GemmPackedArgs most = args;
     most.m = args.routes.most_groups * args.routes.tile;
-    consider(best, most, device.multiprocessors, args.routes.tile, 1, 1);
+    for (const int mates : {2, 1}) consider(best, most, device.multiprocessors, args.routes.tile, mates, 1);
   } else {
     for (const int tokens : {256, 128, 64})
       for (const int mates : {2, 1})

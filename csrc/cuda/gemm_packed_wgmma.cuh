@@ -3,10 +3,9 @@
 // decode their own fragments from shared memory, once for all tokens of a tile, and wgmma takes them from
 // registers; while it multiplies a step of 64 columns the next one is decoded. One warp copies activations,
 // blocks of a cluster that share tokens each a part for all of them; another copies weights. Where y has few
-// tiles, blocks of a cluster share a tile's columns and add their sums up in the end.
-// With experts (expert_routes.cuh), a group of an
-// expert's tokens is a tile of tokens, whose rows are gathered by 16-byte copies. Limit: the tensor cores,
-// from 128 tokens on.
+// tiles, blocks of a cluster share a tile's columns and add their sums up in the end. With experts
+// (expert_routes.cuh), whose rows of x lie side by side by now, a group is a tile of tokens.
+// Limit: the tensor cores, from 128 tokens on.
 #pragma once
 #include "dependent_launch.cuh"
 #include "packed_wgmma_weights.cuh"
@@ -235,7 +234,6 @@ __device__ __forceinline__ void multiply(const GemmPackedArgs& args, const Sched
       for (int i = 0; i < 4; ++i) {
         weights.decode(a[i % P::kFragments], step, i, fresh && i == 0);
         if (i == 0) mbarrier_wait(x.full(), x.turn);
-        if (i == 0 && args.routes.groups != nullptr) publish_to_copies();  // gathered
         const uint64_t tokens = swizzled_rows(smem + x.place * P::kPlaceBytes) + 2 * i;
         wgmma_fence();
 #pragma unroll
@@ -291,10 +289,9 @@ __global__ void __launch_bounds__((Tile<F, X, Tokens>::kThreads), 1)
   extern __shared__ __align__(128) uint8_t dynamic[];
   uint8_t* const memory = dynamic + (-shared_address(dynamic) & 1023);
   const uint32_t smem = shared_address(memory), barriers = smem + P::kBarriersAt;
-  const bool routed = args.routes.groups != nullptr;
   if (threadIdx.x < P::kPlaces + P::kSlots) {
     const bool counts_tokens = threadIdx.x < P::kPlaces;
-    mbarrier_init(barriers + 16 * threadIdx.x, counts_tokens ? (routed ? 64 : 1) : 32 * kRowGroups);
+    mbarrier_init(barriers + 16 * threadIdx.x, counts_tokens ? 1 : 32 * kRowGroups);
     mbarrier_init(barriers + 16 * threadIdx.x + 8,
                   counts_tokens ? kStrips * schedule.mates : P::kMultipliers / 32);
     publish_barriers();
@@ -308,9 +305,7 @@ __global__ void __launch_bounds__((Tile<F, X, Tokens>::kThreads), 1)
   } else {
     shrink_registers<P::kCopierRegisters>();
     const int copier = static_cast<int>(threadIdx.x) - P::kMultipliers;
-    if (routed && copier < 64)
-      gather_activations<P>(args, schedule, memory, copier / 32);
-    else if (copier == 0)
+    if (copier == 0)
       copy_activations<P>(args, schedule, x, smem);
     else if (copier >= 64)
       copy_weights<P>(args, schedule, smem, (copier - 64) / 32);
@@ -337,12 +332,9 @@ cudaError_t launch(const GemmPackedArgs& args, const Schedule& schedule, const C
 template <class X, int Tokens>
 cudaError_t launch_type(const GemmPackedArgs& args, const Schedule& schedule, const Device& device,
                         cudaStream_t stream) {
-  CUtensorMap x{}, y{};
-  const bool routed = args.routes.groups != nullptr;
-  cudaError_t status =
-      routed ? cudaSuccess
-             : describe_tiles(x, {args.x, args.m, 2 * args.k, 2 * args.k}, Tokens / schedule.mates);
-  if (status == cudaSuccess && args.n % 8 == 0 && !routed)
+  CUtensorMap x, y{};
+  cudaError_t status = describe_tiles(x, {args.x, args.m, 2 * args.k, 2 * args.k}, Tokens / schedule.mates);
+  if (status == cudaSuccess && args.n % 8 == 0 && args.routes.groups == nullptr)
     status = describe_tiles(y, {args.y, args.m, 2 * args.n, 2 * args.n}, kStoreTokens);
   if (status != cudaSuccess) return status;
   status = cudaErrorNotSupported;

@@ -37,12 +37,11 @@ struct Tile {
   static constexpr int kPlaces = Tokens == 256 ? 4 : Tokens == 128 ? 6 : 10, kPlaceBytes = Tokens * 128;
   static constexpr int kOutAt = kPlaces * kPlaceBytes, kOutBytes = 16384;  // or 64 sums
   static constexpr int kSlotsAt = kOutAt + kRowGroups * kOutBytes;
-  static constexpr int kFit = (kSharedBytes - 1024 - 256 - 4 * Tokens - kSlotsAt) / kSlotBytes,
+  static constexpr int kFit = (kSharedBytes - 1024 - 256 - kSlotsAt) / kSlotBytes,
                        kSlots = kFit < 6 ? kFit : 6;
   static_assert(kSlots >= 2);
   static constexpr int kBarriersAt = kSlotsAt + kSlots * kSlotBytes;
-  static constexpr int kRowsAt = kBarriersAt + 16 * (kPlaces + kSlots);
-  static constexpr int kBytes = 1024 + kRowsAt + 4 * Tokens;
+  static constexpr int kBytes = 1024 + kBarriersAt + 16 * (kPlaces + kSlots);
   static_assert(kBytes <= kSharedBytes && kPlaces * kPlaceBytes >= Tokens * kRows * 4);  // sums go there
 };
 
@@ -89,7 +88,7 @@ struct Walk {
   // expert's tokens is a tile.
   __device__ __forceinline__ void locate() {
     if (routes.groups != nullptr) {  // also behind the last one
-      token_tile = tile / s.row_sets, row_tile = tile % s.row_sets;
+      token_tile = tile / s.row_sets, row_tile = tile % s.row_sets * s.mates + mate;
       return;
     }
     const int together = kTilesTogether * s.row_sets, band = tile / together, in_band = tile % together;
@@ -97,6 +96,10 @@ struct Walk {
     if (!valid()) return;
     token_tile = band * kTilesTogether + in_band % height;
     row_tile = in_band / height * s.mates + mate;
+  }
+  // Of x; a group's rows lie side by side.
+  __device__ __forceinline__ int first_row(int tokens) const {
+    return routes.groups == nullptr ? token_tile * tokens : routes.groups[token_tile].first;
   }
   __device__ __forceinline__ ExpertGroup group() const {
     return routes.groups == nullptr ? ExpertGroup{} : routes.groups[token_tile];
@@ -109,7 +112,7 @@ __device__ __forceinline__ void copy_activations(const GemmPackedArgs& args, con
                                                  const CUtensorMap& x, uint32_t smem) {
   Ring<P::kPlaces> ring{smem + P::kBarriersAt};
   for (Walk at(s, args.routes, s.slots(P::kSlotSteps)); at.valid(); at.next()) {
-    const int share = P::kTokens / s.mates, row = at.token_tile * P::kTokens + at.mate * share;
+    const int share = P::kTokens / s.mates, row = at.first_row(P::kTokens) + at.mate * share;
     const int blocks = ((1 << s.mates) - 1) << at.part * s.mates;
     const int last = 128 * at.last_slot * P::kSlotSteps;  // zeros behind k
     const uint32_t to = smem + at.mate * share * 128;
@@ -118,51 +121,6 @@ __device__ __forceinline__ void copy_activations(const GemmPackedArgs& args, con
       mbarrier_wait(ring.empty(), ring.turn ^ 1);
       mbarrier_arrive_expecting(ring.full(), P::kPlaceBytes);
       copy_tile(to + ring.place * P::kPlaceBytes, x, col, row, ring.full(), blocks);
-    }
-  }
-}
-
-// Rows of x that lie apart, by two warps: each has four of eight tokens, eight lanes to a token.
-template <class P>
-__device__ __forceinline__ void gather_activations(const GemmPackedArgs& args, const Schedule& s,
-                                                   uint8_t* memory, int warp) {
-  constexpr int kUnit = 64;  // rows of x are so many bytes, some times
-  const int lane = threadIdx.x % 32, piece = lane % 8, own = 4 * warp + lane / 8;
-  const uint32_t smem = shared_address(memory);
-  // Where the rows of tokens own, own + 8, … begin, in units, for each own.
-  constexpr int kEach = P::kTokens / 8;
-  auto* const rows = reinterpret_cast<uint32_t*>(memory + P::kRowsAt);
-  const auto* const own_rows = reinterpret_cast<const uint4*>(rows + own * kEach);
-  Ring<P::kPlaces> ring{smem + P::kBarriersAt};
-  for (Walk at(s, args.routes, s.slots(P::kSlotSteps)); at.valid(); at.next()) {
-    const ExpertGroup group = at.group();
-    __syncwarp();
-    for (int i = lane; i < P::kTokens / 2; i += 32) {  // this warp's
-      const int lane_own = 4 * warp + i % 4, token = 8 * (i / 4) + lane_own;
-      int32_t slot = token < group.count ? args.routes.slots[group.first + token] : 0;
-      slot /= args.routes.slots_per_row;
-      rows[lane_own * kEach + i / 4] = static_cast<uint32_t>(slot * (2 * args.k / kUnit));
-    }
-    __syncwarp();
-    const int last = at.last_slot * P::kSlotSteps;
-    bytes_ptr from = static_cast<bytes_ptr>(args.x) + 16 * piece;
-#pragma unroll 1
-    for (int step = 0; step < last; ++step, from += 2 * kTileCols, ring.step()) {
-      const bool inside = step * kTileCols + 8 * piece < args.k;
-      const uint32_t to = smem + ring.place * P::kPlaceBytes + own * 128 + 16 * (piece ^ own);
-      mbarrier_wait(ring.empty(), ring.turn ^ 1);
-      uint4 next = own_rows[0];
-#pragma unroll 2
-      for (int i = 0; i < kEach; i += 4) {
-        const uint32_t four[4] = {next.x, next.y, next.z, next.w};
-        if (i + 4 < kEach) next = own_rows[i / 4 + 1];
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          const bool there = inside && 8 * (i + j) + own < group.count;  // else zeros
-          cp_async16(to + 1024 * (i + j), from + uint64_t{four[j]} * kUnit, there ? 16 : 0);
-        }
-      }
-      mbarrier_arrive_after_copies(ring.full());
     }
   }
 }

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 // What the products with packed weights share: the choice of an algorithm, its launch, and the CPU's way.
 #pragma once
+#include <cmath>
 #include <string>
 #include <utility>
 
@@ -14,7 +15,9 @@ PackedAlgo check_packed_algo(const std::string& name, const PackedProblem& probl
 #ifdef QG_WITH_CUDA
 cudaError_t launch_gemm_packed(const std::pair<PackedAlgo, GemmPackedArgs>& job, cudaStream_t stream);
 #endif
-// x and y are float32 here; without bias.
+inline float silu_on_cpu(float x) { return x / (1.0f + std::exp(-x)); }
+
+// x and y are float32 here; without bias. With up, x · wᵀ goes to args.gate and x · upᵀ to y.
 void multiply_packed_on_cpu(const GemmPackedArgs& args, const PackedShape& shape);
 
 }  // namespace quantgemm

@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: MIT
 // moe_gemm(x [tokens, k] or [tokens, top, k], packed uint8 [experts, strips, strip_bytes], qtype, n, k,
-//          expert_ids int64 or int32 [tokens, top], weights float32 [tokens, top] or None, bias [experts, n]
-//          or None, algo) -> y [tokens, top, n] of x's dtype: weights · (x · w[expert]ᵀ + bias[expert])
+//          expert_ids int64 or int32 [tokens, top], weights float32 [tokens, top] or None,
+//          bias [experts, n] or None, algo, up like packed or None)
+//     -> y [tokens, top, n] of x's dtype: weights · (x · w[expert]ᵀ + bias[expert]),
+//        or weights · silu(x · w[expert]ᵀ) · (x · up[expert]ᵀ)
 #include <cstring>
 
 #include "../cpu/cpu.h"
@@ -20,7 +22,9 @@ cudaError_t launch_moe_gemm(const std::pair<PackedAlgo, GemmPackedArgs>& job, cu
     const cudaError_t status = launch_expert_routes(args, stream);
     if (status != cudaSuccess) return status;
   }
-  return launch_gemm_packed(job, stream);
+  std::pair product = job;
+  if (args.routes.sorted != nullptr) product.second.x = args.routes.sorted;
+  return launch_gemm_packed(product, stream);
 }
 #endif
 
@@ -42,7 +46,7 @@ void moe_on_cpu(const GemmPackedArgs& args, const PackedShape& shape) {
     else
       std::memset(y + slot * args.n, 0, static_cast<size_t>(args.n) * sizeof(float));
   }
-  std::vector<float> x, product;
+  std::vector<float> x, product, gate;
   for (int64_t expert = 0; expert < routes.experts; ++expert) {
     const std::vector<int64_t>& own = slots[static_cast<size_t>(expert)];
     if (own.empty()) continue;
@@ -55,7 +59,9 @@ void moe_on_cpu(const GemmPackedArgs& args, const PackedShape& shape) {
     GemmPackedArgs part = args;
     part.x = x.data(), part.y = product.data(), part.m = static_cast<int64_t>(own.size());
     part.packed = args.packed + expert * routes.expert_bytes;
+    if (args.up_at != 0) gate.resize(product.size()), part.gate = gate.data();
     multiply_packed_on_cpu(part, shape);
+    for (size_t i = 0; i < gate.size(); ++i) product[i] *= silu_on_cpu(gate[i]);
     const float* const bias =
         args.bias == nullptr ? nullptr : static_cast<const float*>(args.bias) + expert * args.n;
     for (size_t i = 0; i < own.size(); ++i) {
@@ -69,7 +75,7 @@ void moe_on_cpu(const GemmPackedArgs& args, const PackedShape& shape) {
 }  // namespace
 
 Tensor moe_gemm(Tensor x, Tensor packed_weights, int64_t qtype, int64_t n, int64_t k, Tensor expert_ids,
-                OptTensor weights, OptTensor bias, std::string algo) {
+                OptTensor weights, OptTensor bias, std::string algo, OptTensor up) {
   // check
   const PackedShape shape = check_expert_strips(packed_weights, qtype, n, k);
   check_value(k > 0, "k: expected at least 1, got ", k);
@@ -107,6 +113,12 @@ Tensor moe_gemm(Tensor x, Tensor packed_weights, int64_t qtype, int64_t n, int64
     check_value(bias->dim() == 2 && bias->size(0) == experts && bias->size(1) == n, "bias: expected shape [",
                 experts, ", ", n, "], got ", shape_of(*bias));
   }
+  if (up.has_value()) {
+    same_device("up", *up);
+    check_expert_strips(*up, qtype, n, k, "up");
+    check_value(up->size(0) == experts, "up: expected ", experts, " experts as packed, got ", up->size(0));
+    check_value(!bias.has_value(), "bias: expected none beside up");
+  }
   const PackedProblem problem{slots, n, k, type, architecture_of(x)};
   const MoeChoice choice = algo == "auto" ? select_moe(problem, experts)
                                           : moe_choice_of(check_packed_algo(algo, problem), problem, experts);
@@ -117,7 +129,8 @@ Tensor moe_gemm(Tensor x, Tensor packed_weights, int64_t qtype, int64_t n, int64
     return packed(widen ? torch::stable::to(t, ScalarType::Float) : t);
   };
   const Tensor rows = as_numbers(x), strips = packed(packed_weights), ids = packed(expert_ids);
-  OptTensor factors, added;
+  OptTensor factors, added, second, gate;
+  if (up.has_value()) second = packed(*up);
   if (weights.has_value()) factors = packed(*weights);
   if (bias.has_value()) added = as_numbers(*bias);
   Tensor y = new_output("moe_gemm", rows, {tokens, top, n}, rows.scalar_type());
@@ -134,6 +147,11 @@ Tensor moe_gemm(Tensor x, Tensor packed_weights, int64_t qtype, int64_t n, int64
                       k,
                       qtype,
                       widen ? Real::kFloat32 : type};
+  args.up_at = second ? second->const_data_ptr<uint8_t>() - args.packed : 0;
+  if (second && args.up_at == 0) {  // one tensor as both: two products all the same
+    second = torch::stable::clone(*second);
+    args.up_at = second->const_data_ptr<uint8_t>() - args.packed;
+  }
   ExpertRoutes& routes = args.routes;
   routes.ids = ids.const_data_ptr(), routes.wide = wide;
   routes.weights = factors ? factors->const_data_ptr<float>() : nullptr;
@@ -150,9 +168,17 @@ Tensor moe_gemm(Tensor x, Tensor packed_weights, int64_t qtype, int64_t n, int64
   routes.tile =
       static_cast<int32_t>(std::min<int64_t>(routes.tile, choice.algo == PackedAlgo::kWgmma ? 256 : tokens));
   routes.most_groups = std::min(slots, slots / routes.tile + std::min(slots, experts));
+  if (second && choice.algo == PackedAlgo::kWgmma) {
+    gate = new_output("moe_gemm", rows, {tokens, top, n}, rows.scalar_type());
+    args.gate = gate->mutable_data_ptr();
+  }
   check_implemented(routes.most_groups * shape.strips < int64_t{1} << 31, "expert_ids: ", slots,
                     " ids are too many for ", n, " outputs");
-  OptTensor table;
+  OptTensor table, sorted;
+  if (choice.algo == PackedAlgo::kWgmma) {
+    sorted = new_output("moe_gemm", rows, {slots, k}, rows.scalar_type());
+    routes.sorted = sorted->mutable_data_ptr();
+  }
   if (slots > kOwnSlots || choice.algo == PackedAlgo::kWgmma) {
     table = new_output("moe_gemm", rows, {4 + 4 * routes.most_groups + 2 * slots}, ScalarType::Int);
     routes.num_groups = table->mutable_data_ptr<int32_t>();
