@@ -79,7 +79,7 @@ def product_cases(device: str) -> dict[str, tuple[Callable, tuple]]:
                 "auto",
             ),
         ),
-        "moe_gemm, gated": (
+        "moe_gemm gated": (
             Q.moe_gemm.default,
             (x, packed[None], int(QType.Q4_K), 9, 512, *routes, None, "auto", other[None]),
         ),
