@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: MIT
-// gemm_packed(x [..., k], packed uint8 [strips, strip_bytes], qtype, n, k, bias [n] or None, algo)
-//     -> y [..., n] of x's dtype; y = x · wᵀ + bias, sums and bias in float32, y rounded once
+// gemm_packed(x [..., k], packed uint8 [strips, strip_bytes], qtype, n, k, bias [n] or None, algo,
+//             residual [..., n] or None)
+//     -> y [..., n] of x's dtype; y = x · wᵀ + bias + residual, sums and bias in float32, y rounded once
+// gemm_packed_gated(x, gate, up, qtype, n, k, algo) -> silu(x · gateᵀ) · (x · upᵀ), gate and up like packed
 #include "gemm_packed.h"
 
 #include <vector>
