@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """The packed layout on the GPU: packing and unpacking, products beside the time that reading takes.
 
-    python benchmarks/bench_packed.py [--part pack,types,tokens] [--out benchmarks/results]
+    python benchmarks/bench_packed.py [--part pack,types,tokens,moe] [--out benchmarks/results]
 
 Weights are cold (copies rotate past the L2) and calls are replays of a CUDA graph. `read_us` is a
 kernel that reads as many bytes and does nothing with them, in a graph of the same run.
@@ -24,6 +24,8 @@ from quantgemm.formats import FORMATS, Format, format_by_name
 
 SHAPES = [(4096, 4096), (14336, 4096), (28672, 8192), (4096, 14336), (1024, 4096)]
 TOKENS = [1, 2, 4, 8, 16, 32, 64, 128, 512, 4096]
+MOE_SHAPES = [(128, 8, 768, 2048), (128, 8, 1536, 4096), (8, 2, 14336, 4096)]  # experts, top, n, k
+MOE_TOKENS = [1, 2, 4, 8, 16, 64, 256, 1024, 4096]
 ROTATED_BYTES = 250e6
 MODEL_BYTES = 4.5e9
 Rows = list[dict[str, Any]]
@@ -140,9 +142,59 @@ def tokens(types: Sequence[str], read: Callable[[torch.Tensor], None] | None) ->
     return rows
 
 
+def experts_of_m(
+    fmt: Format,
+    packed: torch.Tensor,
+    dense: torch.Tensor,
+    top: int,
+    m: int,
+    read: Callable[[torch.Tensor], None] | None,
+) -> dict[str, Any]:
+    """One row of `experts`: m tokens."""
+    count, n, k = dense.shape
+    calls = 8 if m <= 64 else 2
+    ids = [torch.rand(m, count, device="cuda").topk(top).indices for _ in range(calls)]
+    x = torch.randn(m, k, device="cuda").bfloat16()
+    size = int(sum(len(i.unique()) for i in ids) / calls * packed[0].numel())
+    row: dict[str, Any] = {"m": m, "MB": size / 1e6, "read_us": float("nan")}
+    if read:
+        whole = packed.flatten()[: packed.numel() // size * size]
+        row["read_us"] = timed(read, list(whole.view(-1, size)[:calls]))
+    row["us"] = timed(lambda i: ops.moe_gemm(x, packed, fmt.type_id, n, k, i), ids)
+
+    tokens = x.repeat_interleave(top, 0)
+    counts = ids[0].flatten().bincount(minlength=count)
+    ends = counts.cumsum(0).int()
+    parts = [(dense[e], part) for e, part in enumerate(tokens.split(counts.tolist())) if len(part)]
+    row["loop_us"] = timed(lambda _: [part @ w.T for w, part in parts], ids[:1])
+    row["grouped_us"] = float("nan")
+    if hasattr(torch, "_grouped_mm"):
+        row["grouped_us"] = timed(lambda _: torch._grouped_mm(tokens, dense.mT, ends), ids[:1])
+    return {**row, "x_read": row["us"] / row["read_us"]}
+
+
+def experts(types: Sequence[str], read: Callable[[torch.Tensor], None] | None) -> Rows:
+    """Experts chosen evenly; other ones in each call, so that weights are cold.
+
+    `read_us` reads as many bytes as the experts have that are chosen. `loop_us` is a product of
+    cuBLAS for each expert, `grouped_us` torch's own grouped product: bfloat16 weights, tokens
+    sorted beforehand and the sorting not counted.
+    """
+    rows: Rows = []
+    for count, top, n, k in MOE_SHAPES:
+        dense = torch.randn(count, n, k, device="cuda", dtype=torch.bfloat16)
+        for name in types:
+            fmt = format_by_name(name)
+            packed = ops.pack(blocks(fmt, count * n, k), fmt.type_id).view(count, n // 16, -1)
+            row = {"experts": count, "top": top, "n": n, "k": k, "type": name}
+            rows += [{**row, **experts_of_m(fmt, packed, dense, top, m, read)} for m in MOE_TOKENS]
+        del dense
+    return rows
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--part", default="pack,types,tokens", help="which tables")
+    parser.add_argument("--part", default="pack,types,tokens,moe", help="which tables")
     parser.add_argument("--types", default="Q4_0,Q8_0,Q4_K,Q6_K", help="for packing and tokens")
     parser.add_argument("--out", default="", help=f"also save here, e.g. {RESULTS}")
     options = parser.parse_args()
@@ -162,6 +214,7 @@ def main() -> int:
         "pack": lambda: packing(types, bandwidth),
         "types": lambda: every_type(14336, 4096, read),
         "tokens": lambda: tokens(types, read),
+        "moe": lambda: experts(["Q4_K"], read),
     }
     for part in parts:
         rows = tables[part]()

@@ -75,15 +75,41 @@ struct PackArgs {
   int64_t qtype;
 };
 
-// y[m, n] = x[m, k] · wᵀ + bias, w as strips
+// Which rows of x meet which expert's weights. A slot is a row of y: one expert of one token. Groups are
+// slots of the same expert, at most `tile` of them; who makes them on the device says cuda/expert_routes.cuh.
+struct ExpertGroup {
+  int32_t expert, first, count, unused;  // slots[first … first + count − 1]
+};
+inline constexpr int kMaxExperts = 4096;
+inline constexpr int kOwnSlots = 128;  // at most so many does each thread block group for itself
+struct ExpertRoutes {
+  const void* ids = nullptr;       // [num_slots] int32, or int64 if wide; others than 0 … experts − 1: y is 0
+  const float* weights = nullptr;  // [num_slots] that y is multiplied by, or null
+  int32_t* num_groups = nullptr;   // [1]
+  ExpertGroup* groups = nullptr;   // [most_groups]
+  int32_t* slots = nullptr;        // [num_slots], by expert
+  int32_t* ranks = nullptr;        // [num_slots], for the making
+  void* sorted = nullptr;          // [num_slots, k] of type (16 bits): rows of x by slots, for wgmma
+  int64_t num_slots = 0, experts = 0, expert_bytes = 0, most_groups = 0;
+  int32_t slots_per_row = 1;  // that share a row of x
+  int32_t tile = 0;
+  bool wide = false;
+};
+
+// y[m, n] = x[m, k] · wᵀ + bias + residual, or silu(x · wᵀ) · (x · upᵀ), w and up as strips; with routes m is
+// num_slots, rows of y.
 struct GemmPackedArgs {
   const void* x;          // [m, k] of type
-  const uint8_t* packed;  // [num_strips(n), strip_bytes(k)] of qtype
-  const void* bias;       // [n] of type, or null
+  const uint8_t* packed;  // [num_strips(n), strip_bytes(k)] of qtype; of all experts
+  const void* bias;       // [n] of type, or null; with routes [experts, n]
   void* y;                // [m, n] of type
   int64_t m, n, k;
   int64_t qtype;
   Real type;
+  const void* residual = nullptr;  // [m, n] of type
+  int64_t up_at = 0;               // bytes from w to up; 0: there is none
+  void* gate = nullptr;            // [m, n] of type where wgmma leaves x · wᵀ, if there is up
+  ExpertRoutes routes = {};
 };
 
 struct EmbeddingArgs {

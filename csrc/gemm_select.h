@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <optional>
 #include <string>
+#include <utility>
 
 #include "args.h"
 #include "formats/activation.h"
@@ -136,6 +137,34 @@ inline PackedAlgo select_packed_gemm(const PackedProblem& p) {
   if (packed_obstacle(PackedAlgo::kWgmma, p) == nullptr) return PackedAlgo::kWgmma;
   return PackedAlgo::kMma;
 }
+
+// Experts: each slot is a token of one of them. `tile` is how many tokens of an expert are multiplied at a
+// time.
+struct MoeChoice {
+  PackedAlgo algo;
+  int tile;
+};
+inline MoeChoice moe_choice_of(PackedAlgo algo, const PackedProblem& p, int64_t experts) {
+  const int64_t slots = p.m, busy = std::max<int64_t>(1, std::min(slots, experts));
+  const bool wide = p.type == Real::kFloat32;  // three columns to a token
+  if (algo == PackedAlgo::kGemv) return {algo, wide ? 2 : 8};
+  if (algo == PackedAlgo::kMma) return {algo, wide ? 10 : slots <= 12 * busy ? 16 : 32};
+  // Clocks of 64 columns of a tile, and on average half a tile to an expert is empty (docs/performance.md).
+  const auto clocks = [&](int tile, double step) {
+    return (static_cast<double>(slots) / busy / tile + 0.5) * step;
+  };
+  int best = 64;
+  double least = clocks(64, 670);
+  for (const auto& [tile, step] : {std::pair{128, 830.0}, std::pair{256, 1170.0}})
+    if (clocks(tile, step) < least) best = tile, least = clocks(tile, step);
+  return {algo, best};
+}
+inline MoeChoice select_moe(const PackedProblem& p, int64_t experts) {
+  PackedProblem each = p;
+  each.m = p.m / std::max<int64_t>(1, std::min(p.m, experts));  // slots of an expert that has any, on average
+  return moe_choice_of(select_packed_gemm(each), p, experts);
+}
+
 inline std::string able_packed_gemms(const PackedProblem& p) {
   std::string names = "auto";
   for (const PackedAlgo algo : kPackedAlgos)

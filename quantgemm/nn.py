@@ -218,15 +218,18 @@ class QuantLinear(QuantModule):
         """x ``[..., in_features]`` to y ``[..., out_features]``."""
         if not torch.compiler.is_compiling():
             self._check_type()
+        bias = self.bias
         if self.is_packed:
             if self.algo != "auto":
                 check_packed(self.format, self.algo)
             sizes = self.out_features, self.in_features
-            y = ops.gemm_packed(x, self.weight, self._type_id, *sizes)
+            inside = bias if bias is not None and bias.dtype == x.dtype else None
+            y = ops.gemm_packed(x, self.weight, self._type_id, *sizes, inside)
+            bias = bias if inside is None else None
         else:
             y = ops.gemm(x, self.weight, self._type_id, self.algo)
         # In place: y is nobody else's, keeps its dtype, and is rounded once where bias is wider.
-        return y if self.bias is None else y.add_(self.bias)
+        return y if bias is None else y.add_(bias)
 
     @classmethod
     def from_blocks(

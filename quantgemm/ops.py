@@ -26,7 +26,9 @@ __all__ = [
     "gemm",
     "gemm_fp32",
     "gemm_packed",
+    "gemm_packed_gated",
     "invert_vocabulary_map",
+    "moe_gemm",
     "pack",
     "quantize",
     "quantize_activations",
@@ -196,11 +198,13 @@ def _register_autocast(device_type: str, key: str) -> None:
         k: int,
         bias: torch.Tensor | None = None,
         algo: str = "auto",
+        residual: torch.Tensor | None = None,
     ) -> torch.Tensor:
         x, bias = cast(x), bias if bias is None else cast(bias)
+        residual = residual if residual is None else cast(residual)
         with torch.autocast(device_type, enabled=False):
             return torch.ops.quantgemm.gemm_packed(  # type: ignore[no-any-return]
-                x, packed, qtype, n, k, bias, algo
+                x, packed, qtype, n, k, bias, algo, residual
             )
 
     _autocast_rules.impl("gemm", gemm_in_autocast, key)  # type: ignore[no-untyped-call]
@@ -251,10 +255,14 @@ def gemm_packed(
     k: int,
     bias: torch.Tensor | None = None,
     algo: str = "auto",
+    residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Product with packed weights: ``y[..., n] = x[..., k] · wᵀ + bias`` for ``packed = pack(w)``.
 
-    x: float32/float16/bfloat16, never rounded; bias: ``[n]`` of x's dtype. algo: ``gemv``
+    x: float32/float16/bfloat16, never rounded; bias: ``[n]`` of x's dtype; residual: ``[..., n]``
+    of it, added too: before y is rounded with ``gemv`` and ``mma``, after it, by a launch of its
+    own, with ``wgmma``. Weights of one type that share x are one call: ``torch.cat`` of what
+    `pack` made of each, where their rows are multiples of 64. algo: ``gemv``
     (weights are read once per 8 tokens), ``mma`` (per 16 or 32), ``wgmma`` (per 64 to 256; float16
     and bfloat16 on compute capability 9.0, weights are rounded to x's dtype) or ``auto``; the CPU
     has ``auto`` alone. A row of y does not depend on the batch with ``gemv`` and ``mma``; ``wgmma``
@@ -264,11 +272,11 @@ def gemm_packed(
     has ended. Bytes from `pack` or a memory copy are complete by then; where another kernel of
     yours writes them (a gather, a collective), let some other launch come in between.
 
-    Differentiable in x and bias; under `torch.autocast` both are cast.
+    Differentiable in x, bias and residual; under `torch.autocast` all are cast.
     """
-    with _no_more_autograd_than_needed("gemm_packed", x, bias):
+    with _no_more_autograd_than_needed("gemm_packed", x, bias, residual):
         return torch.ops.quantgemm.gemm_packed(  # type: ignore[no-any-return]
-            x, packed, int(qtype), n, k, bias, algo
+            x, packed, int(qtype), n, k, bias, algo, residual
         )
 
 
@@ -281,28 +289,108 @@ def _(
     k: int,
     bias: torch.Tensor | None = None,
     algo: str = "auto",
+    residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
     return x.new_empty([*x.shape[:-1], n])
 
 
 def _save_packed(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    _, packed, ctx.qtype, ctx.n, ctx.k, _, _ = inputs
+    _, packed, ctx.qtype, ctx.n, ctx.k, *_ = inputs
     ctx.save_for_backward(packed)
 
 
 def _gemm_packed_backward(ctx: Any, grad_y: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     (packed,) = ctx.saved_tensors
-    grad_x = grad_bias = None
+    grad_x = grad_bias = grad_residual = None
     if ctx.needs_input_grad[0]:
         grad_x = _times_decoded(grad_y, unpack(packed, ctx.qtype, ctx.n, ctx.k), ctx.qtype)
-    if any(ctx.needs_input_grad[5:]):  # torch leaves out arguments that have their defaults
+    if any(ctx.needs_input_grad[5:6]):  # torch leaves out arguments that have their defaults
         grad_bias = grad_y.reshape(-1, ctx.n).sum(0)
-    return grad_x, None, None, None, None, grad_bias, None
+    if any(ctx.needs_input_grad[7:]):
+        grad_residual = grad_y
+    return grad_x, None, None, None, None, grad_bias, None, grad_residual
 
 
 torch.library.register_autograd(
     "quantgemm::gemm_packed", _gemm_packed_backward, setup_context=_save_packed
 )
+
+
+def gemm_packed_gated(
+    x: torch.Tensor,
+    gate: torch.Tensor,
+    up: torch.Tensor,
+    qtype: int,
+    n: int,
+    k: int,
+    algo: str = "auto",
+) -> torch.Tensor:
+    """``silu(x · gateᵀ) · (x · upᵀ)`` for two packed weights ``[n, k]`` of one type.
+
+    One launch with ``gemv`` and ``mma``, rounded once; three with ``wgmma``. No gradients.
+    """
+    return torch.ops.quantgemm.gemm_packed_gated(  # type: ignore[no-any-return]
+        x, gate, up, int(qtype), n, k, algo
+    )
+
+
+@register_fake("quantgemm::gemm_packed_gated")
+def _(
+    x: torch.Tensor,
+    gate: torch.Tensor,
+    up: torch.Tensor,
+    qtype: int,
+    n: int,
+    k: int,
+    algo: str = "auto",
+) -> torch.Tensor:
+    return x.new_empty([*x.shape[:-1], n])
+
+
+def moe_gemm(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    qtype: int,
+    n: int,
+    k: int,
+    expert_ids: torch.Tensor,
+    weights: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    algo: str = "auto",
+    up: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Products of a mixture of experts: ``y[t, j] = weights[t, j] · (x · w[e]ᵀ + bias[e])``.
+
+    packed: uint8 ``[experts, strips, strip_bytes]``, `pack` of each expert's rows, stacked; at most
+    4096. expert_ids: int64 or int32 ``[tokens, top]``, e above; any other number, such as -1, gives
+    a row of zeros. x: float32/float16/bfloat16 ``[tokens, k]``, or ``[tokens, top, k]`` where each
+    (token, expert) has a row of its own, as the second product of an expert has. weights: float32
+    ``[tokens, top]``, multiplied before y is rounded; bias: ``[experts, n]`` of x's dtype. up, like
+    packed: ``weights · silu(x · w[e]ᵀ) · (x · up[e]ᵀ)`` as of `gemm_packed_gated`.
+    Returns ``[tokens, top, n]``. algo: as for `gemm_packed`.
+
+    Tokens are put beside others of the same expert on the device: nothing waits for the GPU, and a
+    CUDA graph can hold it. Sums may be added in another order for another batch. No gradients.
+    """
+    return torch.ops.quantgemm.moe_gemm(  # type: ignore[no-any-return]
+        x, packed, int(qtype), n, k, expert_ids, weights, bias, algo, up
+    )
+
+
+@register_fake("quantgemm::moe_gemm")
+def _(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    qtype: int,
+    n: int,
+    k: int,
+    expert_ids: torch.Tensor,
+    weights: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    algo: str = "auto",
+    up: torch.Tensor | None = None,
+) -> torch.Tensor:
+    return x.new_empty([*expert_ids.shape, n])
 
 
 def gemm_fp32(x: torch.Tensor, w: torch.Tensor, algo: str) -> torch.Tensor:

@@ -166,6 +166,40 @@ def test_products(fmt: Format, device: str) -> None:
 
 @on_devices
 @by_name
+def test_residual_and_gate(fmt: Format, device: str) -> None:
+    """silu(gate) · up and a residual, against float64 of the products' own formulas."""
+    e = fmt.block_elems
+    sizes = [(1, 40, 3 * e), (8, 200, e), (33, 130, 1024)]
+    if device == "cuda":
+        sizes += [(3, 3000, 1024 + e), (2, 64, 14336), (300, 264, 768)]
+    for (m, n, k), dtype in itertools.product(sizes, (torch.float32, torch.bfloat16)):
+        pairs = [random_weights(fmt, n, k, device, seed) for seed in (1, 2)]
+        gate, up = (ops.pack(w, fmt.type_id) for w, _ in pairs)
+        x = random_x(m, k, dtype=dtype, device=device) / 8
+        residual = random_x(m, n, dtype=dtype, device=device, seed=3)
+        products = [x.double() @ weights.T for _, weights in pairs]
+        want = torch.nn.functional.silu(products[0]) * products[1]
+        # As rounded factors would have it: wgmma rounds weights, and both products.
+        eps = torch.finfo(dtype).eps
+        sizes_of_terms = [x.double().abs() @ weights.abs().T for _, weights in pairs]
+        bound = sizes_of_terms[0] * products[1].abs() + products[0].abs() * sizes_of_terms[1]
+        bound = (1e-6 + eps * (m > 8)) * bound + 4 * eps * want.abs() + 1e-12
+        for algo in algos(device, dtype):
+            if algo == "wgmma" and m <= 8:
+                continue
+            y = ops.gemm_packed_gated(x, gate, up, fmt.type_id, n, k, algo)
+            assert y.dtype == dtype
+            assert_near(y, want, bound)
+            plain = ops.gemm_packed(x, gate, fmt.type_id, n, k, None, algo).double()
+            more = ops.gemm_packed(x, gate, fmt.type_id, n, k, None, algo, residual).double()
+            size = plain.abs() + residual.double().abs()
+            assert ((more - plain - residual.double()).abs() <= 2 * eps * size).all()
+    twice = ops.gemm_packed_gated(x, gate, gate.clone(), fmt.type_id, n, k)
+    assert torch.equal(ops.gemm_packed_gated(x, gate, gate, fmt.type_id, n, k), twice)
+
+
+@on_devices
+@by_name
 def test_infinite_and_nan_activations(fmt: Format, device: str) -> None:
     """They reach y as the weights' own product says, in the rows of x that have them alone."""
     n, k = 70, max(256, fmt.block_elems)
@@ -301,6 +335,14 @@ def test_errors_name_the_argument() -> None:
          lambda: ops.gemm_packed(x, packed, 2, 3, 64, torch.zeros(3).half())),
         (ValueError, r"bias: expected shape \[3\]",
          lambda: ops.gemm_packed(x, packed, 2, 3, 64, torch.zeros(4))),
+        (ValueError, r"residual: expected shape \[2, 3\], got \[3\]",
+         lambda: ops.gemm_packed(x, packed, 2, 3, 64, None, "auto", torch.zeros(3))),
+        (TypeError, "residual: expected torch.float32 as x, got torch.float16",
+         lambda: ops.gemm_packed(x, packed, 2, 3, 64, None, "auto", torch.zeros(2, 3).half())),
+        (ValueError, r"up: expected shape \[4, 576\]",
+         lambda: ops.gemm_packed_gated(x, packed, packed[:2], 2, 3, 64)),
+        (ValueError, r"gate: expected shape \[4, 576\]",
+         lambda: ops.gemm_packed_gated(x, packed[:2], packed, 2, 3, 64)),
         (NotImplementedError, "the CPU has no tensor cores",
          lambda: ops.gemm_packed(x, packed, 2, 3, 64, None, "gemv")),
         (NotImplementedError, "wgmma cannot serve this product: .*; these can: auto$",

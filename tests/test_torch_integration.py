@@ -38,6 +38,11 @@ def product_cases(device: str) -> dict[str, tuple[Callable, tuple]]:
     ids = torch.randint(0, 9, (2, 5), generator=generator).to(device)
     w = Q.quantize(torch.randn(9, 512, generator=generator), int(QType.Q4_K)).to(device)
     packed = Q.pack(w, int(QType.Q4_K))
+    other = Q.pack(w.flip(0), int(QType.Q4_K))
+    routes = (
+        torch.randint(-1, 1, (3, 7), generator=generator).to(device),
+        torch.rand(3, 7).to(device),
+    )
     weights = torch.randn(9, 512, generator=generator).to(device)
     return {
         "gemm": (Q.gemm.default, (x, w, int(QType.Q4_K), "auto")),
@@ -56,6 +61,39 @@ def product_cases(device: str) -> dict[str, tuple[Callable, tuple]]:
         "gemm_packed of few tokens": (
             Q.gemm_packed.default,
             (x[0], packed, int(QType.Q4_K), 9, 512, None, "auto"),
+        ),
+        "moe_gemm": (
+            Q.moe_gemm.default,
+            (x[:, 0].half(), packed[None], int(QType.Q4_K), 9, 512, routes[0], None, None, "auto"),
+        ),
+        "moe_gemm with weights": (
+            Q.moe_gemm.default,
+            (
+                x,
+                packed[None],
+                int(QType.Q4_K),
+                9,
+                512,
+                *routes,
+                weights[None, :, 0].clone(),
+                "auto",
+            ),
+        ),
+        "moe_gemm gated": (
+            Q.moe_gemm.default,
+            (x, packed[None], int(QType.Q4_K), 9, 512, *routes, None, "auto", other[None]),
+        ),
+        "gemm_packed with a residual": (
+            Q.gemm_packed.default,
+            (x, packed, int(QType.Q4_K), 9, 512, None, "auto", weights[:7, :9].repeat(3, 1, 1)),
+        ),
+        "gemm_packed_gated": (
+            Q.gemm_packed_gated.default,
+            (x[0].half(), packed, other, int(QType.Q4_K), 9, 512, "auto"),
+        ),
+        "gemm_packed_gated of many": (
+            Q.gemm_packed_gated.default,
+            (x.half(), packed, other, int(QType.Q4_K), 9, 512, "auto"),
         ),
         "gemm_fp32": (Q.gemm_fp32.default, (x, weights, "tiled")),
         "rms_norm": (Q.rms_norm.default, (x, weights[0], 1e-5)),

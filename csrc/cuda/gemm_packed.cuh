@@ -8,7 +8,7 @@
 #pragma once
 #include "dependent_launch.cuh"
 #include "launch.h"
-#include "packed_stage.cuh"
+#include "packed_pieces.cuh"
 
 namespace quantgemm::packed_gemm {
 
@@ -139,93 +139,137 @@ __device__ __noinline__ float dot_decoded(bytes_ptr strip, int row, const X* x, 
 
 template <PackableFormat F, class X, int TokenTiles>
 __global__ void __launch_bounds__(Plan<F, X, TokenTiles>::kThreads, 1)
-    packed_kernel(const GemmPackedArgs args, const Split split) {
+    packed_kernel(const __grid_constant__ GemmPackedArgs args, const Split split) {
   using P = Plan<F, X, TokenTiles>;
   using L = PackedLayout<F>;
   constexpr int kBatchTiles = P::Batch::kTiles;
   extern __shared__ uint4 memory[];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const auto first_strip = static_cast<int>(int64_t{split.strips} * blockIdx.x / gridDim.x),
-             strips = static_cast<int>(int64_t{split.strips} * (blockIdx.x + 1) / gridDim.x) - first_strip;
   const int64_t strip_bytes = L::strip_bytes(args.k);
-  bytes_ptr const w = args.packed + first_strip * strip_bytes;
   const X* const x = static_cast<const X*>(args.x);
-  const Shared<P> shared(memory, split, strips);
+  const bool routed = args.routes.ids != nullptr;
+  Pieces& pieces = *reinterpret_cast<Pieces*>(reinterpret_cast<uint8_t*>(memory) + split.pieces_at);
+  auto first_strip = static_cast<int>(int64_t{split.strips} * blockIdx.x / gridDim.x);
+  int strips = static_cast<int>(int64_t{split.strips} * (blockIdx.x + 1) / gridDim.x) - first_strip;
+  const int gated = args.up_at != 0;
+  bytes_ptr w = args.packed;
+  if (routed) {  // what to read depends on ids
+    let_next_kernel_start();
+    wait_for_previous_kernel();
+    pieces.begin(args.routes, split);
+  }
+#pragma unroll 1
+  do {
+    if (routed) {
+      first_strip = pieces.first_strip, strips = pieces.strips;
+      if (strips == 0) break;
+      w = args.packed + pieces.expert * args.routes.expert_bytes;
+    }
+    w += first_strip * strip_bytes;
+    strips <<= gated;  // of w and up in turn
+    const auto strip_at = [&](int strip) {
+      return w + (strip >> gated) * strip_bytes + (strip & gated ? args.up_at : 0);
+    };
+    const Shared<P> shared(memory, split, strips);
+    const auto row_of_x = [&](int token) {
+      return int64_t{routed ? pieces.slots[token] / args.routes.slots_per_row : token};
+    };
 
-  Cursor<P> now, ahead;
-  now.next_panel(split, strips);
-  ahead = now;
-  typename P::Batch batches[2];
-  const auto fetch = [&](typename P::Batch& batch) {
-    if (ahead.panel == split.panels) return;
-    const int tile = ahead.panel * split.panel_tiles + ahead.batch * kBatchTiles;
-    if (ahead.valid()) batch.load(w + ahead.strip * strip_bytes, args.k, tile, split.tiles - tile);
-    ahead.advance(split, strips);
-  };
-  fetch(batches[0]);
-  fetch(batches[1]);
-  let_next_kernel_start();
-  wait_for_previous_kernel();
+    Cursor<P> now, ahead;
+    now.next_panel(split, strips);
+    ahead = now;
+    typename P::Batch batches[2];
+    const auto fetch = [&](typename P::Batch& batch) {
+      if (ahead.panel == split.panels) return;
+      const int tile = ahead.panel * split.panel_tiles + ahead.batch * kBatchTiles;
+      if (ahead.valid()) batch.load(strip_at(ahead.strip), args.k, tile, split.tiles - tile);
+      ahead.advance(split, strips);
+    };
+    fetch(batches[0]);
+    fetch(batches[1]);
+    if (!routed) {
+      let_next_kernel_start();
+      wait_for_previous_kernel();
+    }
 
-  float sums[TokenTiles][4] = {};
-  const auto consume = [&](typename P::Batch& batch) {
-    if (now.valid()) {
-      const int tile = now.batch * kBatchTiles;
-      multiply<P, TokenTiles>(sums, batch, shared, split, tile,
-                              split.tiles - now.panel * split.panel_tiles - tile);
-      if (now.ends_sum()) {
-        float* slot = shared.slots + (now.strip + warp) * split.columns * kStripRows + lane / 4;
+    float sums[TokenTiles][4] = {};
+    const auto consume = [&](typename P::Batch& batch) {
+      if (now.valid()) {
+        const int tile = now.batch * kBatchTiles;
+        multiply<P, TokenTiles>(sums, batch, shared, split, tile,
+                                split.tiles - now.panel * split.panel_tiles - tile);
+        if (now.ends_sum()) {
+          float* slot = shared.slots + (now.strip + warp) * split.columns * kStripRows + lane / 4;
 #pragma unroll
-        for (int t = 0; t < TokenTiles; ++t)
+          for (int t = 0; t < TokenTiles; ++t)
 #pragma unroll
-          for (int e = 0; e < 4; ++e) {
-            const int column = 8 * t + lane % 4 * 2 + e % 2;
-            if (column < split.columns) slot[column * kStripRows + e / 2 * 8] = sums[t][e];
-            sums[t][e] = 0;
-          }
+            for (int e = 0; e < 4; ++e) {
+              const int column = 8 * t + lane % 4 * 2 + e % 2;
+              if (column < split.columns) slot[column * kStripRows + e / 2 * 8] = sums[t][e];
+              sums[t][e] = 0;
+            }
+        }
       }
-    }
-    fetch(batch);
-    now.advance(split, strips);
-  };
-  int last_batches = 1;
+      fetch(batch);
+      now.advance(split, strips);
+    };
+    int last_batches = 1;
 #pragma unroll 1
-  for (int panel = 0; panel < split.panels; ++panel) {
-    stage<P>(shared, x, args.k, split, panel * split.panel_tiles);
-    __syncthreads();
+    for (int panel = 0; panel < split.panels; ++panel) {
+      const int tokens = routed ? pieces.tokens : split.columns / P::kPerToken;
+      stage<P>(shared, x, args.k, split, panel * split.panel_tiles, tokens, row_of_x);
+      __syncthreads();
 #pragma unroll 1
-    while (now.panel == panel) {
-      consume(batches[0]);
-      consume(batches[1]);
-    }
-    __syncthreads();  // the panel's activations are used, its slots written
-    last_batches = Cursor<P>::batches_of(split, panel);
-    if (panel + 1 == split.panels) break;
+      while (now.panel == panel) {
+        consume(batches[0]);
+        consume(batches[1]);
+      }
+      __syncthreads();  // the panel's activations are used, its slots written
+      last_batches = Cursor<P>::batches_of(split, panel);
+      if (panel + 1 == split.panels) break;
 #pragma unroll 1
-    for (int i = threadIdx.x; i < strips * split.columns * kStripRows; i += P::kThreads) {
-      const int strip = i / (split.columns * kStripRows), within = i % (split.columns * kStripRows);
-      const float sum = sum_of_slots(shared, split, last_batches, strips, strip, within);
-      shared.totals[i] = panel == 0 ? sum : shared.totals[i] + sum;
+      for (int i = threadIdx.x; i < strips * split.columns * kStripRows; i += P::kThreads) {
+        const int strip = i / (split.columns * kStripRows), within = i % (split.columns * kStripRows);
+        const float sum = sum_of_slots(shared, split, last_batches, strips, strip, within);
+        shared.totals[i] = panel == 0 ? sum : shared.totals[i] + sum;
+      }
+      // The next panel's activations may be written at once: its slots are, after the barrier behind them.
     }
-    // The next panel's activations may be written at once: its slots are, after the barrier behind them.
-  }
 
-  const int tokens = split.columns / P::kPerToken;
+    const int tokens = routed ? pieces.tokens : split.columns / P::kPerToken;
 #pragma unroll 1
-  for (int i = threadIdx.x; i < strips * tokens * kStripRows; i += P::kThreads) {
-    const int row = i % kStripRows, token = i / kStripRows % tokens, strip = i / kStripRows / tokens;
-    const int64_t output = static_cast<int64_t>(first_strip + strip) * kStripRows + row;
-    if (output >= args.n) continue;
-    float sum = 0;
-    for (int p = 0; p < P::kPerToken; ++p) {
-      const int within = (token * P::kPerToken + p) * kStripRows + row;
-      if (split.panels > 1) sum += shared.totals[strip * split.columns * kStripRows + within];
-      if (split.panels > 0) sum += sum_of_slots(shared, split, last_batches, strips, strip, within);
+    for (int i = threadIdx.x; i < (strips >> gated) * tokens * kStripRows; i += P::kThreads) {
+      const int row = i % kStripRows, token = i / kStripRows % tokens, own = i / kStripRows / tokens;
+      const int64_t output = static_cast<int64_t>(first_strip + own) * kStripRows + row;
+      if (output >= args.n) continue;
+      float sum = 0, factor = 1;
+#pragma unroll 1
+      for (int strip = own << gated; strip < (own + 1) << gated; ++strip) {
+        if (strip > own << gated) factor = silu(sum);
+        sum = 0;
+        for (int p = 0; p < P::kPerToken; ++p) {
+          const int within = (token * P::kPerToken + p) * kStripRows + row;
+          if (split.panels > 1) sum += shared.totals[strip * split.columns * kStripRows + within];
+          if (split.panels > 0) sum += sum_of_slots(shared, split, last_batches, strips, strip, within);
+        }
+        if (sum != sum) sum = dot_decoded<F>(strip_at(strip), row, x + row_of_x(token) * args.k, args.k);
+      }
+      if (gated) sum *= factor;
+      const X* const bias = static_cast<const X*>(args.bias) + (routed ? pieces.expert * args.n : 0);
+      if (args.bias != nullptr) sum += to_float(bias[output]);
+      const int64_t y_row = routed ? pieces.slots[token] : token;
+      if (args.routes.weights != nullptr) sum *= args.routes.weights[y_row];
+      if (args.residual != nullptr)
+        sum += to_float(static_cast<const X*>(args.residual)[y_row * args.n + output]);
+      store1(static_cast<X*>(args.y) + y_row * args.n + output, sum);
     }
-    if (sum != sum) sum = dot_decoded<F>(w + strip * strip_bytes, row, x + token * args.k, args.k);
-    if (args.bias != nullptr) sum += to_float(static_cast<const X*>(args.bias)[output]);
-    store1(static_cast<X*>(args.y) + token * args.n + output, sum);
-  }
+    if (!routed) break;
+    pieces.next(split);
+  } while (true);
+  if (routed && args.routes.groups == nullptr)
+    for (int64_t slot = blockIdx.x; slot < args.routes.num_slots; slot += gridDim.x)
+      if (expert_of(args.routes, slot) < 0)
+        clear_row(static_cast<X*>(args.y) + slot * args.n, args.n, threadIdx.x, P::kThreads);
 }
 
 // args.m up to Plan::kTokens.
@@ -235,14 +279,17 @@ cudaError_t launch(const GemmPackedArgs& args, const Device& device, cudaStream_
   Split split{};
   split.strips = static_cast<int>((args.n + kStripRows - 1) / kStripRows);
   split.tiles = static_cast<int>(P::L::tiles(args.k));
-  split.columns = static_cast<int>(args.m) * P::kPerToken;
+  const bool routed = args.routes.ids != nullptr;
+  split.columns = (routed ? args.routes.tile : static_cast<int>(args.m)) * P::kPerToken;
+  const int pieces_bytes = routed ? static_cast<int>(sizeof(Pieces)) : 0;
+  const int gated = args.up_at != 0;
   const auto tiles_beside = [&](int strips) {  // whole batches that fit in shared memory with so many strips
-    const int left = device.shared_per_block - kReserved - 64 * P::kPlannedColumns -
-                     (2 * strips + P::kWarps - 1) * P::kStripBytes * P::kPlannedColumns;
+    const int left = device.shared_per_block - kReserved - pieces_bytes - 64 * P::kPlannedColumns -
+                     ((2 << gated) * strips + P::kWarps - 1) * P::kStripBytes * P::kPlannedColumns;
     return left / ((P::kTileBytes + P::kTileSumBytes) * P::kPlannedColumns) / P::Batch::kTiles *
            P::Batch::kTiles;
   };
-  int most_strips = P::kMostStrips;
+  int most_strips = P::kMostStrips >> gated;
   while (most_strips > 1 && tiles_beside(most_strips) < kFewestTiles) most_strips /= 2;
   const int most_tiles = tiles_beside(most_strips);
   if (most_tiles <= 0) return cudaErrorNotSupported;
@@ -251,9 +298,12 @@ cudaError_t launch(const GemmPackedArgs& args, const Device& device, cudaStream_
     split.panel_tiles = (split.tiles + split.panels - 1) / split.panels;
     split.panel_tiles = (split.panel_tiles + P::Batch::kTiles - 1) / P::Batch::kTiles * P::Batch::kTiles;
   }
-  int blocks = split.strips < device.multiprocessors ? split.strips : device.multiprocessors;
-  while ((split.strips + blocks - 1) / blocks > most_strips) blocks += device.multiprocessors;
-  const auto bytes = static_cast<int>(Shared<P>::bytes(split, (split.strips + blocks - 1) / blocks));
+  split.most_strips = most_strips;
+  int blocks = split.strips < device.multiprocessors && !routed ? split.strips : device.multiprocessors;
+  while (!routed && (split.strips + blocks - 1) / blocks > most_strips) blocks += device.multiprocessors;
+  const int strips = routed ? most_strips : (split.strips + blocks - 1) / blocks;
+  split.pieces_at = static_cast<int>((Shared<P>::bytes(split, strips << gated) + 15) / 16 * 16);
+  const int bytes = split.pieces_at + pieces_bytes;
 
   const auto kernel = packed_kernel<F, X, TokenTiles>;
   const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
@@ -274,11 +324,16 @@ cudaError_t launch_passes(const GemmPackedArgs& args, cudaStream_t stream) {
   BlockFormats::visit(args.qtype, [&]<class F>(F) {
     if constexpr (PackableFormat<F>) {
       constexpr int64_t kTokens = Plan<F, X, TokenTiles>::kTokens;
+      if (args.routes.ids != nullptr) {  // groups are passes
+        if (args.routes.tile <= kTokens) status = launch<F, X, TokenTiles>(args, device, stream);
+        return;
+      }
       for (int64_t token = 0; token < args.m; token += kTokens) {
         GemmPackedArgs pass = args;
         pass.m = args.m - token < kTokens ? args.m - token : kTokens;
         pass.x = static_cast<const X*>(args.x) + token * args.k;
         pass.y = static_cast<X*>(args.y) + token * args.n;
+        if (args.residual != nullptr) pass.residual = static_cast<const X*>(args.residual) + token * args.n;
         status = launch<F, X, TokenTiles>(pass, device, stream);
         if (status != cudaSuccess) return;
       }

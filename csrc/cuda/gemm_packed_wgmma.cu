@@ -52,9 +52,15 @@ cudaError_t launch_wgmma_packed(const GemmPackedArgs& args, cudaStream_t stream)
   const cudaError_t status = device.read();
   if (status != cudaSuccess) return status;
   Choice best;
-  for (const int tokens : {256, 128, 64})
-    for (const int mates : {2, 1})
-      for (const int parts : {1, 2, 4}) consider(best, args, device.multiprocessors, tokens, mates, parts);
+  if (args.routes.groups != nullptr) {  // a group is a tile; how many there are the device knows
+    GemmPackedArgs most = args;
+    most.m = args.routes.most_groups * args.routes.tile;
+    for (const int mates : {2, 1}) consider(best, most, device.multiprocessors, args.routes.tile, mates, 1);
+  } else {
+    for (const int tokens : {256, 128, 64})
+      for (const int mates : {2, 1})
+        for (const int parts : {1, 2, 4}) consider(best, args, device.multiprocessors, tokens, mates, parts);
+  }
   using namespace packed_wgmma;
   const bool half = args.type == Real::kFloat16;
   switch (best.tokens) {

@@ -3,7 +3,8 @@
 // decode their own fragments from shared memory, once for all tokens of a tile, and wgmma takes them from
 // registers; while it multiplies a step of 64 columns the next one is decoded. One warp copies activations,
 // blocks of a cluster that share tokens each a part for all of them; another copies weights. Where y has few
-// tiles, blocks of a cluster share a tile's columns and add their sums up in the end.
+// tiles, blocks of a cluster share a tile's columns and add their sums up in the end. With experts
+// (expert_routes.cuh), whose rows of x lie side by side by now, a group is a tile of tokens.
 // Limit: the tensor cores, from 128 tokens on.
 #pragma once
 #include "dependent_launch.cuh"
@@ -16,34 +17,29 @@ namespace quantgemm::packed_wgmma {
 // Sums of 16 tokens, as two tiles of an accumulator, to a warpgroup's [token][64 rows], 16-byte pieces
 // swapped within a token. PTX ISA 9.7.14.5.16 (stmatrix), sm_90.
 template <class T>
-__device__ __forceinline__ void turn_sums(uint32_t out, int token, const float (&v)[8],
-                                          const float (&bias)[2], T type) {
+__device__ __forceinline__ void turn_sums(uint32_t out, int token, const float (&v)[8], T type) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
   const int row = token + lane / 16 * 8 + lane % 8, piece = 2 * warp + lane / 8 % 2;
   uint32_t pairs[4];
 #pragma unroll
-  for (int i = 0; i < 4; ++i) pairs[i] = pack_pair(v[2 * i] + bias[i % 2], v[2 * i + 1] + bias[i % 2], type);
+  for (int i = 0; i < 4; ++i) pairs[i] = pack_pair(v[2 * i], v[2 * i + 1], type);
   asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
                    out + row * 128 + 16 * (piece ^ (row % 8))),
                "r"(pairs[0]), "r"(pairs[1]), "r"(pairs[2]), "r"(pairs[3])
                : "memory");
 }
-// A warpgroup's [tokens][64 rows] to y, whose first of them is `to`; rows and tokens that are there.
+// Eight rows of a token of a warpgroup's [tokens][64 rows], of which `rows` are there, to `to`.
 template <class T>
-__device__ __forceinline__ void store_rows(T* to, int64_t n, const uint8_t* out, int tokens, int rows) {
-  const int thread = threadIdx.x % kGroupThreads, piece = thread % 8;
-#pragma unroll 1
-  for (int token = thread / 8; token < tokens; token += kGroupThreads / 8) {
-    const uint4 eight = *reinterpret_cast<const uint4*>(out + token * 128 + 16 * (piece ^ (token % 8)));
-    T* const at = to + token * n + 8 * piece;
-    if (n % 8 == 0) {
-      if (8 * piece < rows) *reinterpret_cast<uint4*>(at) = eight;
-    } else {
-      const uint32_t words[4] = {eight.x, eight.y, eight.z, eight.w};
+__device__ __forceinline__ void store_eight(T* to, int64_t n, const uint8_t* out, int token, int piece,
+                                            int rows) {
+  const uint4 eight = *reinterpret_cast<const uint4*>(out + token * 128 + 16 * (piece ^ (token % 8)));
+  if (n % 8 == 0) {
+    if (8 * piece < rows) *reinterpret_cast<uint4*>(to + 8 * piece) = eight;
+  } else {
+    const uint32_t words[4] = {eight.x, eight.y, eight.z, eight.w};
 #pragma unroll
-      for (int e = 0; e < 8; ++e)
-        if (8 * piece + e < rows) at[e].bits = static_cast<uint16_t>(words[e / 2] >> 16 * (e % 2));
-    }
+    for (int e = 0; e < 8; ++e)
+      if (8 * piece + e < rows) to[8 * piece + e].bits = static_cast<uint16_t>(words[e / 2] >> 16 * (e % 2));
   }
 }
 
@@ -52,30 +48,34 @@ template <class P>
 struct Output {
   using T = typename P::T;
   const CUtensorMap& map;  // of y, if its rows begin at multiples of 16 bytes
+  const ExpertRoutes& routes;
   int64_t n, first_row, first_token;
   T* y;
   uint8_t* out;
   int group, tokens, rows;  // that are there
   float bias[2];
+  ExpertGroup of;
 
   __device__ __forceinline__ Output(const GemmPackedArgs& args, const CUtensorMap& map, const Walk& at,
                                     uint8_t* out)
       : map(map),
+        routes(args.routes),
         n(args.n),
         first_token(int64_t{at.token_tile} * P::kTokens),
         out(out),
-        group(static_cast<int>(threadIdx.x) / kGroupThreads) {
+        group(static_cast<int>(threadIdx.x) / kGroupThreads),
+        of(at.group()) {
+    const bool routed = routes.groups != nullptr;
     first_row = int64_t{at.row_tile} * kRows + group * kGroupRows;
-    y = static_cast<T*>(args.y) + first_token * n + first_row;
-    tokens = static_cast<int>(min(args.m - first_token, int64_t{P::kTokens}));
+    y = static_cast<T*>(args.y) + (routed ? 0 : first_token * n) + first_row;
+    tokens = routed ? of.count : static_cast<int>(min(args.m - first_token, int64_t{P::kTokens}));
+    const T* const biases = static_cast<const T*>(args.bias) + of.expert * n + first_row;
     rows = static_cast<int>(max(min(n - first_row, int64_t{kGroupRows}), int64_t{0}));
     const int own =
         static_cast<int>(threadIdx.x) % kGroupThreads / 32 * 16 + static_cast<int>(threadIdx.x) % 32 / 4;
 #pragma unroll
     for (int half = 0; half < 2; ++half)
-      bias[half] = args.bias != nullptr && own + 8 * half < rows
-                       ? to_float(static_cast<const T*>(args.bias)[first_row + own + 8 * half])
-                       : 0.0f;
+      bias[half] = args.bias != nullptr && own + 8 * half < rows ? to_float(biases[own + 8 * half]) : 0.0f;
   }
   __device__ __forceinline__ bool is_first() const { return threadIdx.x % kGroupThreads == 0; }
   __device__ __forceinline__ void sync() const {
@@ -90,14 +90,17 @@ struct Output {
     sync();
   }
   __device__ __forceinline__ void put(int token, const float (&v)[8]) const {
-    turn_sums(shared_address(out), token, v, bias, T{});
+    turn_sums(shared_address(out), token, v, T{});
   }
   __device__ __forceinline__ void send(int first, int count) const {
     const bool whole_rows = n % 8 == 0;
     if (whole_rows) publish_to_copies();
     sync();
     if (!whole_rows) {
-      store_rows(y + first * n, n, out, min(tokens - first, count), rows);
+      const int thread = threadIdx.x % kGroupThreads;
+#pragma unroll 1
+      for (int token = thread / 8; token < min(tokens - first, count); token += kGroupThreads / 8)
+        store_eight(y + (first + token) * n, n, out, token, thread % 8, rows);
     } else if (is_first() && rows > 0) {
       for (int token = 0; token < count && first + token < tokens; token += kStoreTokens)
         store_tile(map, 2 * static_cast<int>(first_row), static_cast<int>(first_token) + first + token,
@@ -105,24 +108,65 @@ struct Output {
       commit_stores();
     }
   }
+  // The same for tokens that lie apart, of which each lane has the slot of one that its warp stores.
+  __device__ __forceinline__ bool routed() const { return routes.groups != nullptr; }
+  __device__ __forceinline__ int32_t slot_of(int token, int end) const {
+    return token < min(tokens, end) ? routes.slots[of.first + token] : -1;
+  }
+  __device__ __forceinline__ float weight_of(int token) const {
+    return routes.weights == nullptr || token >= tokens ? 0.0f
+                                                        : routes.weights[routes.slots[of.first + token]];
+  }
+  __device__ __forceinline__ void send_apart(int32_t held) const {
+    const int thread = threadIdx.x % kGroupThreads;
+    sync();
+#pragma unroll 1
+    for (int i = 0; i < P::kSumTokens / 16; ++i) {
+      const int32_t slot = __shfl_sync(~0u, held, 4 * i + thread % 32 / 8);
+      if (slot >= 0) store_eight(y + slot * n, n, out, 16 * i + thread / 8, thread % 8, rows);
+    }
+  }
 };
+
+// Sums of tokens `token` … times their weights, of which each lane has one of 32.
+__device__ __forceinline__ void weigh(float (&v)[8], float factor, int token) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int column = token + i / 2 * 8 + static_cast<int>(threadIdx.x) % 4 * 2 + i % 2;
+    const float by = __shfl_sync(~0u, factor, column % 32);
+    v[i / 2 * 4 + i % 2] *= by, v[i / 2 * 4 + i % 2 + 2] *= by;
+  }
+}
 
 template <class P>
 using Sums = float[P::kSums][P::kSumTokens / 2];
 
 template <class P>
 __device__ __forceinline__ void store_tile_sums(const Output<P>& output, const Sums<P>& sums) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
 #pragma unroll
   for (int part = 0; part < P::kSums; ++part) {
+    const int first = part * P::kSumTokens;
+    int32_t slot = -1;  // of one of the tokens that this warp stores
+    float factors[P::kSumTokens / 32];
+    if (output.routed()) {
+      slot = output.slot_of(first + 16 * (lane / 4) + 4 * warp + lane % 4, first + P::kSumTokens);
+#pragma unroll
+      for (int i = 0; i < P::kSumTokens / 32; ++i) factors[i] = output.weight_of(first + 32 * i + lane);
+    }
     output.begin();
 #pragma unroll
     for (int q = 0; q < P::kSumTokens / 16; ++q) {
       float v[8];
 #pragma unroll
-      for (int e = 0; e < 8; ++e) v[e] = sums[part][8 * q + e];
+      for (int e = 0; e < 8; ++e) v[e] = sums[part][8 * q + e] + output.bias[e / 2 % 2];
+      if (output.routes.weights != nullptr) weigh(v, factors[q / 2], 16 * q);
       output.put(16 * q, v);
     }
-    output.send(part * P::kSumTokens, P::kSumTokens);
+    if (output.routed())
+      output.send_apart(slot);
+    else
+      output.send(first, P::kSumTokens);
   }
 }
 
@@ -157,6 +201,8 @@ __device__ __forceinline__ void store_share(const Output<P>& output, const Walk&
         v[4 * e] += more.x, v[4 * e + 1] += more.y, v[4 * e + 2] += more.z, v[4 * e + 3] += more.w;
       }
     }
+#pragma unroll
+    for (int e = 0; e < 8; ++e) v[e] += output.bias[e / 2 % 2];
     output.put(token, v);
   }
   output.send(at.part * share, share);
@@ -173,7 +219,7 @@ __device__ __forceinline__ void multiply(const GemmPackedArgs& args, const Sched
   Ring<P::kSlots> w{smem + P::kBarriersAt + 16 * P::kPlaces};
   uint8_t* const out = memory + P::kOutAt + group * P::kOutBytes;
 
-  for (Walk at(s, s.slots(P::kSlotSteps)); at.valid(); at.next()) {
+  for (Walk at(s, args.routes, s.slots(P::kSlotSteps)); at.valid(); at.next()) {
     Sums<P> sums = {};
     uint32_t a[P::kFragments][4];
     int before = -1;  // the place of the step before, which may still be multiplied
@@ -234,7 +280,8 @@ __device__ __forceinline__ void multiply(const GemmPackedArgs& args, const Sched
 
 template <PackableFormat F, class X, int Tokens>
 __global__ void __launch_bounds__((Tile<F, X, Tokens>::kThreads), 1)
-    wgmma_kernel([[maybe_unused]] const GemmPackedArgs args, [[maybe_unused]] const Schedule schedule,
+    wgmma_kernel([[maybe_unused]] const __grid_constant__ GemmPackedArgs args,
+                 [[maybe_unused]] const Schedule schedule,
                  [[maybe_unused]] const __grid_constant__ CUtensorMap x,
                  [[maybe_unused]] const __grid_constant__ CUtensorMap y) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -259,7 +306,7 @@ __global__ void __launch_bounds__((Tile<F, X, Tokens>::kThreads), 1)
     shrink_registers<P::kCopierRegisters>();
     const int copier = static_cast<int>(threadIdx.x) - P::kMultipliers;
     if (copier == 0)
-      copy_activations<P>(schedule, x, smem);
+      copy_activations<P>(args, schedule, x, smem);
     else if (copier >= 64)
       copy_weights<P>(args, schedule, smem, (copier - 64) / 32);
     __syncwarp();
@@ -287,7 +334,7 @@ cudaError_t launch_type(const GemmPackedArgs& args, const Schedule& schedule, co
                         cudaStream_t stream) {
   CUtensorMap x, y{};
   cudaError_t status = describe_tiles(x, {args.x, args.m, 2 * args.k, 2 * args.k}, Tokens / schedule.mates);
-  if (status == cudaSuccess && args.n % 8 == 0)
+  if (status == cudaSuccess && args.n % 8 == 0 && args.routes.groups == nullptr)
     status = describe_tiles(y, {args.y, args.m, 2 * args.n, 2 * args.n}, kStoreTokens);
   if (status != cudaSuccess) return status;
   status = cudaErrorNotSupported;

@@ -54,6 +54,8 @@ __device__ __forceinline__ void store1(float* out, float x) { *out = x; }
 __device__ __forceinline__ void store1(Half* out, float x) { out->bits = float_to_half(x); }
 __device__ __forceinline__ void store1(BFloat16* out, float x) { out->bits = float_to_bfloat16(x); }
 
+__device__ __forceinline__ float silu(float x) { return x / (1.0f + __expf(-x)); }
+
 // num_bytes from source to target, both multiples of 16, by all threads of the block.
 template <int Threads>
 __device__ __forceinline__ void copy_bytes(uint8_t* target, const uint8_t* source, int num_bytes) {

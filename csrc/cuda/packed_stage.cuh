@@ -32,7 +32,9 @@ struct Plan {
 struct Split {
   int strips, tiles;        // in all, k's tiles
   int panels, panel_tiles;  // the last one may be shorter
-  int columns;              // tokens · Plan::kPerToken
+  int columns;              // tokens · Plan::kPerToken, the most at a time
+  int most_strips;          // of a block at a time
+  int pieces_at;            // bytes of shared memory before Pieces
 };
 
 // Where shared memory is divided.
@@ -80,11 +82,12 @@ __device__ __forceinline__ float sum_of_pair(uint32_t pair, T) {
 }
 
 // Activations of tiles first … first + count − 1 into shared memory. Four lanes hold a run of 32.
-template <class P, class X>
+// row_of(token) is a token's row of x.
+template <class P, class X, class RowOf>
 __device__ __forceinline__ void stage(const Shared<P>& shared, const X* x, int64_t k, const Split& split,
-                                      int first) {
+                                      int first, int tokens, const RowOf& row_of) {
   using T = typename P::T;
-  const int lane = threadIdx.x % 32, tokens = split.columns / P::kPerToken;
+  const int lane = threadIdx.x % 32;
   const int count = min(split.tiles - first, split.panel_tiles), items = tokens * count * 8;
   const int pitch = static_cast<int>(Shared<P>::x_pitch(split));
 #pragma unroll 2
@@ -93,7 +96,7 @@ __device__ __forceinline__ void stage(const Shared<P>& shared, const X* x, int64
     uint32_t words[4][P::kPerToken] = {};
     const int64_t col = static_cast<int64_t>(first + tile) * kTileCols + 32 * run;
     if (i < items && col < k) {
-      const X* from = x + token * k + col + 2 * c;
+      const X* from = x + row_of(token) * k + col + 2 * c;
 #pragma unroll
       for (int w = 0; w < 4; ++w) load_pair(from + 8 * w, words[w]);
     }

@@ -2,6 +2,7 @@
 // How a packed product on wgmma lays out its shared memory (Tile), goes from tile to tile (Walk), and how
 // activations and weights get there: rings of places, each with a barrier for "full" and one for "empty".
 #pragma once
+#include "expert_routes.cuh"
 #include "gemm_packed_wgmma.h"
 #include "packed_tile.cuh"
 #include "tensor_copy.cuh"
@@ -63,10 +64,12 @@ struct Ring {
 //     for (Walk at(schedule); at.valid(); at.next())
 struct Walk {
   const Schedule& s;
+  const ExpertRoutes& routes;
   int part, mate, tile, row_tile, token_tile, first_slot, last_slot;
 
-  __device__ __forceinline__ explicit Walk(const Schedule& schedule, int slots)
+  __device__ __forceinline__ explicit Walk(const Schedule& schedule, const ExpertRoutes& routes, int slots)
       : s(schedule),
+        routes(routes),
         part(static_cast<int>(blockIdx.x) % s.ranks() / s.mates),
         mate(static_cast<int>(blockIdx.x) % s.mates),
         tile(static_cast<int>(blockIdx.x) / s.ranks()),
@@ -74,27 +77,42 @@ struct Walk {
         last_slot(static_cast<int>(int64_t{slots} * (part + 1) / s.parts)) {
     locate();
   }
-  __device__ __forceinline__ bool valid() const { return tile < s.tiles; }
+  __device__ __forceinline__ bool valid() const {
+    return tile < (routes.groups == nullptr ? s.tiles : *routes.num_groups * s.row_sets);
+  }
   __device__ __forceinline__ void next() {
     tile += static_cast<int>(gridDim.x) / s.ranks();
     locate();
   }
-  // Some token tiles with all rows, then the next ones: what is read at a time fits in the L2.
+  // Some token tiles with all rows, then the next ones: what is read at a time fits in the L2. A group of an
+  // expert's tokens is a tile.
   __device__ __forceinline__ void locate() {
+    if (routes.groups != nullptr) {  // also behind the last one
+      token_tile = tile / s.row_sets, row_tile = tile % s.row_sets * s.mates + mate;
+      return;
+    }
     const int together = kTilesTogether * s.row_sets, band = tile / together, in_band = tile % together;
     const int height = min(kTilesTogether, s.token_tiles - band * kTilesTogether);
     if (!valid()) return;
     token_tile = band * kTilesTogether + in_band % height;
     row_tile = in_band / height * s.mates + mate;
   }
+  // Of x; a group's rows lie side by side.
+  __device__ __forceinline__ int first_row(int tokens) const {
+    return routes.groups == nullptr ? token_tile * tokens : routes.groups[token_tile].first;
+  }
+  __device__ __forceinline__ ExpertGroup group() const {
+    return routes.groups == nullptr ? ExpertGroup{} : routes.groups[token_tile];
+  }
 };
 
 // One thread copies activations.
 template <class P>
-__device__ __forceinline__ void copy_activations(const Schedule& s, const CUtensorMap& x, uint32_t smem) {
+__device__ __forceinline__ void copy_activations(const GemmPackedArgs& args, const Schedule& s,
+                                                 const CUtensorMap& x, uint32_t smem) {
   Ring<P::kPlaces> ring{smem + P::kBarriersAt};
-  for (Walk at(s, s.slots(P::kSlotSteps)); at.valid(); at.next()) {
-    const int share = P::kTokens / s.mates, row = at.token_tile * P::kTokens + at.mate * share;
+  for (Walk at(s, args.routes, s.slots(P::kSlotSteps)); at.valid(); at.next()) {
+    const int share = P::kTokens / s.mates, row = at.first_row(P::kTokens) + at.mate * share;
     const int blocks = ((1 << s.mates) - 1) << at.part * s.mates;
     const int last = 128 * at.last_slot * P::kSlotSteps;  // zeros behind k
     const uint32_t to = smem + at.mate * share * 128;
@@ -139,8 +157,10 @@ __device__ __forceinline__ void copy_weights(const GemmPackedArgs& args, const S
   Ring<P::kSlots> ring{smem + P::kBarriersAt + 16 * P::kPlaces};
   const int64_t strip_bytes = L::strip_bytes(args.k);
   const auto strips = static_cast<int>(num_strips(args.n));
-  for (Walk at(s, s.slots(P::kSlotSteps)); at.valid(); at.next()) {
-    const int strip = at.row_tile * kStrips + group * kPanelStrips;
+  for (Walk at(s, args.routes, s.slots(P::kSlotSteps)); at.valid(); at.next()) {
+    int strip = at.row_tile * kStrips + group * kPanelStrips;
+    const bool there = strip < strips;
+    if (args.routes.groups != nullptr) strip += args.routes.groups[at.token_tile].expert * strips;
 #pragma unroll 1
     for (int slot = at.first_slot; slot < at.last_slot; ++slot, ring.step()) {
       const int step = slot * P::kSlotSteps, count = min(s.steps - step, P::kSlotSteps);
@@ -148,7 +168,7 @@ __device__ __forceinline__ void copy_weights(const GemmPackedArgs& args, const S
       mbarrier_wait(ring.empty(), ring.turn ^ 1);
       bytes_ptr from = args.packed + strip * strip_bytes;
       uint32_t to = smem + P::kSlotsAt + ring.place * P::kSlotBytes + group * kPanelStrips * P::kStripBytes;
-      if (strip < strips) {
+      if (there) {
 #pragma unroll 1
         for (int i = 0; i < kPanelStrips; ++i, from += strip_bytes, to += P::kStripBytes) {
           copy_run<P::kHighAt>(to, from + int64_t{step} * L::kLowTile, count * L::kLowTile);

@@ -64,6 +64,12 @@ inline std::string shape_of(const Tensor& t) {
   return text + "]";
 }
 
+inline std::string shape_of(const std::vector<int64_t>& sizes) {
+  std::string text = "[";
+  for (size_t i = 0; i < sizes.size(); ++i) text += (i ? ", " : "") + std::to_string(sizes[i]);
+  return text + "]";
+}
+
 // As Python spells it.
 inline std::string dtype_name(ScalarType type) {
   switch (type) {

@@ -1,16 +1,16 @@
 // SPDX-License-Identifier: MIT
-// gemm_packed(x [..., k], packed uint8 [strips, strip_bytes], qtype, n, k, bias [n] or None, algo)
-//     -> y [..., n] of x's dtype; y = x · wᵀ + bias, sums and bias in float32, y rounded once
+// gemm_packed(x [..., k], packed uint8 [strips, strip_bytes], qtype, n, k, bias [n] or None, algo,
+//             residual [..., n] or None)
+//     -> y [..., n] of x's dtype; y = x · wᵀ + bias + residual, sums and bias in float32, y rounded once
+// gemm_packed_gated(x, gate, up, qtype, n, k, algo) -> silu(x · gateᵀ) · (x · upᵀ), gate and up like packed
+#include "gemm_packed.h"
+
 #include <vector>
 
 #include "../cpu/cpu.h"
-#include "../gemm_select.h"
-#include "launch_scope.h"
 #include "ops.h"
-#include "packed_checks.h"
 
 namespace quantgemm {
-namespace {
 
 PackedAlgo check_packed_algo(const std::string& name, const PackedProblem& problem) {
   if (name == "auto") return select_packed_gemm(problem);
@@ -33,7 +33,7 @@ cudaError_t launch_gemm_packed(const std::pair<PackedAlgo, GemmPackedArgs>& job,
   switch (job.first) {
     case PackedAlgo::kGemv: return launch_gemv_packed(job.second, stream);
     case PackedAlgo::kMma: return launch_mma_packed(job.second, stream);
-    case PackedAlgo::kWgmma: return launch_wgmma_packed(job.second, stream);
+    case PackedAlgo::kWgmma: return launch_wgmma_and_finish(job.second, stream);
   }
   return cudaErrorInvalidValue;
 }
@@ -41,7 +41,7 @@ cudaError_t launch_gemm_packed(const std::pair<PackedAlgo, GemmPackedArgs>& job,
 
 // The CPU's product: strips are unpacked a few at a time into a thread's own memory, where the CPU backend
 // multiplies blocks. x and y are float32 here, so the bias is added before y is rounded.
-void multiply_on_cpu(const GemmPackedArgs& args, const PackedShape& shape) {
+static void multiply_once(const GemmPackedArgs& args, const PackedShape& shape) {
   constexpr GemmAlgo kAlgo = GemmAlgo::kTiled;
   GemmArgs whole{args.x, nullptr, nullptr, args.y, nullptr, args.m, args.n, args.k, args.qtype, args.type};
   std::vector<uint8_t> scratch(static_cast<size_t>(gemm_cpu_scratch_bytes(whole, kAlgo)) + 64);
@@ -64,22 +64,40 @@ void multiply_on_cpu(const GemmPackedArgs& args, const PackedShape& shape) {
   });
 }
 
-void add_bias_on_cpu(const GemmPackedArgs& args) {
-  const float* bias = static_cast<const float*>(args.bias);
+void multiply_packed_on_cpu(const GemmPackedArgs& args, const PackedShape& shape) {
+  GemmPackedArgs part = args;
+  if (args.up_at != 0) {
+    part.y = args.gate;
+    multiply_once(part, shape);
+    part.y = args.y, part.packed += args.up_at;
+  }
+  multiply_once(part, shape);
+}
+
+static void finish_on_cpu(const GemmPackedArgs& args, const float* gate) {
+  const float *bias = static_cast<const float*>(args.bias),
+              *residual = static_cast<const float*>(args.residual);
   torch::stable::parallel_for(0, args.m, 32768 / args.n + 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       float* y = static_cast<float*>(args.y) + i * args.n;
-      for (int64_t j = 0; j < args.n; ++j) y[j] += bias[j];
+      for (int64_t j = 0; j < args.n; ++j) {
+        if (gate != nullptr) y[j] *= silu_on_cpu(gate[i * args.n + j]);
+        if (bias != nullptr) y[j] += bias[j];
+        if (residual != nullptr) y[j] += residual[i * args.n + j];
+      }
     }
   });
 }
 
-}  // namespace
+namespace {
 
-Tensor gemm_packed(Tensor x, Tensor packed_weights, int64_t qtype, int64_t n, int64_t k, OptTensor bias,
-                   std::string algo) {
+// With `up` silu(x · wᵀ) · (x · upᵀ).
+Tensor product(const char* op, const Tensor& x, const Tensor& packed_weights, const OptTensor& up,
+               int64_t qtype, int64_t n, int64_t k, const OptTensor& bias, const OptTensor& residual,
+               const std::string& algo) {
   // check
-  const PackedShape shape = check_strips(packed_weights, qtype, n, k);
+  const PackedShape shape = check_strips(packed_weights, qtype, n, k, up ? "gate" : "packed");
+  if (up) check_strips(*up, qtype, n, k, "up");
   check_device("x", x);
   const Real type = check_real("x", x.scalar_type());
   check_value(x.dim() >= 1 && x.size(x.dim() - 1) == k, "x: expected rows of ", k, " values, got shape ",
@@ -88,34 +106,52 @@ Tensor gemm_packed(Tensor x, Tensor packed_weights, int64_t qtype, int64_t n, in
     check_value(x.is_cuda() == t.is_cuda() && x.get_device() == t.get_device(), name, ": expected on ",
                 device_of(x), " as x is, got ", device_of(t));
   };
-  same_device("packed", packed_weights);
-  if (bias.has_value()) {
-    same_device("bias", *bias);
-    check_type(bias->scalar_type() == x.scalar_type(), "bias: expected ", dtype_name(x.scalar_type()),
-               " as x, got ", dtype_name(bias->scalar_type()));
-    check_value(bias->dim() == 1 && bias->size(0) == n, "bias: expected shape [", n, "], got ",
-                shape_of(*bias));
-  }
+  const auto as_x = [&](const char* name, const Tensor& t, const std::vector<int64_t>& sizes) {
+    same_device(name, t);
+    check_type(t.scalar_type() == x.scalar_type(), name, ": expected ", dtype_name(x.scalar_type()),
+               " as x, got ", dtype_name(t.scalar_type()));
+    bool same = t.dim() == static_cast<int64_t>(sizes.size());
+    for (int64_t i = 0; same && i < t.dim(); ++i) same = t.size(i) == sizes[static_cast<size_t>(i)];
+    check_value(same, name, ": expected shape ", shape_of(sizes), ", got ", shape_of(t));
+  };
+  const std::vector<int64_t> sizes = with_last_dim(x, n);
+  same_device(up ? "gate" : "packed", packed_weights);
+  if (up) same_device("up", *up);
+  if (bias) as_x("bias", *bias, {n});
+  if (residual) as_x("residual", *residual, sizes);
   int64_t m = 1;
   for (int64_t i = 0; i + 1 < x.dim(); ++i) m *= x.size(i);
   const PackedAlgo chosen = check_packed_algo(algo, {m, n, k, type, architecture_of(x)});
 
   // arguments and output
   const bool widen = !x.is_cuda() && type != Real::kFloat32;
-  const Tensor rows = packed(widen ? torch::stable::to(x, ScalarType::Float) : x),
-               strips = packed(packed_weights);
-  OptTensor added;
-  if (bias.has_value()) added = packed(widen ? torch::stable::to(*bias, ScalarType::Float) : *bias);
-  Tensor y = new_output("gemm_packed", rows, with_last_dim(x, n), rows.scalar_type());
-  const GemmPackedArgs args{rows.const_data_ptr(),
-                            strips.const_data_ptr<uint8_t>(),
-                            added ? added->const_data_ptr() : nullptr,
-                            y.mutable_data_ptr(),
-                            m,
-                            n,
-                            k,
-                            qtype,
-                            widen ? Real::kFloat32 : type};
+  const auto as_numbers = [&](const Tensor& t) {
+    return packed(widen ? torch::stable::to(t, ScalarType::Float) : t);
+  };
+  const Tensor rows = as_numbers(x), strips = packed(packed_weights);
+  OptTensor second, added, carried, gate;
+  if (up) second = packed(*up);
+  if (bias) added = as_numbers(*bias);
+  if (residual) carried = as_numbers(*residual);
+  Tensor y = new_output(op, rows, sizes, rows.scalar_type());
+  if (up && (!x.is_cuda() || chosen == PackedAlgo::kWgmma))
+    gate = new_output(op, rows, sizes, rows.scalar_type());
+  GemmPackedArgs args{rows.const_data_ptr(),
+                      strips.const_data_ptr<uint8_t>(),
+                      added ? added->const_data_ptr() : nullptr,
+                      y.mutable_data_ptr(),
+                      m,
+                      n,
+                      k,
+                      qtype,
+                      widen ? Real::kFloat32 : type};
+  args.residual = carried ? carried->const_data_ptr() : nullptr;
+  args.up_at = second ? second->const_data_ptr<uint8_t>() - args.packed : 0;
+  if (second && args.up_at == 0) {  // one tensor as both: two products all the same
+    second = torch::stable::clone(*second);
+    args.up_at = second->const_data_ptr<uint8_t>() - args.packed;
+  }
+  args.gate = gate ? gate->mutable_data_ptr() : nullptr;
 
   // run
   if (m == 0 || n == 0) return widen ? torch::stable::to(y, x.scalar_type()) : y;
@@ -125,9 +161,22 @@ Tensor gemm_packed(Tensor x, Tensor packed_weights, int64_t qtype, int64_t n, in
     return y;
   }
   if (k == 0) torch::stable::zero_(y);
-  if (k > 0) multiply_on_cpu(args, shape);
-  if (added) add_bias_on_cpu(args);
+  if (k == 0 && gate) torch::stable::zero_(*gate);
+  if (k > 0) multiply_packed_on_cpu(args, shape);
+  finish_on_cpu(args, static_cast<const float*>(args.gate));
   return widen ? torch::stable::to(y, x.scalar_type()) : y;
+}
+
+}  // namespace
+
+Tensor gemm_packed(Tensor x, Tensor packed_weights, int64_t qtype, int64_t n, int64_t k, OptTensor bias,
+                   std::string algo, OptTensor residual) {
+  return product("gemm_packed", x, packed_weights, std::nullopt, qtype, n, k, bias, residual, algo);
+}
+
+Tensor gemm_packed_gated(Tensor x, Tensor gate, Tensor up, int64_t qtype, int64_t n, int64_t k,
+                         std::string algo) {
+  return product("gemm_packed_gated", x, gate, up, qtype, n, k, std::nullopt, std::nullopt, algo);
 }
 
 }  // namespace quantgemm

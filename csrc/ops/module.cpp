@@ -14,8 +14,14 @@ STABLE_TORCH_LIBRARY(quantgemm, m) {
   m.def("pack(Tensor w, int qtype) -> Tensor");
   m.def("unpack(Tensor packed, int qtype, int n, int k) -> Tensor");
   m.def(
-      "gemm_packed(Tensor x, Tensor packed, int qtype, int n, int k, Tensor? bias=None, str algo='auto') "
-      "-> Tensor");
+      "gemm_packed(Tensor x, Tensor packed, int qtype, int n, int k, Tensor? bias=None, str algo='auto', "
+      "Tensor? residual=None) -> Tensor");
+  m.def(
+      "gemm_packed_gated(Tensor x, Tensor gate, Tensor up, int qtype, int n, int k, str algo='auto') -> "
+      "Tensor");
+  m.def(
+      "moe_gemm(Tensor x, Tensor packed, int qtype, int n, int k, Tensor expert_ids, Tensor? weights=None, "
+      "Tensor? bias=None, str algo='auto', Tensor? up=None) -> Tensor");
   m.def("embedding(Tensor ids, Tensor w, int qtype, ScalarType dtype=float) -> Tensor");
   m.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
   m.def("rotary(Tensor q, Tensor k, Tensor cos, Tensor sin) -> (Tensor q, Tensor k)");
@@ -65,6 +71,8 @@ void register_backend(torch::stable::detail::StableLibrary& m) {
   m.impl("pack", TORCH_BOX(&quantgemm::pack));
   m.impl("unpack", TORCH_BOX(&quantgemm::unpack));
   m.impl("gemm_packed", TORCH_BOX(&quantgemm::gemm_packed));
+  m.impl("gemm_packed_gated", TORCH_BOX(&quantgemm::gemm_packed_gated));
+  m.impl("moe_gemm", TORCH_BOX(&quantgemm::moe_gemm));
   m.impl("embedding", TORCH_BOX(&quantgemm::embedding));
   m.impl("rms_norm", TORCH_BOX(&quantgemm::rms_norm));
   m.impl("rotary", TORCH_BOX(&quantgemm::rotary));

@@ -1,0 +1,23 @@
+// SPDX-License-Identifier: MIT
+// What the products with packed weights share: the choice of an algorithm, its launch, and the CPU's way.
+#pragma once
+#include <cmath>
+#include <string>
+#include <utility>
+
+#include "../gemm_select.h"
+#include "launch_scope.h"
+#include "packed_checks.h"
+
+namespace quantgemm {
+
+PackedAlgo check_packed_algo(const std::string& name, const PackedProblem& problem);
+#ifdef QG_WITH_CUDA
+cudaError_t launch_gemm_packed(const std::pair<PackedAlgo, GemmPackedArgs>& job, cudaStream_t stream);
+#endif
+inline float silu_on_cpu(float x) { return x / (1.0f + std::exp(-x)); }
+
+// x and y are float32 here; without bias. With up, x · wᵀ goes to args.gate and x · upᵀ to y.
+void multiply_packed_on_cpu(const GemmPackedArgs& args, const PackedShape& shape);
+
+}  // namespace quantgemm
