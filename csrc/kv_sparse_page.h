@@ -149,10 +149,15 @@ struct SparseGroup {
 // magnitude, or of one and its double, is exact; so what was packed before has the same codes again.
 QG_HD uint16_t fit_sparse_group(const SparseGroup& g, int bits) {
   if (g.count == 0) return 0;
-  if (!(g.hi <= 3.4028235e38f)) return 0x7e00;  // NaN or infinity: all of the group is NaN
-  if (bits == 4) return float_to_half(g.lo == g.hi ? g.lo : g.hi / 7.0f);
-  if (g.hi <= 2.0f * g.lo) return float_to_half(g.lo);
-  return float_to_half(rounded_product(0.875f, (g.sum[0] + g.sum[1]) / static_cast<float>(g.count)));
+  float scale;
+  if (bits == 4)
+    scale = g.lo == g.hi ? g.lo : g.hi / 7.0f;
+  else if (g.hi <= 2.0f * g.lo)
+    scale = g.lo;
+  else
+    scale = rounded_product(0.875f, (g.sum[0] + g.sum[1]) / static_cast<float>(g.count));
+  // NaN, infinity, or more than a half can be: all of the group is NaN.
+  return g.hi <= 3.4028235e38f && scale < 65520.0f ? float_to_half(scale) : uint16_t{0x7e00};
 }
 
 }  // namespace quantgemm

@@ -130,6 +130,13 @@ def _no_more_autograd_than_needed(
     return torch._C._AutoDispatchBelowAutograd()  # type: ignore[no-any-return]
 
 
+def _without_gradients(name: str, *inputs: torch.Tensor | None) -> None:
+    """Says so, where autograd would drop a gradient or a tangent with a warning or none."""
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
+        raise NotImplementedError(f"{name} has no gradient: call it under torch.no_grad()")
+    _no_more_autograd_than_needed(name, *inputs)
+
+
 @register_fake("quantgemm::gemm")
 def _(x: torch.Tensor, w: torch.Tensor, qtype: int, algo: str = "auto") -> torch.Tensor:
     return x.new_empty([*x.shape[:-1], w.shape[0]])
@@ -207,8 +214,47 @@ def _register_autocast(device_type: str, key: str) -> None:
                 x, packed, qtype, n, k, bias, algo, residual
             )
 
-    _autocast_rules.impl("gemm", gemm_in_autocast, key)  # type: ignore[no-untyped-call]
-    _autocast_rules.impl("gemm_packed", packed_in_autocast, key)  # type: ignore[no-untyped-call]
+    def gated_in_autocast(
+        x: torch.Tensor,
+        gate: torch.Tensor,
+        up: torch.Tensor,
+        qtype: int,
+        n: int,
+        k: int,
+        algo: str = "auto",
+    ) -> torch.Tensor:
+        x = cast(x)
+        with torch.autocast(device_type, enabled=False):
+            return torch.ops.quantgemm.gemm_packed_gated(  # type: ignore[no-any-return]
+                x, gate, up, qtype, n, k, algo
+            )
+
+    def experts_in_autocast(
+        x: torch.Tensor,
+        packed: torch.Tensor,
+        qtype: int,
+        n: int,
+        k: int,
+        expert_ids: torch.Tensor,
+        weights: torch.Tensor | None = None,
+        bias: torch.Tensor | None = None,
+        algo: str = "auto",
+        up: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        x, bias = cast(x), bias if bias is None else cast(bias)
+        with torch.autocast(device_type, enabled=False):
+            return torch.ops.quantgemm.moe_gemm(  # type: ignore[no-any-return]
+                x, packed, qtype, n, k, expert_ids, weights, bias, algo, up
+            )
+
+    rules = {
+        "gemm": gemm_in_autocast,
+        "gemm_packed": packed_in_autocast,
+        "gemm_packed_gated": gated_in_autocast,
+        "moe_gemm": experts_in_autocast,
+    }
+    for name, rule in rules.items():
+        _autocast_rules.impl(name, rule, key)  # type: ignore[no-untyped-call]
 
 
 _register_autocast("cpu", "AutocastCPU")
@@ -327,8 +373,11 @@ def gemm_packed_gated(
 ) -> torch.Tensor:
     """``silu(x · gateᵀ) · (x · upᵀ)`` for two packed weights ``[n, k]`` of one type.
 
-    One launch with ``gemv`` and ``mma``, rounded once; three with ``wgmma``. No gradients.
+    One launch with ``gemv`` and ``mma``, rounded once; three with ``wgmma``, which round the gate
+    to x's dtype first (a float16 one below -65504 gives NaN). No gradients. When it starts to read
+    the weights, and what `torch.autocast` does: as for `gemm_packed`.
     """
+    _without_gradients("gemm_packed_gated", x)
     return torch.ops.quantgemm.gemm_packed_gated(  # type: ignore[no-any-return]
         x, gate, up, int(qtype), n, k, algo
     )
@@ -372,6 +421,7 @@ def moe_gemm(
     Tokens are put beside others of the same expert on the device: nothing waits for the GPU, and a
     CUDA graph can hold it. Sums may be added in another order for another batch. No gradients.
     """
+    _without_gradients("moe_gemm", x, weights, bias)
     return torch.ops.quantgemm.moe_gemm(  # type: ignore[no-any-return]
         x, packed, int(qtype), n, k, expert_ids, weights, bias, algo, up
     )

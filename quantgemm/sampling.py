@@ -38,6 +38,7 @@ class Steps(Protocol):
     """What `compile_decode` makes of a model: see `quantgemm.models.Decoder`."""
 
     max_tokens: int
+    kv: str | None
 
     def prepare(self, batch: int, tokens: int = 1) -> None: ...
     def read(self, prompts: Tensor) -> Tensor: ...
@@ -187,10 +188,11 @@ def speculative_generate(
     while active:
         device = prompts[0].device
         round_ = _Round(config, [ids[b] for b in active], active, device, draft_to_target, block)
+        count = min(num_drafts, max(ends[b] - len(ids[b]) for b in active) - 1)
         if isinstance(draft, NgramDraft):
-            round_.look_up(draft, num_drafts)
+            round_.look_up(draft, count)
         else:
-            round_.draft_with(readers[1], num_drafts)
+            round_.draft_with(readers[1], count)
         for b, new, drafted in zip(active, *round_.verify(readers[0]), strict=True):
             accepted = len(new) - 1
             end = next((i for i, token in enumerate(new) if token in ending), None)
@@ -220,9 +222,14 @@ class _StepReader:
     def __init__(self, decoder: Steps, sequences: int, most: int) -> None:
         if sequences != 1:
             raise ValueError(f"prompts: expected one for a compiled model, got {sequences}")
-        self.decoder, self.most = decoder, most
+        if decoder.kv is not None:
+            raise ValueError(
+                f"a compiled model: expected keys and values as they are, got kv={decoder.kv!r}: "
+                "refused drafts could not be forgotten"
+            )
+        self.decoder, self.most = decoder, min(most, decoder.max_tokens)
         self.read: list[int] = []
-        decoder.prepare(1, most)
+        decoder.prepare(1, self.most)
 
     def logits(self, b: int, ids: list[int], rows: int, device: torch.device) -> Tensor:
         """[rows, vocab] that follow the last `rows` tokens of the text."""

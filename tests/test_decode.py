@@ -133,6 +133,7 @@ def test_several_tokens_at_once_and_forgotten_ones(device: str, case: str) -> No
 @pytest.mark.parametrize("kind", ["ngram", "similar"])
 @pytest.mark.parametrize("config", [GREEDY, SamplingConfig(0.9, 20, 0.9, seed=5)])
 def test_speculation_with_recorded_steps(device: str, kind: str, config: SamplingConfig) -> None:
+    """However many tokens are left for the last step: the cache has room for the text alone."""
     model = tiny(device, dtype=torch.float16)
     draft: Any = NgramDraft()
     if kind == "similar":
@@ -152,6 +153,11 @@ def test_speculation_with_recorded_steps(device: str, kind: str, config: Samplin
     assert statistics.emitted == 40 and statistics.steps <= 40
     if kind == "similar" and config is GREEDY:
         assert statistics.tokens_per_step > 2
+    for count in (37, 38, 39, 40):
+        short = compile_decode(model, max_tokens=9 + count) if device == "cpu" else decoder
+        again = speculative_generate(short, draft, ids, count, 3, config)
+        assert again.tokens[0] == result.tokens[0][:count] or config is not GREEDY
+        assert len(again.tokens[0]) == count
     again = speculative_generate(decoder, draft, ids, 40, 3, config)
     assert again.tokens == result.tokens
 
@@ -240,6 +246,8 @@ def test_mistakes() -> None:
     with pytest.raises(ValueError, match=r"prompts: expected one for a compiled model, got 2"):
         speculative_generate(decoder, NgramDraft(), list(prompts("cpu", 2)), 3)
     packed = compile_decode(model, 64, kv="dense4", window=16)
+    with pytest.raises(ValueError, match=r"a compiled model: .* got kv='dense4'"):
+        speculative_generate(decoder, packed, prompts("cpu")[0], 3)
     with pytest.raises(NotImplementedError, match=r"tokens: expected 1 where .* are dense4, got 3"):
         packed.prepare(1, 3)
     with pytest.raises(ValueError, match=r"max_new_tokens: the cache holds 16 tokens, got 10 \+ 8"):

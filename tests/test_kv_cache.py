@@ -115,14 +115,15 @@ def test_attention(
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("form", ["dense4", "dense2"])
+@pytest.mark.parametrize("form", ["dense4", "dense2", "bitmap2", "4of8_4"])
 @pytest.mark.parametrize(
-    ("heads", "groups", "dim", "count", "window", "tokens"),
+    ("heads", "groups", "dim", "count", "sinks", "window", "tokens"),
     [
-        (2, 4, 128, 700, 128, 5),
-        (1, 7, 64, 16, 64, 16),
-        (2, 1, 256, 333, 2, 3),
-        (1, 3, 128, 90, 90, 4),
+        (2, 4, 128, 700, 1, 128, 5),
+        (1, 7, 64, 16, 1, 64, 16),
+        (2, 1, 256, 333, 1, 2, 3),
+        (1, 3, 128, 90, 0, 90, 4),
+        (1, 2, 64, 67, 0, 3, 3),  # all that is not packed is hidden from nobody
     ],
 )
 def test_several_tokens_ask(
@@ -130,6 +131,7 @@ def test_several_tokens_ask(
     groups: int,
     dim: int,
     count: int,
+    sinks: int,
     window: int,
     tokens: int,
     form: str,
@@ -137,7 +139,7 @@ def test_several_tokens_ask(
 ) -> None:
     """Each of the last tokens sees those before it and itself, whatever the others would give."""
     cache = SparseKVCache(
-        1, heads, dim, form, window=window, sinks=1, max_tokens=1024, batch=3, device=device
+        1, heads, dim, form, window=window, sinks=sinks, max_tokens=1024, batch=3, device=device
     )
     k, v = (x.to(device) for x in tokens_of(3, heads, count, dim))
     g = torch.Generator().manual_seed(1)

@@ -248,3 +248,44 @@ def test_errors_name_the_argument() -> None:
     for error, message, call in cases:
         with pytest.raises(error, match=message):
             call()
+
+
+@on_devices
+def test_autocast_and_gradients(device: str) -> None:
+    """In a region of another dtype x and bias are cast, and what has no gradient says so."""
+    fmt = FORMATS[QType.Q4_0]
+    packed, _ = experts_of(fmt, 3, 40, 64, device)
+    x = random_x(4, 64, dtype=torch.float32, device=device)
+    ids = random_ids(4, 2, 3, device)
+    bias = torch.randn(3, 40, device=device)
+    with torch.autocast(device, torch.bfloat16):
+        y = ops.moe_gemm(x, packed, QType.Q4_0, 40, 64, ids, bias=bias)
+        gated = ops.gemm_packed_gated(x, packed[0], packed[1], QType.Q4_0, 40, 64)
+    half = x.bfloat16()
+    want = ops.moe_gemm(half, packed, QType.Q4_0, 40, 64, ids, bias=bias.bfloat16())
+    assert torch.equal(y, want)
+    want = ops.gemm_packed_gated(half, packed[0], packed[1], QType.Q4_0, 40, 64)
+    assert torch.equal(gated, want)
+    x.requires_grad_()
+    with pytest.raises(NotImplementedError, match="moe_gemm has no gradient"):
+        ops.moe_gemm(x, packed, QType.Q4_0, 40, 64, ids)
+    with pytest.raises(NotImplementedError, match="gemm_packed_gated has no gradient"):
+        ops.gemm_packed_gated(x, packed[0], packed[1], QType.Q4_0, 40, 64)
+    with torch.no_grad():
+        assert not ops.moe_gemm(x, packed, QType.Q4_0, 40, 64, ids).requires_grad
+
+
+@pytest.mark.cuda
+def test_weights_that_are_copied_first() -> None:
+    """Views with gaps: the kernel, which reads weights early, must see the copy."""
+    fmt = FORMATS[QType.Q8_0]
+    x = random_x(1, 4096, dtype=torch.bfloat16, device="cuda")
+    for seed in range(5):
+        both = [
+            ops.pack(random_weights(fmt, 2048, 4096, "cuda", seed + i)[0], QType.Q8_0)
+            for i in (0, 1)
+        ]
+        mixed = torch.stack(both, 1)
+        got = ops.gemm_packed_gated(x, mixed[:, 0], mixed[:, 1], QType.Q8_0, 2048, 4096)
+        want = ops.gemm_packed_gated(x, *both, QType.Q8_0, 2048, 4096)
+        assert torch.equal(got, want)

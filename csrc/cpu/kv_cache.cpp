@@ -272,7 +272,7 @@ void attend(const KvAttentionArgs& args, int64_t sequence, int64_t head) {
 
 void append(const KvAppendArgs& args, int64_t sequence, int64_t head) {
   const KvCacheArgs& c = args.cache;
-  const int64_t before = c.lens[sequence];
+  const int64_t before = std::max<int64_t>(c.lens[sequence], 0);
   const int64_t count = args.counts ? std::clamp<int64_t>(args.counts[sequence], 0, args.count) : args.count;
   const SequenceParts old = parts_of(c, before), now = parts_of(c, before + count);
   const int64_t row = sequence * c.heads + head;

@@ -114,7 +114,8 @@ struct Appending {
 template <class Real16, int Channels, bool IsValue>
 __device__ __forceinline__ void append(const KvAppendArgs& args, void* room, bool pack, bool store) {
   const KvCacheArgs& c = args.cache;
-  const int64_t row = blockIdx.y, sequence = row / c.heads, before = c.lens[sequence];
+  const int64_t row = blockIdx.y, sequence = row / c.heads,
+                before = c.lens[sequence] < 0 ? 0 : c.lens[sequence];
   int64_t count = args.counts != nullptr ? args.counts[sequence] : args.count;
   count = count < 0 ? 0 : (count < args.count ? count : args.count);
   const SequenceParts old = parts_of(c, before), now = parts_of(c, before + count);

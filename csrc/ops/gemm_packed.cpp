@@ -152,6 +152,13 @@ Tensor product(const char* op, const Tensor& x, const Tensor& packed_weights, co
     args.up_at = second->const_data_ptr<uint8_t>() - args.packed;
   }
   args.gate = gate ? gate->mutable_data_ptr() : nullptr;
+  // The kernel reads weights before the launch in front of it has ended, which must not be their copy.
+  const bool is_copy = strips.const_data_ptr() != packed_weights.const_data_ptr() ||
+                       (up && second->const_data_ptr() != up->const_data_ptr());
+  if (is_copy && x.is_cuda()) {
+    Tensor between = new_output(op, rows, {1}, ScalarType::Byte);
+    torch::stable::zero_(between);
+  }
 
   // run
   if (m == 0 || n == 0) return widen ? torch::stable::to(y, x.scalar_type()) : y;

@@ -155,10 +155,11 @@ std::tuple<Tensor, Tensor> sparse_kv_attention(Tensor query, Tensor key_pages, T
   const int64_t heads = query.size(1), groups = c.heads == 0 ? 0 : heads / c.heads;
   check_value(c.heads > 0 && heads % c.heads == 0 && groups >= 1 && groups <= 16,
               "query: expected 1 to 16 query heads for each of ", c.heads, " key-value heads, got ", heads);
-  const int64_t most = window + 1 < 16 ? window + 1 : 16;
+  // So that nothing is packed that one of them must not see, and each sees one of the latest 16.
+  const int64_t seen = window + (sinks > 0), most = seen < 1 ? 1 : (seen < 16 ? seen : 16);
   args.tokens = query.dim() == 4 ? query.size(2) : 1;
   check_value(args.tokens >= 1 && args.tokens <= most, "query: expected 1 to ", most,
-              " tokens, no more than 16 and one more than the window, got ", args.tokens);
+              " tokens, no more than 16 and the window (one more with sinks), got ", args.tokens);
   args.groups = groups * args.tokens;
   const Tensor rows = packed(query);
   std::vector<int64_t> sizes{c.batch, heads}, lse_sizes{c.batch, heads};

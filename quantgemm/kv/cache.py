@@ -43,10 +43,10 @@ def sparse_kv_attention(
     """Softmax attention of each sequence's last token: query ``[batch, query heads, head_dim]``.
 
     Or of the last tokens, each of which sees those before it and itself: query ``[batch, query
-    heads, tokens, head_dim]``, at most 16 tokens and no more than one more than the window. lens:
-    int64 ``[batch]``, tokens of each sequence, on the device. Returns out like query and lse
-    float32 ``[batch, query heads(, tokens)]``; an empty sequence gives zeros and minus infinity.
-    The other tensors are those of a `SparseKVCache`.
+    heads, tokens, head_dim]``, no more tokens than 16 and the window (one more with sinks).
+    lens: int64 ``[batch]``, tokens of each sequence, on the device. Returns out like query and
+    lse float32 ``[batch, query heads(, tokens)]``; an empty sequence gives zeros and minus
+    infinity. The other tensors are those of a `SparseKVCache`.
     """
     return torch.ops.quantgemm.sparse_kv_attention(  # type: ignore[no-any-return]
         query,
@@ -68,7 +68,7 @@ def sparse_kv_attention(
 
 @register_fake("quantgemm::sparse_kv_attention")
 def _(query: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(query), query.new_empty(query.shape[:-1], dtype=torch.float32)
+    return query.new_empty(query.shape), query.new_empty(query.shape[:-1], dtype=torch.float32)
 
 
 @register_fake("quantgemm::sparse_kv_append")
@@ -196,6 +196,7 @@ class SparseKVCache:
     def _measure(self, means: Tensor, keys: Tensor, values: Tensor, counts: Tensor | None) -> None:
         """The means of sequences that begin here. Any others would do, but for the rounding."""
         begins = self.lens == 0
+        counts = None if counts is None else counts.clamp(0, keys.shape[2])
         for mean, x in zip(means, (keys, values), strict=True):
             if counts is None:
                 new = x.mean(2, dtype=torch.float32)
@@ -271,6 +272,8 @@ class SparseKVCache:
         before = int(self.lens[sequence])
         if not 0 <= tokens <= before:
             raise ValueError(f"tokens: the sequence has {before}, got {tokens}")
+        if tokens == 0:
+            return self.reset(sequence)
         old, new = self._num_pages(before), self._num_pages(tokens)
         end = max(new * PAGE, min(old * PAGE, tokens - self.sinks))
         positions = torch.arange(new * PAGE, end)
@@ -299,6 +302,8 @@ class SparseKVCache:
         """Empties a sequence, so that another one can begin in its place."""
         self.lens[sequence] = 0
         self._most[sequence] = 0
+        if self.means is not None:
+            self.means[:, :, sequence] = 0
 
     @property
     def num_bytes(self) -> int:

@@ -254,7 +254,11 @@ class _Texts:
 
             step = _Step(self, count)
             if self.positions.is_cuda:
-                step.record(restore)
+                try:
+                    step.record(restore)
+                except BaseException:
+                    restore()
+                    raise
             self.steps[count] = step
         return self.steps[count]
 
@@ -304,33 +308,42 @@ class _Step:
         texts = self.texts
         for layer in texts.cache.layers:
             layer.is_step = True
-        out = texts.model(
-            self.ids,
-            attention_mask=self.mask,
-            position_ids=texts.positions + self.places,
-            past_key_values=texts.cache,
-            use_cache=True,
-        )
-        for layer in texts.cache.layers:
-            layer.is_step = False
+        try:
+            out = texts.model(
+                self.ids,
+                attention_mask=self.mask,
+                position_ids=texts.positions + self.places,
+                past_key_values=texts.cache,
+                use_cache=True,
+            )
+        finally:
+            for layer in texts.cache.layers:
+                layer.is_step = False
         texts.positions += len(self.places)
         logits: torch.Tensor = out.logits
         return logits
 
     def record(self, restore: Callable[[], None]) -> None:
         """restore: undoes what a run does to the texts."""
+
+        def run() -> torch.Tensor:
+            # The slots behind max_tokens have room for what is not to stay.
+            for layer in self.texts.cache.layers:
+                layer.count(-min(len(self.places), layer.tokens))
+            return self.run()
+
         device = self.ids.device
         side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream(device))
         with torch.no_grad(), torch.cuda.device(device):
             with torch.cuda.stream(side):
                 for _ in range(2):  # what is set up at a first call must not be recorded
-                    self.run()
+                    run()
                     restore()
             torch.cuda.current_stream().wait_stream(side)
             self.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph, stream=side):
-                self.logits = self.run()
+                self.logits = run()
             restore()
 
 
