@@ -132,6 +132,7 @@ cudaError_t launch_kind(const KvAttentionArgs& args, int warps, cudaStream_t str
 struct AttentionCut {
   int64_t split;
   int warps;
+  bool is_full;  // as many blocks as fit, not fewer for want of pages
 };
 // No more than one wave of blocks, and a page or more for each warp.
 AttentionCut attention_cut(const KvAttentionArgs& args, const Device& device, int warps) {
@@ -142,14 +143,17 @@ AttentionCut attention_cut(const KvAttentionArgs& args, const Device& device, in
   const int64_t rows = c.batch * c.heads * ((args.groups + 7) / 8);
   const int64_t wave = blocks * device.multiprocessors / (rows > 0 ? rows : 1);
   const int64_t most = (c.max_pages + c.recent / kPageTokens + warps) / warps;
-  return {wave < most ? wave : most, warps};
+  return {wave < most ? wave : most, warps, wave <= most};
 }
-// Large blocks have fewer parts to merge, with one part nothing; small ones leave fewer warps over.
+// Large blocks have fewer parts to merge, with one part nothing. Small ones leave fewer warps over, and
+// where pages are few no multiprocessor has two blocks' warps while others have one block's.
 AttentionCut attention_cut(const KvAttentionArgs& args, const Device& device) {
   AttentionCut small = attention_cut(args, device, kMostWarps / 2);
   if (small.split < 1) small.split = 1;
   const AttentionCut large = attention_cut(args, device, kMostWarps);
-  return args.cache.channels < 256 && large.split >= 1 && 2 * large.split >= small.split ? large : small;
+  const bool is_large =
+      args.cache.channels < 256 && large.is_full && large.split >= 1 && 2 * large.split >= small.split;
+  return is_large ? large : small;
 }
 
 }  // namespace
