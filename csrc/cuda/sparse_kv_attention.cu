@@ -140,7 +140,8 @@ AttentionCut attention_cut(const KvAttentionArgs& args, const Device& device, in
   int64_t blocks = device.shared_per_multiprocessor / (attention_shared(c, warps) + kStaticShared);
   const int64_t most_blocks = resident_warps(c.channels) / warps;
   blocks = blocks < most_blocks ? blocks : most_blocks;
-  const int64_t rows = c.batch * c.heads * ((args.groups + 7) / 8);
+  // As for one token: the sums of several are the same bit for bit.
+  const int64_t rows = c.batch * c.heads * ((args.groups / args.tokens + 7) / 8);
   const int64_t wave = blocks * device.multiprocessors / (rows > 0 ? rows : 1);
   const int64_t most = (c.max_pages + c.recent / kPageTokens + warps) / warps;
   return {wave < most ? wave : most, warps, wave <= most};
