@@ -132,7 +132,8 @@ int64_t sparse_kv_attention_split(const KvAttentionArgs& args) {
   int64_t blocks = device.shared_per_multiprocessor / (shared + 256 + kReservedShared);
   const int64_t most_blocks = attention_blocks(c.channels);
   blocks = blocks < 1 ? 1 : (blocks < most_blocks ? blocks : most_blocks);
-  const int64_t rows = c.batch * c.heads * ((args.groups + 7) / 8);
+  // As for one token: the sums of several are the same bit for bit.
+  const int64_t rows = c.batch * c.heads * ((args.groups / args.tokens + 7) / 8);
   const int64_t wave = blocks * device.multiprocessors / (rows > 0 ? rows : 1);
   const int64_t most = (c.max_pages + c.recent / kPageTokens + 4) / 4;
   const int64_t split = wave < most ? wave : most;

@@ -39,8 +39,8 @@ __global__ void __launch_bounds__(kAttentionThreads, attention_blocks(Channels))
   wait_for_previous_kernel();
   const SequenceParts parts = parts_of(c, c.lens[sequence]);
 
-  // Pages and recent tokens in equal parts to the warps of all splits. (All recent tokens to the first
-  // warps, with fewer pages, is slower: 16 after 16 of them come from far away.)
+  // Pages in equal parts to the warps of all splits, recent tokens by 16 to one block after the other. (All
+  // recent tokens to the first warps, with fewer pages, is slower: 16 after 16 of them come from far away.)
   const int64_t warps = args.split * kAttentionWarps,
                 own = int64_t{blockIdx.x} * kAttentionWarps + warp_index;
   const int begin = static_cast<int>(parts.pages * own / warps),
@@ -58,12 +58,14 @@ __global__ void __launch_bounds__(kAttentionThreads, attention_blocks(Channels))
   __syncthreads();  // queries and tables
   const int first_slot = static_cast<int>(parts.ring_first % ring_slots(c));
   const int recent = static_cast<int>(parts.sinks + parts.ring_end - parts.ring_first);
-  const int64_t chunks = (recent + 15) / 16;
-  const int first = static_cast<int>(chunks * own / warps),
-            last = static_cast<int>(chunks * (own + 1) / warps);
+  // By turns and, where there are no pages, from the first on: then 16 tokens are the same warp's however
+  // many come after them, and a sum is the same bit for bit. Before pages the last 16 are complete
+  // (add_recent).
+  const int beyond = parts.pages > 0 ? -recent & 15 : 0;
 #pragma unroll 1
-  for (int i = first; i < last; ++i)
-    warp.add_recent(parts, first_slot, recent - 16 * (static_cast<int>(chunks) - i), recent);
+  for (int i = 16 * static_cast<int>(warp_index * args.split + blockIdx.x) - beyond; i < recent;
+       i += 16 * static_cast<int>(warps))
+    warp.add_recent(parts, first_slot, i, recent);
   warp.begin_pages();
 #pragma unroll 1
   for (int i = begin; i < end; ++i) {
@@ -86,7 +88,7 @@ __global__ void __launch_bounds__(kAttentionThreads, attention_blocks(Channels))
     for (int step = 4; step < 32; step *= 2) warp.mass[j] += __shfl_xor_sync(~0u, warp.mass[j], step);
     const int column = warp.lane % 4 * 2 + j;
     if (warp.lane < 4) {
-      maxima[warp_index][column] = warp.is_empty ? -INFINITY : warp.maximum[j];
+      maxima[warp_index][column] = warp.mass[j] == 0.0f ? -INFINITY : warp.maximum[j];
       masses[warp_index][column] = warp.mass[j];
     }
     const float shift = warp.shifts[0][j] + warp.shifts[1][j + 2];
