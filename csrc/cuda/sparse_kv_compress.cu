@@ -115,7 +115,7 @@ struct CompressBlock {
   static constexpr int kParts = 2 * kThreads / Channels;  // of a pair of key tiles, one per thread
   static constexpr int kEach = Channels < kThreads ? 1 : Channels / kThreads;  // tiles of a thread
   static constexpr int kWords = Channels * kTile * 4 / 32;                     // of codes, at most
-  alignas(16) uint16_t x[kTile * kStride];                                     // [64, Channels], pruned
+  alignas(16) uint16_t x[(kTile + 1) * kStride];  // [64, Channels], pruned; pack may read one more
   union {
     struct {
       uint64_t bitmaps[Channels];
