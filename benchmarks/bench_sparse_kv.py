@@ -211,6 +211,42 @@ def compression_rows(
                 }
 
 
+def packing_rows(bandwidth: float, shapes: list[tuple[int, int]]) -> Iterator[dict[str, Any]]:
+    """A prompt into an empty cache: its launches, and the step in which a page leaves the ring."""
+    for batch, tokens in shapes:
+        k, v = (dense_cache(batch, tokens, i).view(batch, HEADS, tokens, DIM) for i in (0, 1))
+        for name, (form, sparsity) in CACHES.items():
+            cache = SparseKVCache(
+                1,
+                HEADS,
+                DIM,
+                form,
+                sparsity=sparsity,
+                max_tokens=tokens + 256,
+                batch=batch,
+                device="cuda",
+            )
+            timing = time_gpu([partial(cache.append, 0, k, v)])  # lengths stay as they are
+            keep = kv.kept_values(sparsity, DIM)
+            page = 4 * PAGE * DIM + sum(page_bytes(form, DIM, keep, x) for x in (False, True))
+            need = (tokens - cache.sinks - cache.window) // PAGE * batch * HEADS * page
+            one = torch.zeros(batch, HEADS, 1, DIM, device="cuda", dtype=torch.float16)
+            cache.append(0, k[:, :, :323], v[:, :, :323])
+            cache.advance(
+                323
+            )  # the next token makes a page of 64 behind 4 sinks and 128 recent ones
+            yield {
+                "B": batch,
+                "T": tokens,
+                "format": name,
+                "us": timing.median,
+                "low": timing.low,
+                "high": timing.high,
+                "of_copy": need / bandwidth * 1e6 / timing.median,
+                "step_us": time_gpu([partial(cache.append, 0, one, one)] * 20).median,
+            }
+
+
 def rival_rows(shapes: list[tuple[int, int]]) -> Iterator[dict[str, Any]]:
     """FlexAttention, compiled; transformers' own quantised cache, which unpacks all of a layer."""
     from torch.nn.attention.flex_attention import flex_attention
@@ -321,7 +357,7 @@ def plot(rows: list[dict[str, Any]], folder: Path) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    names = ("cache", "container", "compression")
+    names = ("cache", "container", "compression", "packing")
     parser.add_argument("--quick", action="store_true", help="two shapes, three containers")
     parser.add_argument("--only", nargs="*", choices=names, default=names, help="these tables")
     parser.add_argument("--rivals", action="store_true", help="FlexAttention and others as well")
@@ -341,6 +377,7 @@ def main() -> int:
         "kv_cache": native_rows(shapes),
         "sparse_kv_attention": attention_rows(shapes, settings),
         "sparse_kv_compression": compression_rows(bandwidth, SHAPES[1:2], settings),
+        "kv_packing": packing_rows(bandwidth, SHAPES[1:2]),
     }
     wanted = {
         n: t for (n, t), short in zip(tables.items(), names, strict=True) if short in options.only

@@ -2,6 +2,7 @@
 // New tokens into the native key-value cache (kv_page.h): a block packs the keys or the values of one page
 // of one head, staged in shared memory; the last block of a head puts the new tokens into the ring.
 #include "../kv_page.h"
+#include "dependent_launch.cuh"
 #include "launch.h"
 #include "memory.cuh"
 #include "sparse_kv_pack.cuh"
@@ -11,44 +12,6 @@ namespace {
 
 constexpr int kThreads = kPackThreads;
 
-template <int Channels>
-struct DenseRoom {
-  static constexpr int kStride = Channels + 2;  // an odd number of banks between tokens
-  alignas(4) uint16_t x[kPageTokens * kStride];
-  PageFit fits[Channels < kPageTokens ? kPageTokens : Channels];
-};
-
-// x[token · stride + channel] to a page; rows are tokens for keys and channels for values.
-template <class Real16, int Channels, int Bits, bool IsValue>
-__device__ void pack_dense(DenseRoom<Channels>& room, uint8_t* page) {
-  constexpr int kRows = IsValue ? Channels : kPageTokens, kColumns = IsValue ? kPageTokens : Channels;
-  constexpr int kStride = room.kStride, kPerHalf = 16 / Bits;
-  const uint16_t* x = room.x;
-  PageFit* fits = room.fits;
-  const auto at = [&](int row, int k) {
-    return to_float(Real16{IsValue ? x[k * kStride + row] : x[row * kStride + k]});
-  };
-  auto* stored = reinterpret_cast<uint16_t*>(page + page_codes_bytes(Channels, Bits));
-  for (int k = static_cast<int>(threadIdx.x); k < kColumns; k += kThreads) {
-    const PageFit fit = fit_page_group([&](int row) { return at(row, k); }, kRows, Bits);
-    fits[k] = fit;
-    stored[fit_place(k)] = fit.scale, stored[kColumns + fit_place(k)] = fit.shift;
-  }
-  __syncthreads();  // fits
-  for (int w = static_cast<int>(threadIdx.x); w < 2 * Channels * Bits; w += kThreads) {
-    const CodeOrigin origin = code_origin(w, kColumns, Bits);
-    uint32_t word = 0;
-#pragma unroll
-    for (int odd = 0; odd < 2; ++odd) {
-      const PageCoder coder(fits[origin.k + odd], Bits);
-#pragma unroll
-      for (int i = 0; i < kPerHalf; ++i)
-        word |= static_cast<uint32_t>(coder.code(at(origin.row + 8 * i, origin.k + odd)))
-                << (16 * odd + Bits * i);
-    }
-    reinterpret_cast<uint32_t*>(page)[w] = word;
-  }
-}
 // Less the means, in float.
 template <class Real16>
 __device__ __forceinline__ uint32_t centred(uint32_t pair, uint32_t mean, Real16) {
@@ -83,36 +46,50 @@ struct Appending {
     return centred(v, __ldg(static_cast<const uint4*>(c.means) + mean * kVectors + i), Real16{});
   }
 
+  __device__ __forceinline__ uint4 vector(int64_t position, int i) const {
+    return position < before ? recent(position)[i] : added(position - before, i);
+  }
+
   // The 64 tokens from a position on, where they are before anything has moved.
-  __device__ void pack(void* room, int64_t first, PageFormat format, uint8_t* page) const {
+  __device__ __forceinline__ void pack_dense(void* room, int64_t first, int bits, uint8_t* page) const {
+    using Packer = DensePacker<Real16, Channels>;
+    const int thread = static_cast<int>(threadIdx.x);
+    Packer packer{*static_cast<typename Packer::Room*>(room), page, thread};
+    constexpr int kEach = kPageTokens * kVectors / kThreads;
+    if (first >= before && args.cache.means == nullptr) {  // a prompt's
+      const auto* from = static_cast<const uint4*>(IsValue ? args.values : args.keys) +
+                         (row * args.count + first - before) * kVectors + thread;
+      uint4 v[kEach];
+#pragma unroll
+      for (int j = 0; j < kEach; ++j) v[j] = __ldcs(from + j * kThreads);
+#pragma unroll
+      for (int j = 0; j < kEach; ++j) packer.put(thread + j * kThreads, v[j]);
+    } else {
+#pragma unroll 1
+      for (int i = thread; i < kPageTokens * kVectors; i += kThreads)
+        packer.put(i, vector(first + i / kVectors, i % kVectors));
+    }
+    packer.template run<IsValue>(bits);
+  }
+  __device__ __forceinline__ void pack_sparse(void* room, int64_t first, PageFormat format,
+                                              uint8_t* page) const {
     const int thread = static_cast<int>(threadIdx.x), token = thread / 2, half = thread % 2;
     uint32_t pairs[Channels / 4];
 #pragma unroll
     for (int i = 0; i < kVectors / 2; ++i) {
-      const int64_t position = first + token, index = position - before;
-      const uint4 v = index < 0 ? recent(position)[2 * i + half] : added(index, 2 * i + half);
+      const uint4 v = vector(first + token, 2 * i + half);
       pairs[4 * i] = v.x, pairs[4 * i + 1] = v.y, pairs[4 * i + 2] = v.z, pairs[4 * i + 3] = v.w;
     }
-    if (format.kind != PageKind::kDense) {
-      using Packer = SparsePacker<Real16, Channels, IsValue>;
-      Packer{*static_cast<typename Packer::Room*>(room), format, page, thread}.run(pairs);
-      return;
-    }
-    auto& dense = *static_cast<DenseRoom<Channels>*>(room);
-#pragma unroll
-    for (int i = 0; i < Channels / 4; ++i)
-      *reinterpret_cast<uint32_t*>(dense.x + token * dense.kStride + (i / 4 * 2 + half) * 8 + i % 4 * 2) =
-          pairs[i];
-    __syncthreads();  // x
-    format.bits == 2 ? pack_dense<Real16, Channels, 2, IsValue>(dense, page)
-                     : pack_dense<Real16, Channels, 4, IsValue>(dense, page);
+    using Packer = SparsePacker<Real16, Channels, IsValue>;
+    Packer{*static_cast<typename Packer::Room*>(room), format, page, thread}.run(pairs);
   }
 };
 
-// Grid: (pages that may become full + 1, sequences · heads, keys or values). Both steps in one launch only
-// where no new token takes the slot of one that is being packed: one token at a time.
-template <class Real16, int Channels, bool IsValue>
-__device__ __forceinline__ void append(const KvAppendArgs& args, void* room, bool pack, bool store) {
+// Grid: (pages that may become full and blocks that store, sequences · heads, keys or values, or the latter
+// alone). Both steps in one launch only where no new token takes the slot of one that is being packed: one
+// token at a time.
+template <class Real16, int Channels, bool IsValue, bool IsDense>
+__device__ __forceinline__ void append(const KvAppendArgs& args, void* room, int pages) {
   const KvCacheArgs& c = args.cache;
   const int64_t row = blockIdx.y, sequence = row / c.heads,
                 before = c.lens[sequence] < 0 ? 0 : c.lens[sequence];
@@ -120,15 +97,16 @@ __device__ __forceinline__ void append(const KvAppendArgs& args, void* room, boo
   count = count < 0 ? 0 : (count < args.count ? count : args.count);
   const SequenceParts old = parts_of(c, before), now = parts_of(c, before + count);
   const Appending<Real16, Channels, IsValue> appending{args, row, before};
-  if (blockIdx.x == gridDim.x - 1) {
-    if (!store) return;
+  if (static_cast<int>(blockIdx.x) >= pages) {
     // Those that stay: sinks, and what no page has.
     constexpr int kVectors = appending.kVectors;
     const int64_t behind = c.sinks + now.ring_first, first_kept = behind > before ? behind - before : 0;
     const int64_t sinks =
         before < c.sinks ? (c.sinks - before < first_kept ? c.sinks - before : first_kept) : 0;
     const int64_t kept = sinks + (count > first_kept ? count - first_kept : 0);
-    for (int64_t i = threadIdx.x; i < kept * kVectors; i += kThreads) {
+    const int64_t blocks = gridDim.x - pages;
+    for (int64_t i = (blockIdx.x - pages) * kThreads + threadIdx.x; i < kept * kVectors;
+         i += blocks * kThreads) {
       const int64_t k = i / kVectors, index = k < sinks ? k : first_kept + k - sinks;
       if (index >= count) break;
       const int vector = static_cast<int>(i % kVectors);
@@ -137,51 +115,83 @@ __device__ __forceinline__ void append(const KvAppendArgs& args, void* room, boo
     return;
   }
   const int64_t index = old.pages + blockIdx.x;
-  if (!pack || index >= now.pages) return;
+  if (index >= now.pages) return;
   const int64_t page = c.page_table[sequence * c.max_pages + index];
   if (page < 0 || page >= c.num_pages) return;
   const PageFormat format = IsValue ? c.value_format : c.key_format;
   const int64_t bytes = IsValue ? value_page_bytes(Channels, format) : key_page_bytes(Channels, format);
-  appending.pack(room, c.sinks + index * kPageTokens, format,
-                 (IsValue ? c.value_pages : c.key_pages) + (page * c.heads + row % c.heads) * bytes);
+  uint8_t* to = (IsValue ? c.value_pages : c.key_pages) + (page * c.heads + row % c.heads) * bytes;
+  const int64_t first = c.sinks + index * kPageTokens;
+  if constexpr (IsDense)
+    appending.pack_dense(room, first, format.bits, to);
+  else
+    appending.pack_sparse(room, first, format, to);
 }
 
 template <class Real16, int Channels>
-union PackRoom {
-  DenseRoom<Channels> dense;
+union SparseRoom {
   typename SparsePacker<Real16, Channels, false>::Room keys;
   typename SparsePacker<Real16, Channels, true>::Room values;
 };
 
-template <class Real16, int Channels>
-__global__ void __launch_bounds__(kThreads) append_kernel(KvAppendArgs args, bool pack, bool store) {
-  __shared__ alignas(16) uint8_t room[sizeof(PackRoom<Real16, Channels>)];
-  if (blockIdx.z == 0)
-    append<Real16, Channels, false>(args, room, pack, store);
+// Of a multiprocessor: as many as registers are there for without many spills.
+template <int Channels, bool IsDense>
+constexpr int kBlocks = IsDense ? 7 : (Channels == 64 ? 8 : (Channels == 128 ? 5 : 2));
+
+template <class Real16, int Channels, bool IsDense>
+__global__ void __launch_bounds__(kThreads, kBlocks<Channels, IsDense>)
+    append_kernel(KvAppendArgs args, int pages, unsigned first_side) {
+  using Room =
+      std::conditional_t<IsDense, typename DensePacker<Real16, Channels>::Room, SparseRoom<Real16, Channels>>;
+  __shared__ alignas(16) uint8_t room[sizeof(Room)];
+  wait_for_previous_kernel();
+  let_next_kernel_start();
+  if (first_side + blockIdx.z == 0)
+    append<Real16, Channels, false, IsDense>(args, room, pages);
   else
-    append<Real16, Channels, true>(args, room, pack, store);
+    append<Real16, Channels, true, IsDense>(args, room, pages);
 }
 
 }  // namespace
 
 cudaError_t launch_sparse_kv_append(const KvAppendArgs& args, cudaStream_t stream) {
   const KvCacheArgs& c = args.cache;
-  const auto launch = [&](bool pack, bool store) {
-    const int64_t pages = pack ? args.count / kPageTokens + 1 : 0;
-    const dim3 grid(static_cast<unsigned>(pages + 1), static_cast<unsigned>(c.batch * c.heads), 2);
+  Device device;
+  cudaError_t status = device.read();
+  const auto launch_sides = [&](int64_t pages, int64_t stores, unsigned first_side, unsigned sides,
+                                PageKind kind) {
+    const dim3 grid(static_cast<unsigned>(pages + stores), static_cast<unsigned>(c.batch * c.heads), sides);
+    const DependentLaunch launch(grid, kThreads, device, stream);
+    const auto launch_kind = [&](auto channels, auto dense) {
+      const auto kernel = c.type == Real::kFloat16 ? append_kernel<Half, channels.value, dense.value>
+                                                   : append_kernel<BFloat16, channels.value, dense.value>;
+      if (status == cudaSuccess)
+        status = cudaLaunchKernelEx(&launch.config, kernel, args, static_cast<int>(pages), first_side);
+    };
     const auto launch_of = [&](auto channels) {
-      const auto kernel = c.type == Real::kFloat16 ? append_kernel<Half, channels.value>
-                                                   : append_kernel<BFloat16, channels.value>;
-      kernel<<<grid, kThreads, 0, stream>>>(args, pack, store);
+      kind == PageKind::kDense ? launch_kind(channels, std::true_type{})
+                               : launch_kind(channels, std::false_type{});
     };
     if (c.channels == 64) launch_of(std::integral_constant<int, 64>{});
     if (c.channels == 128) launch_of(std::integral_constant<int, 128>{});
     if (c.channels == 256) launch_of(std::integral_constant<int, 256>{});
-    return cudaGetLastError();
   };
-  if (args.count == 1) return launch(true, true);
-  const cudaError_t status = launch(true, false);
-  return status == cudaSuccess ? launch(false, true) : status;
+  const PageKind key_kind = c.key_format.kind, value_kind = c.value_format.kind;
+  const bool alike = (key_kind == PageKind::kDense) == (value_kind == PageKind::kDense);
+  const auto launch = [&](int64_t pages, int64_t stores) {
+    launch_sides(pages, stores, 0, alike ? 2 : 1, key_kind);
+    if (!alike) launch_sides(pages, stores, 1, 1, value_kind);
+  };
+  const int64_t pages = args.count / kPageTokens + 1;
+  if (args.count == 1) {
+    launch(pages, 1);
+    return status;
+  }
+  launch(pages, 0);
+  // A block stores a few vectors for each thread, of what at most stays.
+  const int64_t kept = args.count < c.recent ? args.count : c.recent;
+  launch(0, kept / 32 + 1);
+  return status;
 }
 
 }  // namespace quantgemm

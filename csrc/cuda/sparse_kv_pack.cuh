@@ -1,15 +1,13 @@
 // SPDX-License-Identifier: MIT
-// One page of the native cache by a thread block: 64 tokens of a head, keys or values, to kv_page.h (dense)
-// or kv_sparse_page.h. Two lanes of a warp load a token, prune it and put it to shared memory; scales and
-// codes are made from there.
+// One sparse page of the native cache (kv_sparse_page.h) by a thread block: 64 tokens of a head. Two lanes of
+// a warp load a token, prune it and put it to shared memory; scales and codes are made from there.
 #pragma once
 #include "../kv_page.h"
 #include "memory.cuh"
+#include "sparse_kv_pack_dense.cuh"
 #include "sparse_kv_prune.cuh"
 
 namespace quantgemm {
-
-inline constexpr int kPackThreads = 2 * kPageTokens;
 
 // Extremes, sum and number of two channels' magnitudes, or of every other value of a token, side by side.
 template <class Real16>
@@ -40,7 +38,8 @@ __device__ __forceinline__ uint16_t fit_sums(uint32_t lo, uint32_t hi, int count
 }
 
 // All but the four largest magnitudes of eight values become zero; of equal ones the first stay.
-__device__ __forceinline__ void keep_four(uint32_t* w) {
+__device__ __noinline__ uint4 first_four(uint4 values) {
+  uint32_t w[4] = {values.x, values.y, values.z, values.w};
   int a[4], b[4];  // magnitude, then the first ones first
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
@@ -62,6 +61,31 @@ __device__ __forceinline__ void keep_four(uint32_t* w) {
 #pragma unroll
   for (int i = 0; i < 4; ++i)
     w[i] &= (own[2 * i] >= fourth ? 0xffffu : 0u) | (own[2 * i + 1] >= fourth ? 0xffff0000u : 0u);
+  return make_uint4(w[0], w[1], w[2], w[3]);
+}
+// The same, quick where the fourth is larger than the fifth: values side by side in pairs.
+__device__ __forceinline__ void keep_four(uint32_t* w) {
+  uint32_t v[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) v[i] = w[i] & 0x7fff7fffu;
+  const auto order = [&](int i, int j) {
+    const uint32_t larger = __vmaxu2(v[i], v[j]);
+    v[j] = __vminu2(v[i], v[j]), v[i] = larger;
+  };
+  order(0, 1), order(2, 3), order(0, 2), order(1, 3), order(1, 2);  // even and odd ones by themselves
+  const auto other = [](uint32_t x) { return __byte_perm(x, x, 0x1032); };
+  const uint32_t third = other(v[3]), second = other(v[2]);
+  uint32_t fourth = __vminu2(__vmaxu2(v[0], third), __vmaxu2(v[1], second));
+  uint32_t fifth = __vmaxu2(__vminu2(v[0], third), __vminu2(v[1], second));
+  fourth = __vminu2(fourth, other(fourth)), fifth = __vmaxu2(fifth, other(fifth));
+  if ((fourth == fifth && fourth != 0) || fourth > 0x7c007c00u) {  // or no numbers, see Pruning
+    const uint4 kept = first_four(make_uint4(w[0], w[1], w[2], w[3]));
+    w[0] = kept.x, w[1] = kept.y, w[2] = kept.z, w[3] = kept.w;
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < 4; ++i)
+    w[i] &= __hgeu2_mask(__habs2(bit_cast<__half2>(w[i])), bit_cast<__half2>(fourth));
 }
 
 template <class Real16, int Channels, bool IsValue>
@@ -102,8 +126,7 @@ struct SparsePacker {
     } else if (format.keep < Channels) {
       Pruning<kWords> pruning;
       pruning.find(pairs, format.keep);
-#pragma unroll
-      for (int i = 0; i < kWords; ++i) pairs[i] = pruning.kept(pairs[i]);
+      pruning.keep_largest(pairs);
       store();
       pruning.drop_excess(row, half);
       if (IsValue)
@@ -296,17 +319,24 @@ struct SparsePacker {
     __syncthreads();  // words
     const int bit = thread % 32, even = bit / 16, x = IsValue ? bit % 4 + bit / 8 % 2 * 4 : bit % 8;
     const int odd = IsValue ? bit / 4 % 2 : bit / 8 % 2;  // of j, or the second half of the planes
+    const auto rotated = [](uint32_t w, int left) { return __funnelshift_l(w, w, left); };
+    uint32_t keeps[5];
+    int turns[5];
+#pragma unroll
+    for (int n = 0; n < 5; ++n) {
+      const uint32_t lows[] = {0x0000ffffu, 0x00ff00ffu, 0x0f0f0f0fu, 0x33333333u, 0x55555555u};
+      const bool is_upper = (bit & 16 >> n) != 0;
+      keeps[n] = is_upper ? ~lows[n] : lows[n], turns[n] = is_upper ? 32 - (16 >> n) : 16 >> n;
+    }
     for (int i = thread / 32; i < 32 * ((Channels + 127) / 128); i += kPackThreads / 32) {
       const int lane = i % 32, block = i / 32;
       const SparseElement e{lane, 0, x, Channels == 64 ? 0 : 2 * block + odd, even};
       const SparseOrigin o = IsValue ? sparse_value_origin(e) : sparse_key_origin(e, Channels);
-      uint32_t record = room.words[record_place(o.token, o.channel / 8)], own = 0;
-      if (Channels == 64) record >>= odd * kStored;
+      uint32_t own = room.words[record_place(o.token, o.channel / 8)];
+      if (Channels == 64) own >>= odd * kStored;
 #pragma unroll
-      for (int p = 0; p < kStored; ++p) {
-        const uint32_t plane = __ballot_sync(~0u, record >> p & 1u);
-        if (bit == p) own = plane;
-      }
+      for (int n = 0; n < 5; ++n)  // bits transposed: of the half that another lane keeps it gives its own
+        own = chosen_bits(keeps[n], own, rotated(__shfl_xor_sync(~0u, own, 16 >> n), turns[n]));
       if (bit < kStored)
         reinterpret_cast<uint32_t*>(page)[four_of_eight_word(lane, block * kPlanes + bit)] = own;
     }

@@ -2,9 +2,17 @@
 // The largest magnitudes of a token, whose values lie with two neighbouring lanes: vectors 2i + half of
 // eight channels. Ranks are counted bit by bit over bit planes: 32 values to an instruction or two.
 #pragma once
+#include <cuda_fp16.h>
+
 #include "../kv.h"
+#include "memory.cuh"
 
 namespace quantgemm {
+
+// Bits of a where the mask has them, of b elsewhere; written so that it becomes one instruction.
+__device__ __forceinline__ uint32_t chosen_bits(uint32_t mask, uint32_t a, uint32_t b) {
+  return b ^ ((a ^ b) & mask);
+}
 
 // Word i's halves become bit i of the halves of words 0 … 15: both 16×16 matrices of bits transposed.
 __device__ __forceinline__ void transpose_16x16(uint32_t (&w)[16]) {
@@ -20,7 +28,7 @@ __device__ __forceinline__ void transpose_16x16(uint32_t (&w)[16]) {
     for (int i = 0; i < 16; ++i) {
       if (i & step) continue;
       const uint32_t a = w[i], b = w[i + step];
-      w[i] = (a & low) | (b << step & ~low), w[i + step] = (a >> step & low) | (b & ~low);
+      w[i] = chosen_bits(low, a, b << step), w[i + step] = chosen_bits(low, a >> step, b);
     }
   }
 }
@@ -66,13 +74,17 @@ struct Pruning {
     excess = of_both(count) - keep;
   }
 
-  // What is below the cutoff becomes zero.
-  __device__ __forceinline__ uint32_t kept(uint32_t pair) const {
-    // A 15-bit difference borrows bit 15 and nothing else.
-    const uint32_t stays = ((pair & kNoSigns) | kSigns) - cutoff * 0x10001u;
-    uint32_t mask;  // the top bit of each half all over it. PTX ISA 9.7.9.7 (prmt)
-    asm("prmt.b32 %0, %1, 0, 0xbb99;" : "=r"(mask) : "r"(stays));
-    return pair & mask;
+  // What is below the cutoff becomes zero. Bits that are no NaN of a half compare like halves, of
+  // whatever type they are, and those that are belong to the largest.
+  __device__ __forceinline__ void keep_largest(uint32_t (&pairs)[Words]) const {
+    if (cutoff <= 0x7c00u) {
+      const auto limit = bit_cast<__half2>(cutoff * 0x10001u);
+#pragma unroll
+      for (int i = 0; i < Words; ++i) pairs[i] &= __hgeu2_mask(__habs2(bit_cast<__half2>(pairs[i])), limit);
+    } else {
+#pragma unroll
+      for (int i = 0; i < Words; ++i) pairs[i] &= at_least_cutoff(pairs[i]);
+    }
   }
 
   // The last ones of those that are equal become zero too, in row: the token's channels. By a whole warp.
@@ -94,6 +106,16 @@ struct Pruning {
 #pragma unroll
       for (int u = 0; u < kUnits; ++u) equal[u] &= u == unit ? ~bit : ~0u;
     }
+  }
+
+ private:
+  // As integers: masks of the halves.
+  __device__ __forceinline__ uint32_t at_least_cutoff(uint32_t pair) const {
+    // A 15-bit difference borrows bit 15 and nothing else.
+    const uint32_t stays = ((pair & kNoSigns) | kSigns) - cutoff * 0x10001u;
+    uint32_t mask;  // the top bit of each half all over it. PTX ISA 9.7.9.7 (prmt)
+    asm("prmt.b32 %0, %1, 0, 0xbb99;" : "=r"(mask) : "r"(stays));
+    return mask;
   }
 };
 
