@@ -123,6 +123,11 @@ struct Walk {
   }
 };
 
+// Copies with this map will be asked for.
+__device__ __forceinline__ void expect_copies(const CUtensorMap& map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+}
+
 // One thread copies activations.
 template <class P>
 __device__ __forceinline__ void copy_activations(const GemmPackedArgs& args, const Schedule& s,

@@ -82,11 +82,6 @@ __device__ __forceinline__ void copy_tile(uint32_t target, const CUtensorMap& ma
       : "memory");
 }
 
-// Copies with this map will be asked for.
-__device__ __forceinline__ void expect_copies(const CUtensorMap& map) {
-  asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
-}
-
 // The way back: a tile to where the matrix has room for it. Others' stores to shared memory come before it if
 // they made them visible to the copy engine and then met this thread at a barrier.
 __device__ __forceinline__ void publish_to_copies() {
