@@ -34,8 +34,9 @@ struct Tile {
   static_assert(kStripBytes % 16 == 0);
   // Shared memory: activations [place][token][64], swizzled; y on its way out [row group][token][64 rows],
   // the same; slots.
-  static constexpr int kPlaces = Tokens == 256 ? 4 : 8, kPlaceBytes = Tokens * 128;
+  static constexpr int kPlaces = Tokens == 256 ? 4 : Tokens == 128 && L::kLowBits == 8 ? 6 : 8;
   static_assert(kPlaces % kSlotSteps == 0);
+  static constexpr int kPlaceBytes = Tokens * 128;
   static constexpr int kOutAt = kPlaces * kPlaceBytes, kOutBytes = 16384;  // or 64 sums
   static constexpr int kSlotsAt = kOutAt + kRowGroups * kOutBytes;
   static constexpr int kFit = (kSharedBytes - 1024 - 256 - kSlotsAt) / kSlotBytes,
