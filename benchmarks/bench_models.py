@@ -16,6 +16,8 @@ import gc
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -56,8 +58,12 @@ def plain_model(layers: int) -> Any:
         torch.set_default_dtype(torch.float32)
 
 
-def print_profile(decoder: Any, steps: int = 4, most: int = 20) -> None:
-    """Kernels of a recorded step, those that take the longest first."""
+def print_profile(name: str, model: Any, steps: int = 4, most: int = 20) -> None:
+    """Kernels of a recorded step, those that take the longest first.
+
+    After all timing: once the profiler is attached each launch of the process is slower.
+    """
+    decoder = compile_decode(model, 1024, batch_sizes=(1,))
     decoder.read(torch.ones(1, 16, dtype=torch.int64, device="cuda"))
     token = torch.ones(1, dtype=torch.int64, device="cuda")
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found:
@@ -66,13 +72,14 @@ def print_profile(decoder: Any, steps: int = 4, most: int = 20) -> None:
         torch.cuda.synchronize()
     events = sorted(found.key_averages(), key=lambda event: -event.self_device_time_total)
     total = sum(event.self_device_time_total for event in events) / steps
-    print(f"{sum(event.count for event in events) / steps:.0f} kernels a step, {total:.0f} us")
+    count = sum(event.count for event in events) / steps
+    print(f"{name}: {count:.0f} kernels a step, {total:.0f} us")
     for event in events[:most]:
         each = event.self_device_time_total / steps
         print(f"{each:9.1f} us {event.count / steps:5.0f} x {event.key[:120]}")
 
 
-def rows_of(name: str, load: Any, copy: float, profile: bool = False) -> list[dict[str, Any]]:
+def rows_of(name: str, load: Any, copy: float) -> list[dict[str, Any]]:
     """Without graphs, then with them."""
     gc.collect()
     torch.cuda.empty_cache()
@@ -98,9 +105,6 @@ def rows_of(name: str, load: Any, copy: float, profile: bool = False) -> list[di
         for length in PROMPTS:
             row[f"pp{length}"] = median(measure(model, "pp", length, 3))
         found.append(row)
-        if profile and decoder is not None:
-            print(f"{name}:")
-            print_profile(decoder)
     return found
 
 
@@ -169,24 +173,29 @@ def main() -> int:
         path = Path(folder) / "random.gguf"
         write(path, args.type, args.layers, CONTEXT)
         size = path.stat().st_size
-        for algo in ("auto", "auto_q8"):
-
-            def load(algo: str = algo) -> Any:
-                return quantgemm.load_model(path, "cuda", algo=algo, progress=False)
-
-            name = f"{args.type}, {algo}"
+        loads: dict[str, Callable[[], Any]] = {
+            f"{args.type}, {algo}": partial(
+                quantgemm.load_model, path, "cuda", algo=algo, progress=False
+            )
+            for algo in ("auto", "auto_q8")
+        }
+        for name, load in loads.items():
             if "models" in args.part:
-                rows += rows_of(name, load, copy, args.profile)
+                rows += rows_of(name, load, copy)
             if "speculation" in args.part:
                 drafted += speculation_rows(name, load())
-    if "models" in args.part:
-        rows += rows_of("bfloat16", lambda: plain_model(args.layers), copy, args.profile)
-    print(f"copy {copy / 1e12:.2f} TB/s; the file has {size / 1e9:.3f} GB")
-    for name, table in (("models", rows), ("speculation", drafted)):
-        if table:
-            print_table(table)
-            if args.out:
-                save(name, table, args.out)
+        if "models" in args.part:
+            loads["bfloat16"] = lambda: plain_model(args.layers)
+            rows += rows_of("bfloat16", loads["bfloat16"], copy)
+        print(f"copy {copy / 1e12:.2f} TB/s; the file has {size / 1e9:.3f} GB")
+        for table_name, table in (("models", rows), ("speculation", drafted)):
+            if table:
+                print_table(table)
+                if args.out:
+                    save(table_name, table, args.out)
+        if args.profile:
+            for name, load in loads.items():
+                print_profile(name, load())
     return 0
 
 

@@ -71,6 +71,7 @@ def main() -> None:
     if on_gpu:  # CUDA graphs of a step with drafts and without
         steps = compile_decode(model, 1024, batch_sizes=(1,))
         steps.prepare(1, NUM_DRAFTS + 1)
+        generate(model, steps, torch.ones(64, dtype=torch.int64, device="cuda"), 0)  # loads kernels
     packed = {
         m.weight.data_ptr(): m
         for m in model.modules()

@@ -427,10 +427,15 @@ def test_batch_and_grid_do_not_matter(probs: bool) -> None:
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("truncated", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rows_behind_a_refused_draft_may_be_skipped(dtype: torch.dtype, truncated: bool) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "batch"),  # many waves, or two
+    [(torch.float32, 48), (torch.bfloat16, 48), (torch.float32, 12), (torch.bfloat16, 24)],
+)
+def test_rows_behind_a_refused_draft_may_be_skipped(
+    dtype: torch.dtype, batch: int, truncated: bool
+) -> None:
     """Much is read in waves, the later ones for those who got there: as each gets it alone."""
-    batch, most, vocab = 48, 7, 128256
+    most, vocab = 7, 128256
     g = torch.Generator(device="cuda").manual_seed(2)
     target = torch.randn(batch * (most + 1), vocab, generator=g, device="cuda").mul(2).to(dtype)
     draft = target.view(batch, most + 1, vocab)[:, :most].clone()

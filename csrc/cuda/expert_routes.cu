@@ -74,8 +74,8 @@ __device__ __forceinline__ void group_slots(const ExpertRoutes& routes) {
 
 template <class T>
 __global__ void __launch_bounds__(kThreads) routes_kernel(const GemmPackedArgs args) {
-  let_next_kernel_start();
   wait_for_previous_kernel();
+  let_next_kernel_start();
   if (blockIdx.x == 0) return group_slots(args.routes);
   const int64_t warps = (gridDim.x - 1) * int64_t{kThreads / 32};
   for (int64_t slot = (blockIdx.x - 1) * int64_t{kThreads / 32} + threadIdx.x / 32;
@@ -86,8 +86,8 @@ __global__ void __launch_bounds__(kThreads) routes_kernel(const GemmPackedArgs a
 
 // Rows of x by slots, a warp to a row. Rows are multiples of 64 bytes.
 __global__ void __launch_bounds__(kGatherThreads) gather_kernel(const GemmPackedArgs args) {
-  let_next_kernel_start();
   wait_for_previous_kernel();
+  let_next_kernel_start();
   const ExpertRoutes& routes = args.routes;
   const int groups = *routes.num_groups;
   const int slots = groups == 0 ? 0 : routes.groups[groups - 1].first + routes.groups[groups - 1].count;

@@ -75,7 +75,6 @@ __global__ void __launch_bounds__(32 * Plan<F, Tokens, Tabled>::kWarps, Plan<F, 
     }
     arrivals.close();
   };
-  if (P::kFolds) let_next_kernel_start();
   fill_table<F, Tabled>(shared);
   const LaneTable<F, Tabled> table(shared, lane);
   // What quantises activations writes no weights, any other kernel before this one may have done so.
@@ -83,6 +82,7 @@ __global__ void __launch_bounds__(32 * Plan<F, Tokens, Tabled>::kWarps, Plan<F, 
   Rounding<F, Tokens, Tabled> rounding;
   if constexpr (P::kFolds) {
     wait_for_previous_kernel();
+    let_next_kernel_start();
     rounding.ask(args, 0, args.k < most ? static_cast<int>(args.k) : most);
   }
 #pragma unroll 1

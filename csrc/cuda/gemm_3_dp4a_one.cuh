@@ -92,9 +92,9 @@ __global__ void __launch_bounds__(32 * Plan<F, 1, Tabled>::kWarps, Plan<F, 1, Ta
       prefetch_to_l2(w + (at - shift), (length + shift) & ~15);
     }
   }
-  let_next_kernel_start();
   const Table table(memory, lane);
   wait_for_previous_kernel();
+  let_next_kernel_start();
   Rounding<F, 1, Tabled> rounding;
   rounding.ask(args, 0, static_cast<int>(args.k));
 #pragma unroll 1

@@ -14,8 +14,8 @@ constexpr int kThreads = 256;
 // y += residual, or y *= silu(gate). A row of y to blocks of the same blockIdx.y in turn.
 template <class T>
 __global__ void __launch_bounds__(kThreads) finish_kernel(const __grid_constant__ GemmPackedArgs args) {
-  let_next_kernel_start();
   wait_for_previous_kernel();
+  let_next_kernel_start();
   for (int64_t row = blockIdx.y; row < args.m; row += gridDim.y) {
     if (args.routes.ids != nullptr && expert_of(args.routes, row) < 0) continue;
     for (int64_t i = blockIdx.x * kThreads + threadIdx.x; i < args.n; i += int64_t{gridDim.x} * kThreads) {

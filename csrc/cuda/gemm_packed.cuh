@@ -154,8 +154,8 @@ __global__ void __launch_bounds__(Plan<F, X, TokenTiles>::kThreads, 1)
   const int gated = args.up_at != 0;
   bytes_ptr w = args.packed;
   if (routed) {  // what to read depends on ids
-    let_next_kernel_start();
     wait_for_previous_kernel();
+    let_next_kernel_start();
     pieces.begin(args.routes, split);
   }
 #pragma unroll 1
@@ -188,8 +188,8 @@ __global__ void __launch_bounds__(Plan<F, X, TokenTiles>::kThreads, 1)
     fetch(batches[0]);
     fetch(batches[1]);
     if (!routed) {
-      let_next_kernel_start();
       wait_for_previous_kernel();
+      let_next_kernel_start();
     }
 
     float sums[TokenTiles][4] = {};

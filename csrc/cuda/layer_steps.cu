@@ -3,6 +3,7 @@
 // thread block per row, and rotary embedding, a thread per pair of channels. Products and sums are rounded
 // one by one (no fused multiply-add), so that results are torch's.
 // Limit: with one token the launch itself, with many DRAM.
+#include "dependent_launch.cuh"
 #include "launch.h"
 #include "memory.cuh"
 
@@ -18,6 +19,18 @@ __device__ __forceinline__ float rounded(float x) {
   return to_float(stored);
 }
 
+// Eight values of a row, 8 v and on.
+template <class T>
+__device__ __forceinline__ void store_scaled(T* out, const float (&x)[8], const float (&weight)[8],
+                                             float factor) {
+  alignas(16) T stored[8];
+#pragma unroll
+  for (int j = 0; j < 8; ++j) store1(stored + j, __fmul_rn(weight[j], rounded<T>(__fmul_rn(x[j], factor))));
+#pragma unroll
+  for (int i = 0; i < static_cast<int>(sizeof(T)) / 2; ++i)
+    reinterpret_cast<uint4*>(out)[i] = reinterpret_cast<const uint4*>(stored)[i];
+}
+
 template <class T>
 __global__ void __launch_bounds__(kNormThreads) rms_norm_kernel(RmsNormArgs args) {
   __shared__ float sums[kNormThreads / 32];
@@ -25,18 +38,23 @@ __global__ void __launch_bounds__(kNormThreads) rms_norm_kernel(RmsNormArgs args
   const T* const x = static_cast<const T*>(args.x) + row * args.cols;
   const T* const weight = static_cast<const T*>(args.weight);
   T* const out = static_cast<T*>(args.out) + row * args.cols;
-  const int64_t vectors = args.cols / 8;
+  const int64_t vectors = args.cols / 8, first = threadIdx.x;
   const bool aligned = args.cols % 8 == 0;  // other rows start anywhere
-  float sum = 0;
+  wait_for_previous_kernel();
+  let_next_kernel_start();
+  float sum = 0, values[8], scales[8];  // of the first vector, the only one of rows up to 4096
   if (aligned) {
-    for (int64_t v = threadIdx.x; v < vectors; v += kNormThreads) {
-      float values[8];
-      load8(values, x + 8 * v);
+    const auto add = [&] {
 #pragma unroll
       for (const float value : values) sum += value * value;
+    };
+    if (first < vectors) load8(values, x + 8 * first), load8(scales, weight + 8 * first), add();
+    if (vectors > kNormThreads) {
+      for (int64_t v = first + kNormThreads; v < vectors; v += kNormThreads) load8(values, x + 8 * v), add();
+      load8(values, x + 8 * first);
     }
   } else {
-    for (int64_t i = threadIdx.x; i < args.cols; i += kNormThreads) sum += to_float(x[i]) * to_float(x[i]);
+    for (int64_t i = first; i < args.cols; i += kNormThreads) sum += to_float(x[i]) * to_float(x[i]);
   }
 #pragma unroll
   for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
@@ -47,16 +65,12 @@ __global__ void __launch_bounds__(kNormThreads) rms_norm_kernel(RmsNormArgs args
   for (int step = kNormThreads / 64; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
   const float factor = rsqrtf(__fadd_rn(sum / static_cast<float>(args.cols), args.eps));
   if (aligned) {
-    for (int64_t v = threadIdx.x; v < vectors; v += kNormThreads) {
-      float values[8], scales[8];
-      load8(values, x + 8 * v);
-      load8(scales, weight + 8 * v);
-#pragma unroll
-      for (int j = 0; j < 8; ++j)
-        store1(out + 8 * v + j, __fmul_rn(scales[j], rounded<T>(__fmul_rn(values[j], factor))));
+    for (int64_t v = first; v < vectors; v += kNormThreads) {
+      if (v != first) load8(values, x + 8 * v), load8(scales, weight + 8 * v);
+      store_scaled(out + 8 * v, values, scales, factor);
     }
   } else {
-    for (int64_t i = threadIdx.x; i < args.cols; i += kNormThreads)
+    for (int64_t i = first; i < args.cols; i += kNormThreads)
       store1(out + i, __fmul_rn(to_float(weight[i]), rounded<T>(__fmul_rn(to_float(x[i]), factor))));
   }
 }
@@ -65,6 +79,8 @@ __global__ void __launch_bounds__(kNormThreads) rms_norm_kernel(RmsNormArgs args
 template <class T>
 __global__ void __launch_bounds__(kRotaryThreads) rotary_kernel(RotaryArgs args, int64_t pairs) {
   int64_t pair = blockIdx.x * int64_t{kRotaryThreads} + threadIdx.x;
+  wait_for_previous_kernel();
+  let_next_kernel_start();
   if (pair >= pairs) return;
   const int64_t half = args.channels / 2, queries = args.batch * args.sides[0].heads * args.tokens * half;
   const bool is_key = pair >= queries;
@@ -90,20 +106,26 @@ __global__ void __launch_bounds__(kRotaryThreads) rotary_kernel(RotaryArgs args,
 }  // namespace
 
 cudaError_t launch_rms_norm(const RmsNormArgs& args, cudaStream_t stream) {
-  visit_real(args.type, [&]<class T>(T) {
-    rms_norm_kernel<T><<<static_cast<unsigned>(args.rows), kNormThreads, 0, stream>>>(args);
-  });
-  return cudaGetLastError();
+  Device device;
+  cudaError_t status = device.read();
+  if (status != cudaSuccess) return status;
+  const DependentLaunch launch(static_cast<unsigned>(args.rows), kNormThreads, device, stream);
+  visit_real(args.type,
+             [&]<class T>(T) { status = cudaLaunchKernelEx(&launch.config, rms_norm_kernel<T>, args); });
+  return status;
 }
 
 cudaError_t launch_rotary(const RotaryArgs& args, cudaStream_t stream) {
+  Device device;
+  cudaError_t status = device.read();
+  if (status != cudaSuccess) return status;
   const int64_t heads = args.sides[0].heads + args.sides[1].heads,
                 pairs = args.batch * heads * args.tokens * (args.channels / 2),
                 blocks = (pairs + kRotaryThreads - 1) / kRotaryThreads;
-  visit_real(args.type, [&]<class T>(T) {
-    rotary_kernel<T><<<static_cast<unsigned>(blocks), kRotaryThreads, 0, stream>>>(args, pairs);
-  });
-  return cudaGetLastError();
+  const DependentLaunch launch(static_cast<unsigned>(blocks), kRotaryThreads, device, stream);
+  visit_real(args.type,
+             [&]<class T>(T) { status = cudaLaunchKernelEx(&launch.config, rotary_kernel<T>, args, pairs); });
+  return status;
 }
 
 }  // namespace quantgemm

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: MIT
 // The cutoff of a truncated row of logits, by one block: the maxima of its groups bound the k-th
-// largest value from below, so only groups that reach the bound are read again, and what reaches it
-// is ranked without sorting. A flat row under top-p alone is halved by passes over it.
+// largest value from below, so only lanes' shares that reach the bound are read again, and what reaches
+// it is ranked without sorting. A flat row under top-p alone is halved by passes over it.
 #pragma once
-#include "row_kept.cuh"
+#include "row_laws.cuh"
 
 namespace quantgemm {
 
@@ -12,7 +12,10 @@ constexpr int kMaxGroups = (kMaxVocab + kGroup) / kGroup, kBins = 256;
 constexpr int kCapacity = 1024;
 
 struct LawShared {
-  uint32_t group_keys[kMaxGroups];
+  union {
+    uint32_t group_keys[kMaxGroups];
+    uint64_t down_to[kCapacity];  // later: the mass of the keys from this one up
+  };
   uint64_t partial[2][kLawWarps];
   uint64_t mass[kCapacity];
   uint32_t key[kCapacity], token[kCapacity];
@@ -93,58 +96,75 @@ struct Selection {
     }
   }
 
-  // The same for few values: f is there once and reads what it needs again.
-  template <class Fn>
-  __device__ __forceinline__ void for_few(uint32_t low, uint32_t high, Fn f) {
-    constexpr int kAhead = 3;
-    list_groups(low);
-    const int lane = threadIdx.x % 32, count = static_cast<int>(shared.num_listed);
-#pragma unroll 1
-    for (int first = threadIdx.x / 32; first < count; first += kLawWarps * kAhead) {
-      float v[kAhead][8];
-      uint32_t wanted = 0;
-#pragma unroll
-      for (int j = 0; j < kAhead; ++j) {
-        if (first + j * kLawWarps >= count) continue;
-        load_group(v[j], row, shared.listed[first + j * kLawWarps] * kGroup, lane, minus_infinity());
-      }
-#pragma unroll
-      for (int j = 0; j < kAhead; ++j) {
-        if (first + j * kLawWarps >= count) continue;
-#pragma unroll
-        for (int e = 0; e < 8; ++e) {
-          const uint32_t key = key_of(clean_logit(v[j][e]));
-          if (key >= low && key < high) wanted |= 1u << (8 * j + e);
-        }
-      }
-#pragma unroll 1
-      for (; wanted; wanted &= wanted - 1) {
-        const int bit = __ffs(wanted) - 1;
-        const int token =
-            shared.listed[first + bit / 8 * kLawWarps] * kGroup + index_in_group<T>(lane, bit % 8);
-        f(key_of(clean_logit(row.at(token))), token);
-      }
-    }
-  }
-
   // Collects the keys of [low, high); returns how many there are, stored or not.
-  template <bool Few = false>
   __device__ int64_t gather(uint32_t low, uint32_t high) {
     __syncthreads();
     if (threadIdx.x == 0) shared.count = 0;
     __syncthreads();
-    const auto keep = [&](uint32_t key, int token) {
-      const uint32_t at = atomicAdd(&shared.count, 1u);
-      if (at < kCapacity) shared.key[at] = key, shared.token[at] = token, shared.mass[at] = mass_of(key);
-    };
-    if constexpr (Few) {
-      for_few(low, high, keep);
-    } else {
-      for_each(low, high, keep);
-    }
+    for_each(low, high, [&](uint32_t key, int token) { keep(key, token); });
     __syncthreads();
     list_low = low, list_high = high;
     return shared.count;
+  }
+  __device__ __forceinline__ void keep(uint32_t key, int token) {
+    const uint32_t at = atomicAdd(&shared.count, 1u);
+    if (at < kCapacity) shared.key[at] = key, shared.token[at] = token, shared.mass[at] = mass_of(key);
+  }
+
+  // Eight keys of lanes, this thread's in the first round of gather_few, to be asked for early.
+  __device__ __forceinline__ static uint4 lane_keys_at(const uint16_t* lane_keys, int first, int row_length) {
+    if (first >= lanes_of<T>(row_length)) return {};
+    return *reinterpret_cast<const uint4*>(lane_keys + first);
+  }
+
+  // The same for few values from `low` up, by the keys of the row's lanes; true if the list has them all.
+  __device__ __forceinline__ bool gather_few(const uint16_t* lane_keys, uint4 keys, uint32_t low,
+                                             uint32_t high) {
+    constexpr int kPer = kPerVector<T>, kVectors = kChunk<T> / (32 * kPer);
+    if (threadIdx.x == 0) shared.count = 0, shared.num_listed = 0;
+    __syncthreads();
+    const uint32_t least = low >> 16;
+#pragma unroll 1
+    for (int first = threadIdx.x * 8; first < lanes_of<T>(row.length); first += kLawThreads * 8) {
+      const uint32_t pairs[4] = {keys.x, keys.y, keys.z, keys.w};
+      uint32_t wanted = 0;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        if ((pairs[j] & 0xffff) >= least) wanted |= 1u << 2 * j;
+        if (pairs[j] >> 16 >= least) wanted |= 2u << 2 * j;
+      }
+#pragma unroll 1
+      for (; wanted; wanted &= wanted - 1) {
+        const uint32_t at = atomicAdd(&shared.num_listed, 1u);
+        if (at < kMaxGroups) shared.listed[at] = static_cast<uint16_t>(first + __ffs(wanted) - 1);
+      }
+      keys = lane_keys_at(lane_keys, first + kLawThreads * 8, row.length);
+    }
+    __syncthreads();
+    const uint32_t count = shared.num_listed;
+    if (count > kMaxGroups) return false;
+    // A thread for each of a lane's vectors.
+#pragma unroll 1
+    for (uint32_t i = threadIdx.x / kVectors; i < count; i += kLawThreads / kVectors) {
+      const int own = shared.listed[i],
+                vector = own / 32 * kVectors + static_cast<int>(threadIdx.x) % kVectors;
+      const int begin = (vector * 32 + own % 32) * kPer;
+      float v[kPer];
+      uint32_t wanted = 0;
+#pragma unroll
+      for (int e = 0; e < kPer; ++e) v[e] = begin + e < row.length ? row.at(begin + e) : minus_infinity();
+#pragma unroll
+      for (int e = 0; e < kPer; ++e)
+        if (key_of(clean_logit(v[e])) >= low) wanted |= 1u << e;
+#pragma unroll 1
+      for (; wanted; wanted &= wanted - 1) {
+        const int token = begin + __ffs(wanted) - 1;
+        keep(key_of(clean_logit(row.at(token))), token);
+      }
+    }
+    __syncthreads();
+    list_low = low, list_high = high, listed_low = ~0u;
+    return shared.count <= kCapacity;
   }
 
   __device__ bool list_has(uint32_t low, uint32_t high) const {
@@ -282,119 +302,6 @@ __device__ __noinline__ Selected select_out_of_line(RowView<T> row, float2 sum, 
                                                     uint32_t bound) {
   Selection<T> select{row, (row.length + kGroup - 1) / kGroup, sum.x, s.slope, law_shared()};
   return select_slowly(select, row, sum, s, bound);
-}
-
-// The same where what reaches the bound has been gathered and fits: by every warp for itself, from how
-// many keys, and of what mass, are above each.
-__device__ __forceinline__ Selected select_from_list(LawShared& shared, uint32_t top, float max,
-                                                     const Parameters& s) {
-  const uint32_t size = shared.count, lane = threadIdx.x % 32;
-  // Four lanes rank a key.
-#pragma unroll 1
-  for (uint32_t first = threadIdx.x / 32 * 8; first < size; first += kLawThreads / 4) {
-    const uint32_t i = first + lane / 4, key = i < size ? shared.key[i] : ~0u;
-    uint64_t above = 0;
-    uint32_t rank = 0;
-#pragma unroll 1
-    for (uint32_t j = lane % 4; j < size; j += 4)
-      if (shared.key[j] > key) above += shared.mass[j], ++rank;
-    above += __shfl_xor_sync(~0u, above, 1), rank += __shfl_xor_sync(~0u, rank, 1);
-    above += __shfl_xor_sync(~0u, above, 2), rank += __shfl_xor_sync(~0u, rank, 2);
-    if (lane % 4 == 0 && i < size) shared.above[i] = above, shared.rank[i] = rank;
-  }
-  __syncthreads();
-  uint32_t least = ~0u, low = ~0u;
-#pragma unroll 1
-  for (uint32_t i = lane; i < size; i += 32)
-    if (shared.rank[i] < s.top_k) least = min(least, shared.key[i]);
-  least = __reduce_min_sync(~0u, least);
-  const auto mass_from = [&](uint32_t key) {
-    uint64_t sum = 0;
-#pragma unroll 1
-    for (uint32_t i = lane; i < size; i += 32)
-      if (shared.key[i] >= key) sum += shared.mass[i];
-    return warp_sum(sum);
-  };
-  uint64_t mass = mass_from(least);
-  if (s.top_p < 1.0f) {
-    const uint64_t goal = mass_to_keep(s.top_p, mass);
-#pragma unroll 1
-    for (uint32_t i = lane; i < size; i += 32)
-      if (shared.key[i] >= least && shared.above[i] < goal) low = min(low, shared.key[i]);
-    low = __reduce_min_sync(~0u, low);
-  } else {
-    low = least;
-  }
-  low = raise_to_min_p(low, top, max, s);
-  if (low != least) mass = mass_from(low);
-  return {low, mass};
-}
-
-// The token drawn from the values gathered, all that the law keeps. -1: nothing has weight.
-__device__ __forceinline__ int draw_from_list(LawShared& shared, const RowLaw& law, uint64_t fraction) {
-  const uint32_t size = shared.count;
-  __syncthreads();  // every warp is done with the masses
-#pragma unroll 1
-  for (uint32_t i = threadIdx.x; i < size; i += kLawThreads)
-    shared.mass[i] = to_fixed(softmax_probability(value_of_key(shared.key[i]), law));
-  __syncthreads();
-  const bool found = pick<kLawThreads>(shared.token, shared.mass, size, fraction, shared.best);
-  __syncthreads();
-  return found ? static_cast<int>(shared.token[shared.best]) : -1;
-}
-
-// A row's law; a token, if one was wanted and is cheap, else -1; how many tokens it keeps are listed.
-struct LawAndToken {
-  RowLaw law;
-  int token;
-  uint32_t num_kept;
-};
-
-// From the row's strips and its groups' keys, by a block: to draw with the fraction, or for the list
-// `kept`, if it is not null. Not inlined: the shared memory is its own, so that it is known to be that.
-template <bool Draws, class T>
-__device__ __noinline__ LawAndToken law_of_row(RowScratch scratch, int64_t slot, RowView<T> row, Parameters s,
-                                               uint64_t fraction, Kept* kept) {
-  LawShared& shared = law_shared();
-  const int num_groups = (row.length + kGroup - 1) / kGroup;
-  const bool truncates = s.truncates();
-#pragma unroll 1
-  for (int g = threadIdx.x; truncates && g < num_groups; g += kLawThreads)
-    shared.group_keys[g] = scratch.group_keys[slot * scratch.num_groups + g];
-  const Joined joined = join_strips(scratch.strips + slot * kMaxStrips, row.length, s.slope,
-                                    static_cast<int>(threadIdx.x) % 32);
-  RowLaw law = joined.law;
-  if (!truncates || joined.sum.x == minus_infinity()) return {law, -1, 0};
-  if (threadIdx.x == 0) shared.count = 0;
-  __syncthreads();
-  Selection<T> select{row, num_groups, joined.sum.x, s.slope, shared};
-  const uint32_t top = key_of(joined.sum.x) + 1, lowest = key_of(minus_infinity()) + 1;
-  const uint32_t bound = s.top_k > 0 ? select.bound_of_top_k(top, s.top_k) : 0;
-  const bool listed = bound >= lowest && select.template gather<true>(bound, top) <= kCapacity;
-  Selected selected;
-  if (listed) {
-    selected = select_from_list(shared, top, joined.sum.x, s);
-  } else if constexpr (Draws) {
-    selected = select_slowly(select, row, joined.sum, s, bound);
-  } else {
-    selected = select_out_of_line(row, joined.sum, s, bound);
-  }
-  const auto [low, mass] = selected;
-  if (low == lowest) return {law, -1, 0};
-  law.cutoff = value_of_key(low);
-  law.scale = copysignf(static_cast<float>(0x1p44 / static_cast<double>(mass)), law.scale);
-  RowLaw plain = law;
-  plain.scale = fabsf(law.scale);
-  if constexpr (Draws) {
-    return {law, listed ? draw_from_list(shared, plain, fraction) : -1, 0};
-  } else {
-    static_assert(kLawThreads >= kMaxKept);
-    const uint32_t num_kept = kept != nullptr && listed && shared.count <= kMaxKept ? shared.count : 0;
-    if (threadIdx.x < num_kept)
-      kept[threadIdx.x] = {shared.token[threadIdx.x],
-                           softmax_probability(value_of_key(shared.key[threadIdx.x]), plain)};
-    return {law, -1, num_kept};
-  }
 }
 
 }  // namespace quantgemm

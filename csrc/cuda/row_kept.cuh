@@ -6,31 +6,31 @@
 
 namespace quantgemm {
 
-// By a block: the place of the token drawn in a list in shared memory goes to `at`, for all threads
-// behind the next barrier. False if nothing has weight.
+constexpr uint32_t kNotPicked = ~0u;
+
+// By a block: the place of the token drawn in a list in shared memory goes to `at`, which is kNotPicked
+// before and stays it if nothing has weight; for all threads behind the next barrier.
 template <int Threads>
-__device__ __forceinline__ bool pick(const uint32_t* tokens, const uint64_t* masses, uint32_t size,
+__device__ __forceinline__ void pick(const uint32_t* tokens, const uint64_t* masses, uint32_t size,
                                      uint64_t fraction, uint32_t& at) {
   const uint32_t lane = threadIdx.x % 32;
-  uint64_t total = 0;
+  // Eight lanes rank a token.
 #pragma unroll 1
-  for (uint32_t i = lane; i < size; i += 32) total += masses[i];
-  total = warp_sum(total);
-  if (total == 0) return false;
-  const uint64_t rest = draw(fraction, total);
-  // Four lanes rank a token.
+  for (uint32_t first = threadIdx.x / 32 * 4; first < size; first += Threads / 8) {
+    const uint32_t i = first + lane / 8, token = i < size ? tokens[i] : 0;
+    uint64_t before = 0, total = 0;
 #pragma unroll 1
-  for (uint32_t first = threadIdx.x / 32 * 8; first < size; first += Threads / 4) {
-    const uint32_t i = first + lane / 4, token = i < size ? tokens[i] : 0;
-    uint64_t before = 0;
+    for (uint32_t j = lane % 8; j < size; j += 8) {
+      const uint64_t mass = masses[j];
+      total += mass;
+      if (tokens[j] < token) before += mass;
+    }
 #pragma unroll 1
-    for (uint32_t j = lane % 4; j < size; j += 4)
-      if (tokens[j] < token) before += masses[j];
-    before += __shfl_xor_sync(~0u, before, 1);
-    before += __shfl_xor_sync(~0u, before, 2);
-    if (lane % 4 == 0 && i < size && before <= rest && rest < before + masses[i]) at = i;
+    for (int step = 1; step < 8; step *= 2)
+      before += __shfl_xor_sync(~0u, before, step), total += __shfl_xor_sync(~0u, total, step);
+    const uint64_t rest = draw(fraction, total);
+    if (lane % 8 == 0 && i < size && before <= rest && rest < before + masses[i]) at = i;
   }
-  return true;
 }
 
 struct KeptShared {
@@ -61,9 +61,11 @@ __device__ __forceinline__ KeptToken draw_from_kept(KeptShared& shared, const Ro
     shared.tokens[threadIdx.x] = own.token, shared.p[threadIdx.x] = own.p;
     shared.masses[threadIdx.x] = to_fixed(rest);
   }
+  if (threadIdx.x == 0) shared.at = kNotPicked;
   __syncthreads();
-  if (!pick<Threads>(shared.tokens, shared.masses, size, fraction, shared.at)) return {-1, 0.0f};
+  pick<Threads>(shared.tokens, shared.masses, size, fraction, shared.at);
   __syncthreads();
+  if (shared.at == kNotPicked) return {-1, 0.0f};
   return {static_cast<int>(shared.tokens[shared.at]), shared.p[shared.at]};
 }
 

@@ -4,7 +4,7 @@
 #include <algorithm>
 
 #include "launch.h"
-#include "row_cutoff.cuh"
+#include "row_truncated.cuh"
 #include "row_waves.cuh"
 
 namespace quantgemm {
@@ -17,8 +17,9 @@ __global__ void __launch_bounds__(kLawThreads, 2)
   const SlotRow info = wave.row(args, blockIdx.x, static_cast<int>(blockIdx.y));
   wait_for_previous_kernel();
   let_next_kernel_start();
-  if (!info.exists || (wave.first != 0 && !is_reached<T>(args, wave, info))) return;
+  if (!info.exists) return;
   const RowScratch scratch = scratch_of(args);
+  if (wave.first != 0 && !is_reached<T>(args, scratch, wave, info)) return;
   const bool keeps = scratch.has_kept && !info.is_draft;
   Kept* const kept = keeps ? scratch.kept + info.slot * kMaxKept : nullptr;
   const LawAndToken found =
@@ -28,19 +29,24 @@ __global__ void __launch_bounds__(kLawThreads, 2)
   if (keeps) scratch.num_kept[info.slot] = found.num_kept;
 }
 
-// Little is read in one wave; else the first has enough to read to be worth a launch, and each next
-// one twice as many positions.
-constexpr int64_t kWaveBytes = 32 << 20, kOneWaveBytes = 128 << 20;
+// Little is read in one wave: a launch takes as long as some 16 MB. More in two, the first a third of the
+// positions. Of much the first has enough to read to be worth a launch, and each next one twice as many.
+constexpr int64_t kWaveBytes = 32 << 20, kOneWaveBytes = 64 << 20, kTwoWavesBytes = 128 << 20;
 
 cudaError_t launch_waves(const VerifyArgs& args, const Device& device, cudaStream_t stream) {
   const int positions = static_cast<int>(args.max_drafts) + 1;
   const int64_t bytes = args.num_sequences * args.vocab * Wave{0, 1}.layers(args) *
                         static_cast<int64_t>(args.value_type == Real::kFloat32 ? 4 : 2);
-  const bool in_waves = args.mode == VerifyMode::kChain && positions * bytes > kOneWaveBytes;
-  int64_t size = in_waves ? (kWaveBytes + bytes - 1) / bytes : positions;
+  const bool in_many = args.mode == VerifyMode::kChain && positions * bytes > kTwoWavesBytes;
+  const bool in_two =
+      args.mode == VerifyMode::kChain && positions > 3 && !in_many && positions * bytes > kOneWaveBytes;
+  int64_t size = positions;
+  if (in_two) size = (positions + 2) / 3;
+  if (in_many) size = (kWaveBytes + bytes - 1) / bytes;
   cudaError_t error = cudaSuccess;
   for (int64_t first = 0; first < positions && error == cudaSuccess; first += size, size *= 2) {
-    const Wave wave{static_cast<int>(first), static_cast<int>(std::min<int64_t>(first + size, positions))};
+    const Wave wave{static_cast<int>(first), static_cast<int>(std::min<int64_t>(first + size, positions)),
+                    in_two && first != 0};
     error = launch_row_strips(args, wave, device, stream);
     if (error != cudaSuccess || !laws_are_stored(args)) continue;
     const dim3 grid(static_cast<unsigned>(args.num_sequences), static_cast<unsigned>(wave.layers(args)));
@@ -59,7 +65,7 @@ int64_t verify_scratch_bytes(const VerifyArgs& args) {
   const RowScratch s = scratch_of(args);
   return 2 * s.slots *
              static_cast<int64_t>(kMaxStrips * sizeof(float2) + sizeof(RowLaw) +
-                                  (s.has_keys ? 4 * s.num_groups : 0)) +
+                                  (s.has_keys ? 4 * s.num_groups + 2 * s.num_lanes : 0)) +
          (s.has_kept ? s.slots * static_cast<int64_t>(kMaxKept * sizeof(Kept) + 4) : 0) +
          4 * args.num_sequences;
 }

@@ -5,7 +5,8 @@
 //
 //   slot = (is it a draft row) * slots + sequence * (max_drafts + 1) + position
 //   strips [2 slots, 64]   laws [2 slots]
-//   kept [slots, 256], num_kept [slots] (chains with truncation only)   states [sequences] (row_waves.cuh)
+//   kept [slots, 256] (chains with truncation only)   lane_keys [2 slots, num_lanes] (truncation only)
+//   num_kept [slots] (as kept)   states [sequences] (row_waves.cuh)
 //   group_keys [2 slots, num_groups] (truncation only)
 #pragma once
 #include "../sampling.h"
@@ -30,13 +31,23 @@ struct alignas(8) Kept {
   float p;
 };
 
+// A warp reads 8 vectors of 16 bytes per lane at once. What a lane has of such a chunk is the smallest part
+// of a row that has a key of its own: the upper half of its largest value's.
+template <class T>
+constexpr int kChunk = 8 * 32 * kPerVector<T>;
+template <class T>
+__host__ __device__ __forceinline__ int lanes_of(int row_length) {
+  return (row_length + kChunk<T> - 1) / kChunk<T> * 32;
+}
+
 struct RowScratch {
   int64_t slots;
-  int num_groups;
+  int num_groups, num_lanes;
   bool has_keys, has_kept;
   float2* strips;  // maximum, and Σ exp2((x - maximum)·slope): negative if there is NaN or +inf
   RowLaw* laws;
   Kept* kept;
+  uint16_t* lane_keys;
   uint32_t* num_kept;  // 0: not listed
   uint32_t* states;
   uint32_t* group_keys;  // the largest key of each group
@@ -47,12 +58,14 @@ __host__ __device__ inline RowScratch scratch_of(const VerifyArgs& a) {
   const int64_t cols = a.vocab > a.draft_vocab ? a.vocab : a.draft_vocab;
   s.slots = a.num_sequences * (a.max_drafts + 1);
   s.num_groups = static_cast<int>((cols + kGroup - 1) / kGroup);
+  s.num_lanes = lanes_of<float>(static_cast<int>(cols));
   s.has_keys = a.parameters.top_k || a.parameters.top_p || a.parameters.min_p;
   s.strips = static_cast<float2*>(a.row_laws);
   s.laws = reinterpret_cast<RowLaw*>(s.strips + 2 * s.slots * kMaxStrips);
   s.has_kept = s.has_keys && a.max_drafts > 0 && a.mode == VerifyMode::kChain;
   s.kept = reinterpret_cast<Kept*>(s.laws + 2 * s.slots);
-  s.num_kept = reinterpret_cast<uint32_t*>(s.kept + (s.has_kept ? s.slots * kMaxKept : 0));
+  s.lane_keys = reinterpret_cast<uint16_t*>(s.kept + (s.has_kept ? s.slots * kMaxKept : 0));
+  s.num_kept = reinterpret_cast<uint32_t*>(s.lane_keys + (s.has_keys ? 2 * s.slots * s.num_lanes : 0));
   s.states = s.num_kept + (s.has_kept ? s.slots : 0);
   s.group_keys = s.states + a.num_sequences;
   return s;

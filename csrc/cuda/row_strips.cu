@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: MIT
-// Every row of logits read once, by warps that know nothing of each other: of each strip its maximum,
-// Σ exp2((x - max)·slope), and where truncation is asked for the largest key of each group of 256.
-// 1…8 blocks share a row, so that few rows are spread over all multiprocessors too. Limit: DRAM.
+// Every row of logits read once (row_strips.cuh). 1…8 blocks share a row, so that few rows are spread
+// over all multiprocessors too; then a warp has one strip, and what it does before its loads counts.
 // Rows of a chain behind a refused draft decide nothing: a wave, a range of its positions, passes
 // over the sequences that have stopped in an earlier one.
+#include "row_strips.cuh"
 #include "row_waves.cuh"
 
 namespace quantgemm {
@@ -11,200 +11,26 @@ namespace {
 
 constexpr int kStripThreads = 256, kStripWarps = kStripThreads / 32;
 
-// PTX max.NaN: NaN wins.
-__device__ __forceinline__ float max_or_nan(float a, float b) {
-  float max;
-  asm("max.NaN.f32 %0, %1, %2;" : "=f"(max) : "f"(a), "f"(b));
-  return max;
-}
-__device__ __forceinline__ uint32_t max_or_nan(uint32_t a, uint32_t b, Half) {
-  uint32_t max;
-  asm("max.NaN.f16x2 %0, %1, %2;" : "=r"(max) : "r"(a), "r"(b));
-  return max;
-}
-__device__ __forceinline__ uint32_t max_or_nan(uint32_t a, uint32_t b, BFloat16) {
-  uint32_t max;
-  asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(max) : "r"(a), "r"(b));
-  return max;
-}
-
-// The part of a strip that a warp has in registers, as it lies in memory.
-template <class T>
-struct Chunk {
-  static constexpr int kVectors = 8, kPer = kPerVector<T>, kValues = kVectors * 32 * kPer;
-  static constexpr int kGroups = kValues / kGroup, kGroupVectors = kVectors / kGroups;
-  uint32_t words[kVectors][4];
-
-  static constexpr uint32_t kFill = sizeof(T) == 4            ? 0xff800000u
-                                    : std::is_same_v<T, Half> ? 0xfc00fc00u
-                                                              : 0xff80ff80u;  // -inf
-
-  __device__ __forceinline__ void put(int v, uint4 w) {
-    words[v][0] = w.x, words[v][1] = w.y, words[v][2] = w.z, words[v][3] = w.w;
-  }
-  // Of an aligned row that ends with a whole vector, or not.
-  __device__ __forceinline__ void load(const T* own, int count, int lane) {
-    if (count >= kValues) {
-#pragma unroll
-      for (int v = 0; v < kVectors; ++v) put(v, __ldg(reinterpret_cast<const uint4*>(own) + v * 32));
-    } else {
-#pragma unroll
-      for (int v = 0; v < kVectors; ++v) {
-        put(v, make_uint4(kFill, kFill, kFill, kFill));
-        if ((v * 32 + lane) * kPer < count) put(v, __ldg(reinterpret_cast<const uint4*>(own) + v * 32));
-      }
-    }
-  }
-
-  __device__ __forceinline__ float value(int v, int e) const {
-    if constexpr (kPer == 4) {
-      return __uint_as_float(words[v][e]);
-    } else {
-      return to_float(T{static_cast<uint16_t>(words[v][e / 2] >> (16 * (e % 2)))});
-    }
-  }
-
-  // Of a lane's values of group g; NaN wins.
-  __device__ __forceinline__ float group_max(int g) const {
-    if constexpr (kPer == 4) {
-      float max = value(g * kGroupVectors, 0);
-#pragma unroll
-      for (int i = 1; i < 8; ++i) max = max_or_nan(max, value(g * kGroupVectors + i / 4, i % 4));
-      return max;
-    } else {
-      uint32_t pair = words[g][0];
-#pragma unroll
-      for (int w = 1; w < 4; ++w) pair = max_or_nan(pair, words[g][w], T{});
-      return max_or_nan(to_float(T{static_cast<uint16_t>(pair)}),
-                        to_float(T{static_cast<uint16_t>(pair >> 16)}));
-    }
-  }
-
-  // Σ exp2((x - base)·slope) of a lane's values.
-  __device__ __forceinline__ float sum(float base, float slope) const {
-    float part[4] = {};
-#pragma unroll
-    for (int v = 0; v < kVectors; ++v) {
-#pragma unroll
-      for (int e = 0; e < kPer; ++e) part[e % 4] += relative_weight(value(v, e), base, slope);
-    }
-    return (part[0] + part[1]) + (part[2] + part[3]);
-  }
-};
-
-// (base, Σ relative to base) of a lane so far.
-struct Running {
-  float base = -3.4028235e38f, sum = 0.0f;
-  __device__ __forceinline__ void raise(float max, float slope) {
-    const float next = fmaxf(base, max);
-    sum *= relative_weight(base, next, slope);
-    base = next;
-  }
-};
-
-// A chunk value by value: with NaN or +inf in it, of a row that is not aligned, or ragged. The same
-// sums in the same order as Chunk's. keys: of the row's groups, or null. Returns whether it is bad.
-template <class T>
-__device__ __noinline__ float4 read_slowly(const T* row, int begin, int end, float slope, Running so_far,
-                                           uint32_t* keys) {
-  constexpr int kPer = kPerVector<T>;
-  const int lane = static_cast<int>(threadIdx.x) % 32;
-  float max = minus_infinity(), group_max = minus_infinity();
-  bool bad = false;
-#pragma unroll 1
-  for (int v = 0; v < Chunk<T>::kVectors; ++v) {
-#pragma unroll 1
-    for (int e = 0; e < kPer; ++e) {
-      const int at = begin + (v * 32 + lane) * kPer + e;
-      const float x = at < end ? to_float(row[at]) : minus_infinity();
-      bad |= is_bad_value(x, true);
-      group_max = fmaxf(group_max, clean_logit(x));
-    }
-    if ((v + 1) % Chunk<T>::kGroupVectors != 0) continue;
-    const int group = (begin + v * 32 * kPer) / kGroup;
-    const uint32_t key = __reduce_max_sync(~0u, key_of(group_max));
-    if (keys != nullptr && lane == 0 && group * kGroup < end) keys[group] = key;
-    max = fmaxf(max, group_max), group_max = minus_infinity();
-  }
-  so_far.raise(max, slope);
-  float part[4] = {};
-#pragma unroll 1
-  for (int v = 0; v < Chunk<T>::kVectors; ++v) {
-#pragma unroll
-    for (int e = 0; e < kPer; ++e) {
-      const int at = begin + (v * 32 + lane) * kPer + e;
-      const float x = at < end ? to_float(row[at]) : minus_infinity();
-      part[e % 4] += relative_weight(clean_logit(x), so_far.base, slope);
-    }
-  }
-  return {so_far.base, so_far.sum + ((part[0] + part[1]) + (part[2] + part[3])), max, bad ? 1.0f : 0.0f};
-}
-
-// (max, Σ) of a strip, by a warp; the sum is negative if there is NaN or +inf.
-template <class T>
-__device__ __forceinline__ float2 read_strip(const RowView<T>& row, int begin, int end, float slope, int lane,
-                                             uint32_t* keys) {
-  constexpr int kPer = kPerVector<T>;
-  const bool in_vectors = row.aligned && row.length % kPer == 0;
-  Running lane_sum;
-  float lane_max = minus_infinity();
-  bool bad = false;
-#pragma unroll 1
-  for (; begin < end; begin += Chunk<T>::kValues) {
-    bool is_odd = !in_vectors;
-    if (in_vectors) {
-      Chunk<T> chunk;
-      chunk.load(row.data + begin + lane * kPer, end - begin, lane);
-      float max = minus_infinity();
-      uint32_t own_key = 0;
-#pragma unroll
-      for (int g = 0; g < Chunk<T>::kGroups; ++g) {
-        const float group_max = chunk.group_max(g);
-        max = max_or_nan(max, group_max);
-        if (keys == nullptr) continue;
-        const uint32_t key = __reduce_max_sync(~0u, key_of(group_max));
-        if (lane == g) own_key = key;
-      }
-      is_odd = __any_sync(~0u, is_bad_value(max, true));
-      if (!is_odd) {
-        if (keys != nullptr && lane < Chunk<T>::kGroups && begin + lane * kGroup < end)
-          keys[begin / kGroup + lane] = own_key;
-        lane_max = fmaxf(lane_max, max);
-        lane_sum.raise(max, slope);
-        lane_sum.sum += chunk.sum(lane_sum.base, slope);
-      }
-    }
-    if (is_odd) {
-      const float4 r = read_slowly(row.data, begin, end, slope, lane_sum, keys);
-      lane_sum.base = r.x, lane_sum.sum = r.y;
-      lane_max = fmaxf(lane_max, r.z), bad |= r.w != 0.0f;
-    }
-  }
-  const float2 strip = warp_join(lane_max, lane_sum.base, lane_sum.sum, slope);
-  return {strip.x, __any_sync(~0u, bad) ? -strip.y : strip.y};
-}
-
 // grid (2^share blocks for a sequence; positions of the target's rows, then the draft's)
 template <class T>
 __global__ void __launch_bounds__(kStripThreads, 4)
-    row_strips_kernel(const __grid_constant__ VerifyArgs args, Wave wave, int share) {
-  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
-  if (wave.first == 0) wait_for_previous_kernel();
+    row_strips_kernel(const __grid_constant__ VerifyArgs args, const __grid_constant__ RowScratch scratch,
+                      Wave wave, int share) {
+  const bool comes_first = wave.first == 0;
+  if (comes_first) wait_for_previous_kernel();
   const SlotRow info = wave.row(args, blockIdx.x >> share, static_cast<int>(blockIdx.y));
-  if (wave.first != 0) wait_for_previous_kernel();
+  if (!comes_first) wait_for_previous_kernel();
   let_next_kernel_start();
-  if (!info.exists || !is_reached<T>(args, wave, info)) return;
-
-  const RowScratch scratch = scratch_of(args);
-  const RowView<T> row = view_of<T>(args, info);
-  const int length = strip_length(row.length), part = static_cast<int>(blockIdx.x) & ((1 << share) - 1);
-  uint32_t* const keys =
-      info.parameters.truncates() ? scratch.group_keys + info.slot * scratch.num_groups : nullptr;
-  for (int strip = part * kStripWarps + warp; strip * length < row.length; strip += kStripWarps << share) {
-    const int begin = strip * length, end = begin + length < row.length ? begin + length : row.length;
-    const float2 sum = read_strip(row, begin, end, info.parameters.slope, lane, keys);
-    if (lane == 0) scratch.strips[info.slot * kMaxStrips + strip] = sum;
+  if (!info.exists) return;
+  if (comes_first) {
+    if (threadIdx.x == 0) scratch.states[info.sequence] = 0;
+  } else if (!is_reached<T>(args, scratch, wave, info)) {
+    return;
   }
+  const int part = static_cast<int>(blockIdx.x) & ((1 << share) - 1);
+  read_strips(view_of<T>(args, info), part * kStripWarps + static_cast<int>(threadIdx.x) / 32,
+              kStripWarps << share, info.parameters.slope, scratch.strips + info.slot * kMaxStrips,
+              keys_of(scratch, info.slot, info.parameters));
 }
 
 // Enough blocks for a few on each multiprocessor's four places, but none without a strip per warp.
@@ -221,13 +47,14 @@ int share_for(const VerifyArgs& args, int64_t rows, const Device& device) {
 
 cudaError_t launch_row_strips(const VerifyArgs& args, Wave wave, const Device& device, cudaStream_t stream) {
   const int64_t rows = args.num_sequences * wave.layers(args);
+  const RowScratch scratch = scratch_of(args);
   const int share = share_for(args, rows, device);
   const dim3 grid(static_cast<unsigned>(args.num_sequences << share),
                   static_cast<unsigned>(wave.layers(args)));
   DependentLaunch launch(grid, kStripThreads, device, stream);
   cudaError_t error = cudaSuccess;
   visit_real(args.value_type, [&]<class T>(T) {
-    error = cudaLaunchKernelEx(&launch.config, row_strips_kernel<T>, args, wave, share);
+    error = cudaLaunchKernelEx(&launch.config, row_strips_kernel<T>, args, scratch, wave, share);
   });
   return error;
 }

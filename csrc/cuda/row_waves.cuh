@@ -9,6 +9,7 @@ namespace quantgemm {
 // Rows of positions [first, end) of all sequences.
 struct Wave {
   int first, end;
+  bool in_order = false;
 
   // Rows of a sequence: the target's, and those of the draft that need a law.
   __host__ __device__ static bool reads_drafts(const VerifyArgs& args) {
@@ -17,10 +18,11 @@ struct Wave {
   __host__ __device__ int layers(const VerifyArgs& args) const {
     return (end - first) * (reads_drafts(args) ? 2 : 1);
   }
-  // The first positions last: most chains stop at one of them, and its rows are then still in the L2.
+  // The first positions last, unless in order: most chains stop at one of them, and its rows are then
+  // still in the L2.
   __device__ __forceinline__ SlotRow row(const VerifyArgs& args, int64_t sequence, int layer) const {
-    const int from_end = layers(args) - 1 - layer, per_position = reads_drafts(args) ? 2 : 1;
-    return row_of_slot(args, sequence, first + from_end / per_position, from_end % per_position == 1);
+    const int at = in_order ? layer : layers(args) - 1 - layer, with_drafts = reads_drafts(args) ? 1 : 0;
+    return row_of_slot(args, sequence, first + (at >> with_drafts), (at & with_drafts) != 0);
   }
 };
 
@@ -44,17 +46,14 @@ __device__ bool all_accepted(const VerifyArgs& args, LawTable& table, const Slot
   return true;
 }
 
-// Does a chain reach the wave? By all threads of a block, for all. The first blocks of a sequence find
-// it out and leave it in `states`, which the first wave has cleared, for those that come later.
+// Does a chain reach the wave, not the first one? By all threads of a block, for all. The first blocks
+// of a sequence find it out and leave it in `states`, which the first wave has cleared, for the others.
 template <class T>
-__device__ __forceinline__ bool is_reached(const VerifyArgs& args, Wave wave, const SlotRow& row) {
+__device__ __forceinline__ bool is_reached(const VerifyArgs& args, const RowScratch& scratch, Wave wave,
+                                           const SlotRow& row) {
   __shared__ LawTable table;
   __shared__ uint32_t state;
-  uint32_t* const states = scratch_of(args).states;
-  if (wave.first == 0) {
-    if (threadIdx.x == 0) states[row.sequence] = 0;
-    return true;
-  }
+  uint32_t* const states = scratch.states;
   if (threadIdx.x == 0) state = *static_cast<volatile uint32_t*>(states + row.sequence);
   __syncthreads();
   const uint32_t stopped = static_cast<uint32_t>(wave.first) << 1, reached = stopped | 1;

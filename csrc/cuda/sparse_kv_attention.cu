@@ -12,35 +12,63 @@
 namespace quantgemm {
 
 // In sparse_kv_attention_*.cu
-extern template cudaError_t launch_attention_of<64, DenseCodes>(const KvAttentionArgs&, cudaStream_t);
-extern template cudaError_t launch_attention_of<128, DenseCodes>(const KvAttentionArgs&, cudaStream_t);
-extern template cudaError_t launch_attention_of<256, DenseCodes>(const KvAttentionArgs&, cudaStream_t);
-extern template cudaError_t launch_attention_of<64, BitmapCodes>(const KvAttentionArgs&, cudaStream_t);
-extern template cudaError_t launch_attention_of<128, BitmapCodes>(const KvAttentionArgs&, cudaStream_t);
-extern template cudaError_t launch_attention_of<256, BitmapCodes>(const KvAttentionArgs&, cudaStream_t);
-extern template cudaError_t launch_attention_of<64, FourOfEightCodes>(const KvAttentionArgs&, cudaStream_t);
-extern template cudaError_t launch_attention_of<128, FourOfEightCodes>(const KvAttentionArgs&, cudaStream_t);
-extern template cudaError_t launch_attention_of<256, FourOfEightCodes>(const KvAttentionArgs&, cudaStream_t);
+extern template cudaError_t launch_attention_of<64, DenseCodes>(const KvAttentionArgs&, int, cudaStream_t);
+extern template cudaError_t launch_attention_of<128, DenseCodes>(const KvAttentionArgs&, int, cudaStream_t);
+extern template cudaError_t launch_attention_of<256, DenseCodes>(const KvAttentionArgs&, int, cudaStream_t);
+extern template cudaError_t launch_attention_of<64, BitmapCodes>(const KvAttentionArgs&, int, cudaStream_t);
+extern template cudaError_t launch_attention_of<128, BitmapCodes>(const KvAttentionArgs&, int, cudaStream_t);
+extern template cudaError_t launch_attention_of<256, BitmapCodes>(const KvAttentionArgs&, int, cudaStream_t);
+extern template cudaError_t launch_attention_of<64, FourOfEightCodes>(const KvAttentionArgs&, int,
+                                                                      cudaStream_t);
+extern template cudaError_t launch_attention_of<128, FourOfEightCodes>(const KvAttentionArgs&, int,
+                                                                       cudaStream_t);
+extern template cudaError_t launch_attention_of<256, FourOfEightCodes>(const KvAttentionArgs&, int,
+                                                                       cudaStream_t);
 
 namespace {
 
 constexpr int kMergeThreads = 256;
 
 // One block per query head: out = Σ parts of the context, each with its own maximum (in powers of 2).
-// Shared memory: a factor per part.
+// Few parts: a thread per channel knows all of its own.
+constexpr int kFewParts = 8;
+template <class Real16>
+__global__ void __launch_bounds__(256) merge_few_kernel(KvAttentionArgs args) {
+  const int channels = static_cast<int>(args.cache.channels), split = static_cast<int>(args.split);
+  const int64_t head = blockIdx.x, stride = channels + 2, part = gridDim.x * stride;
+  const float* parts = args.partial + head * stride;
+  const int thread = static_cast<int>(threadIdx.x);
+  wait_for_previous_kernel();
+  let_next_kernel_start();
+  float own[kFewParts], tops[kFewParts], masses[kFewParts];
+#pragma unroll
+  for (int s = 0; s < kFewParts; ++s) {
+    own[s] = masses[s] = 0.0f, tops[s] = -INFINITY;
+    if (s < split) own[s] = parts[thread], tops[s] = parts[channels], masses[s] = parts[channels + 1];
+    parts += part;
+  }
+  float top = tops[0], mass = 0.0f, sum = 0.0f;
+#pragma unroll
+  for (int s = 1; s < kFewParts; ++s) top = fmaxf(top, tops[s]);
+#pragma unroll
+  for (int s = 0; s < kFewParts; ++s) {
+    const float factor = tops[s] == -INFINITY ? 0.0f : fast_exp2(tops[s] - top);
+    mass += factor * masses[s], sum += factor * own[s];
+  }
+  const AttentionResult<Real16> result{args, head};
+  result.store(thread, sum, mass);
+  if (thread < 32) result.store_logarithm(top, mass);
+}
+
+// More. Shared memory: a factor per part.
 template <class Real16>
 __global__ void __launch_bounds__(kMergeThreads) merge_kernel(KvAttentionArgs args) {
   extern __shared__ float factors[];
   __shared__ float sums[kMergeThreads];
-  const KvCacheArgs& c = args.cache;
-  const int channels = static_cast<int>(c.channels), split = static_cast<int>(args.split);
+  const int channels = static_cast<int>(args.cache.channels), split = static_cast<int>(args.split);
   const int64_t head = blockIdx.x, stride = channels + 2, part = gridDim.x * stride;
   const float* parts = args.partial + head * stride;
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32;
-  const auto mean_of = [&](bool value, int i) {
-    const int64_t row = (value ? c.batch * c.heads : 0) + head / args.groups;
-    return to_float(static_cast<const Real16*>(c.means)[row * channels + i]);
-  };
   wait_for_previous_kernel();
   let_next_kernel_start();
   // This thread's first parts are on their way while every warp finds the maximum and the mass for itself.
@@ -74,23 +102,12 @@ __global__ void __launch_bounds__(kMergeThreads) merge_kernel(KvAttentionArgs ar
     sum += factors[s] * parts[s * part + d];
   sums[thread] = sum;
   __syncthreads();  // sums
+  const AttentionResult<Real16> result{args, head};
   if (thread < channels) {
     for (int i = thread + channels; i < kMergeThreads; i += channels) sum += sums[i];
-    const float mean = c.means == nullptr ? 0.0f : mean_of(true, d);
-    store1(static_cast<Real16*>(args.out) + head * channels + d, mass == 0.0f ? 0.0f : sum / mass + mean);
+    result.store(d, sum, mass);
   }
-  if (thread >= 32) return;
-  // What the keys are less by is the same for all tokens, so the weights do not know of it.
-  float logit = 0.0f;
-  if (c.means != nullptr) {
-    for (int i = lane; i < channels; i += 32)
-      logit += to_float(static_cast<const Real16*>(args.query)[head * channels + i]) * mean_of(false, i);
-    for (int step = 1; step < 32; step *= 2) logit += __shfl_xor_sync(~0u, logit, step);
-  }
-  if (lane == 0)
-    args.lse[head] = top == -INFINITY && mass == mass
-                         ? -INFINITY
-                         : (top + log2f(mass)) / 1.4426950408889634f + logit * args.scale;
+  if (thread < 32) result.store_logarithm(top, mass);
 }
 
 int64_t table_bytes(PageFormat format) {
@@ -103,58 +120,82 @@ int64_t overreach(PageFormat format, int64_t channels) {
 }
 
 template <template <int> class Codes>
-cudaError_t launch_kind(const KvAttentionArgs& args, cudaStream_t stream) {
+cudaError_t launch_kind(const KvAttentionArgs& args, int warps, cudaStream_t stream) {
   const int64_t channels = args.cache.channels;
-  if (channels == 64) return launch_attention_of<64, Codes>(args, stream);
-  if (channels == 128) return launch_attention_of<128, Codes>(args, stream);
-  if (channels == 256) return launch_attention_of<256, Codes>(args, stream);
+  if (channels == 64) return launch_attention_of<64, Codes>(args, warps, stream);
+  if (channels == 128) return launch_attention_of<128, Codes>(args, warps, stream);
+  if (channels == 256) return launch_attention_of<256, Codes>(args, warps, stream);
   return cudaErrorInvalidValue;
+}
+
+// How the context is cut: the parts, and the warps of a block.
+struct AttentionCut {
+  int64_t split;
+  int warps;
+  bool is_full;  // as many blocks as fit, not fewer for want of pages
+};
+// No more than one wave of blocks, and a page or more for each warp.
+AttentionCut attention_cut(const KvAttentionArgs& args, const Device& device, int warps) {
+  const KvCacheArgs& c = args.cache;
+  int64_t blocks = device.shared_per_multiprocessor / (attention_shared(c, warps) + kStaticShared);
+  const int64_t most_blocks = resident_warps(c.channels) / warps;
+  blocks = blocks < most_blocks ? blocks : most_blocks;
+  // As for one token: the sums of several are the same bit for bit.
+  const int64_t rows = c.batch * c.heads * ((args.groups / args.tokens + 7) / 8);
+  const int64_t wave = blocks * device.multiprocessors / (rows > 0 ? rows : 1);
+  const int64_t most = (c.max_pages + c.recent / kPageTokens + warps) / warps;
+  return {wave < most ? wave : most, warps, wave <= most};
+}
+// Large blocks have fewer parts to merge, with one part nothing. Small ones leave fewer warps over, and
+// where pages are few no multiprocessor has two blocks' warps while others have one block's.
+AttentionCut attention_cut(const KvAttentionArgs& args, const Device& device) {
+  AttentionCut small = attention_cut(args, device, kMostWarps / 2);
+  if (small.split < 1) small.split = 1;
+  const AttentionCut large = attention_cut(args, device, kMostWarps);
+  const bool is_large =
+      args.cache.channels < 256 && large.is_full && large.split >= 1 && 2 * large.split >= small.split;
+  return is_large ? large : small;
 }
 
 }  // namespace
 
-int64_t attention_shared(const KvCacheArgs& c) {
+int64_t attention_shared(const KvCacheArgs& c, int warps) {
   const PageFormat &k = c.key_format, &v = c.value_format;
   const bool is_same = k.kind == v.kind && k.bits == v.bits;
   const int64_t slack[2] = {overreach(k, c.channels), overreach(v, c.channels)};
   const int64_t pages = key_page_bytes(c.channels, k) + value_page_bytes(c.channels, v);
   const int64_t bytes = table_bytes(k) + (is_same ? 0 : table_bytes(v)) + query_bytes(c.channels) +
-                        kAttentionWarps * pages + (slack[0] > slack[1] ? slack[0] : slack[1]);
-  const int64_t sums = 4 * kAttentionWarps * 8 * c.channels;
+                        warps * pages + (slack[0] > slack[1] ? slack[0] : slack[1]);
+  const int64_t sums = 4 * warps * 8 * c.channels;
   return bytes > sums ? bytes : sums;
 }
 
 int64_t sparse_kv_attention_split(const KvAttentionArgs& args) {
-  const KvCacheArgs& c = args.cache;
-  // No more than one wave of blocks, and a page or more for each warp.
-  const Device device = current_device();
-  const int64_t shared = attention_shared(c);
-  int64_t blocks = device.shared_per_multiprocessor / (shared + 256 + kReservedShared);
-  const int64_t most_blocks = attention_blocks(c.channels);
-  blocks = blocks < 1 ? 1 : (blocks < most_blocks ? blocks : most_blocks);
-  const int64_t rows = c.batch * c.heads * ((args.groups + 7) / 8);
-  const int64_t wave = blocks * device.multiprocessors / (rows > 0 ? rows : 1);
-  const int64_t most = (c.max_pages + c.recent / kPageTokens + 4) / 4;
-  const int64_t split = wave < most ? wave : most;
-  return split < 1 ? 1 : split;
+  return attention_cut(args, current_device()).split;
 }
 
 cudaError_t launch_sparse_kv_attention(const KvAttentionArgs& args, cudaStream_t stream) {
   const KvCacheArgs& c = args.cache;
-  cudaError_t status = cudaErrorNotSupported;
+  Device device;
+  cudaError_t status = device.read();
+  if (status != cudaSuccess) return status;
+  const int warps = attention_cut(args, device).warps;
+  status = cudaErrorNotSupported;
   if (c.key_format.kind == c.value_format.kind) {
     switch (c.key_format.kind) {
-      case PageKind::kDense: status = launch_kind<DenseCodes>(args, stream); break;
-      case PageKind::kBitmap: status = launch_kind<BitmapCodes>(args, stream); break;
-      case PageKind::kFourOfEight: status = launch_kind<FourOfEightCodes>(args, stream); break;
+      case PageKind::kDense: status = launch_kind<DenseCodes>(args, warps, stream); break;
+      case PageKind::kBitmap: status = launch_kind<BitmapCodes>(args, warps, stream); break;
+      case PageKind::kFourOfEight: status = launch_kind<FourOfEightCodes>(args, warps, stream); break;
     }
   }
-  if (status != cudaSuccess) return status;
-  Device device;
-  if ((status = device.read()) != cudaSuccess) return status;
-  const DependentLaunch launch(static_cast<unsigned>(c.batch * c.heads * args.groups), kMergeThreads, device,
-                               stream, static_cast<int>(4 * args.split));
-  const auto kernel = c.type == Real::kFloat16 ? merge_kernel<Half> : merge_kernel<BFloat16>;
+  if (status != cudaSuccess || args.split == 1) return status;
+  const bool is_few = args.split <= kFewParts;
+  const DependentLaunch launch(static_cast<unsigned>(c.batch * c.heads * args.groups),
+                               is_few ? static_cast<int>(c.channels) : kMergeThreads, device, stream,
+                               is_few ? 0 : static_cast<int>(4 * args.split));
+  const bool is_half = c.type == Real::kFloat16;
+  const auto kernel = is_few ? (is_half ? merge_few_kernel<Half> : merge_few_kernel<BFloat16>)
+                             : (is_half ? merge_kernel<Half> : merge_kernel<BFloat16>);
   return cudaLaunchKernelEx(&launch.config, kernel, args);
 }
 

@@ -238,16 +238,19 @@ struct AttentionWarp {
     fetch_values(next);
   }
 
-  // Up to 16 of `count` recent tokens of parts, whose ring begins at first_slot: from the index-th or, if
-  // that is less than 0, the first. The last 16 leave each token that asks one to see. Before all pages.
+  // Those of 16 tokens from the index-th on that are among the `count` recent ones of parts, whose ring
+  // begins at first_slot; one at least. Before all pages, and before a page each query must have seen one of
+  // them.
   __device__ __forceinline__ void add_recent(const SequenceParts& parts, int first_slot, int index,
                                              int count) {
     const KvCacheArgs& c = args.cache;
     const int sinks = static_cast<int>(parts.sinks), ring = static_cast<int>(ring_slots(c));
-    const int missing = index < 0 ? -index : 0;
-    // The i-th token's elements, or the first one's in place of those that are missing.
+    const auto is_among = [&](int i, int those) {
+      return static_cast<unsigned>(index + i) < static_cast<unsigned>(those);
+    };
+    // The i-th token's elements, or those of the next that is there.
     const auto place = [&](int i) {
-      const int t = index + (i < missing ? missing : i), at = first_slot + t - sinks;
+      const int t = index + i < 0 ? 0 : min(index + i, count - 1), at = first_slot + t - sinks;
       const int64_t slot = t < sinks ? t : c.sinks + (at < ring ? at : at - ring);
       return (row * c.recent + slot) * Channels;
     };
@@ -255,7 +258,7 @@ struct AttentionWarp {
     const int own = lane / 4;  // this lane's tokens of the logits, and own + 8
     const int64_t at[2] = {place(own), place(own + 8)};
     uint32_t v[kSteps][4];
-    load_recent_values(v, at, place, missing);
+    load_recent_values(v, at, place, [&](int i) { return is_among(i, count); });
     // Lane c has channels 8c … 8c+7 of every 32, in keys as in the query: sums take them in any order.
     const auto* keys = static_cast<const uint16_t*>(c.recent_keys) + lane % 4 * 8;
     float logits[1][4] = {};
@@ -270,7 +273,7 @@ struct AttentionWarp {
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       const int i = own + j / 2 * 8, column = static_cast<int>(8 * blockIdx.z) + lane % 4 * 2 + j % 2;
-      const bool is_seen = i >= missing && index + i < count - hidden_tokens(args, column);
+      const bool is_seen = is_among(i, max(count - hidden_tokens(args, column), 0));
       logits[0][j] = is_seen ? fmaf(logits[0][j], args.scale * kLog2E, -maximum[j % 2]) : -INFINITY;
     }
     uint32_t weights[1][2];
@@ -281,7 +284,7 @@ struct AttentionWarp {
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
           // A token that is not there has weight 0, but its slot may hold anything, NaN too.
-          v[m][j] = transpose_8x8(own + j / 2 * 8 >= missing ? v[m][j] : 0u);
+          v[m][j] = transpose_8x8(is_among(own + j / 2 * 8, count) ? v[m][j] : 0u);
         }
       }
       mma_16x8x16(out[m], v[m], weights[0][0], weights[0][1], Real16{});
@@ -289,9 +292,9 @@ struct AttentionWarp {
   }
   // Operands of the second product: with dense pages yet to be transposed, with sparse ones channels are
   // elsewhere in out, 8 neighbours of one lane in as many blocks.
-  template <class Place>
+  template <class Place, class IsThere>
   __device__ __forceinline__ void load_recent_values(uint32_t (&v)[kSteps][4], const int64_t (&at)[2],
-                                                     Place&& place, int missing) const {
+                                                     Place&& place, IsThere&& is_there) const {
     const auto* values = static_cast<const uint16_t*>(args.cache.recent_values);
     if constexpr (!kSparseValues) {
 #pragma unroll
@@ -310,7 +313,7 @@ struct AttentionWarp {
           uint32_t words[2][4] = {};
 #pragma unroll
           for (int odd = 0; odd < 2; ++odd) {
-            if (token + odd < missing) continue;
+            if (!is_there(token + odd)) continue;
             const uint4 x = __ldg(reinterpret_cast<const uint4*>(from[odd] + 8 * (lane / 4 + 8 * j)));
             words[odd][0] = x.x, words[odd][1] = x.y, words[odd][2] = x.z, words[odd][3] = x.w;
           }

@@ -4,8 +4,8 @@
 // all draw from that row together (row_team.cuh). Only the stopping row of p, and of q, is read.
 // Limit at small batches: fetching instructions that run once. So they are few, and loops are rolled.
 #include "launch.h"
-#include "row_cutoff.cuh"
 #include "row_team.cuh"
+#include "row_truncated.cuh"
 #include "verdict.cuh"
 
 namespace quantgemm {
@@ -157,12 +157,12 @@ __device__ __forceinline__ void find_only_row(const VerifyArgs& args, Stop<T, Lo
   const uint64_t fraction = token_noise(args, team.task, 0, noise_status);
   wait_for_previous_kernel();
   let_next_kernel_start();
+  const RowView<T> row = target_row<T>(args, rows.drafts >= 0 ? rows.first : 0);
   RowLaw law = stored_law();
   int token = -1;
   if (rows.drafts >= 0 && !s.greedy) {
     const RowScratch scratch = scratch_of(args);
     if (s.truncates()) {
-      const RowView<T> row = target_row<T>(args, rows.first);
       const LawAndToken found = law_of_row<true>(scratch, team.task, row, s, fraction, nullptr);
       law = found.law, token = found.token;
     } else {
@@ -177,7 +177,11 @@ __device__ __forceinline__ void find_only_row(const VerifyArgs& args, Stop<T, Lo
     stop.status = status | (stop.bad ? kBadValue : 0), stop.accepted = 0;
     if (rows.drafts >= 0 && !s.greedy) stop.status |= noise_status;
     stop.fractions[1][0] = fraction, stop.token = token;
-    if (rows.drafts >= 0 && !s.greedy) stop.open_row(args, team.task, law, law, -1);
+    if (token >= 0) {
+      stop.weights.p = row, stop.weights.p_law = law;
+    } else if (rows.drafts >= 0 && !s.greedy) {
+      stop.open_row(args, team.task, law, law, -1);
+    }
   }
   __syncthreads();
 }

@@ -194,7 +194,7 @@ def _decoder(
         options: dict[str, Any] = {} if sparsity is None else {"sparsity": sparsity}
         decoder = compile_decode(model, tokens, kv, **options)
         decoder.prepare(1)
-        decoder.prepare(1, most)
+        decoder.prepare(1, min(most, tokens))
         return decoder
     except (NotImplementedError, TypeError, ValueError, torch.OutOfMemoryError) as error:
         if kv is not None:

@@ -11,17 +11,15 @@ started again as one. Keys and values lie in a `SparseKVCache`, as they are or q
 
 from __future__ import annotations
 
-import sys
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from quantgemm import ops
 from quantgemm.integrations.transformers_cache import quantized_cache
-from quantgemm.models.loader import DTYPES
+from quantgemm.models.fuse import fuse_steps
 from quantgemm.sampling import SamplingConfig
 
 __all__ = ["Decoder", "compile_decode"]
@@ -47,10 +45,10 @@ def compile_decode(
     are first used.
 
     The model attends through quantgemm from now on where it is given such a cache, and its RMS
-    norms and rotary embeddings are one kernel each where that changes nothing but roundings (the
-    rotary embedding for all models of its module, bit for bit). On the CPU there are no graphs,
-    and all else is the same. A recorded step reads the weights where they are: do not move, pack
-    or replace them afterwards.
+    norms, gated products and rotary embeddings are one kernel each where that changes nothing but
+    roundings (`fuse_steps`; the rotary embedding for all models of its module, bit for bit). On the
+    CPU there are no graphs, and all else is the same. A recorded step reads the weights where they
+    are: do not move, pack or replace them afterwards.
     """
     decoder = Decoder(model, max_tokens, kv, options)
     for batch in batch_sizes:
@@ -345,107 +343,3 @@ class _Step:
             with torch.cuda.graph(self.graph, stream=side):
                 self.logits = run()
             restore()
-
-
-def fuse_steps(model: torch.nn.Module) -> tuple[int, int]:
-    """Gives RMS norms and rotary embeddings one kernel in place of six and ten.
-
-    Only where the result is the same but for the last bit of a rounding: the first norm of each
-    class and size is compared, and rotations are the same bit for bit. Where gradients are asked
-    for, all is as before. The rotary embedding is a function of transformers' module, so it is
-    replaced for all models of that module. Returns how many norms and how many functions were.
-    """
-    fits: dict[tuple[type, int], bool] = {}
-    norms = 0
-    for module in model.modules():
-        if not type(module).__name__.endswith("RMSNorm") or "forward" in module.__dict__:
-            continue
-        forward = _fused_norm(module)
-        if forward is None:
-            continue
-        kind = type(module), module.weight.numel()  # type: ignore[operator]
-        if kind not in fits:
-            fits[kind] = _agree(module, forward)
-        if fits[kind]:
-            module.forward = forward
-            norms += 1
-    return norms, sum(_fuse_rotary(name) for name in {type(m).__module__ for m in model.modules()})
-
-
-@dataclass(frozen=True)
-class _FusedNorm:
-    """The forward of a norm. An object, so that copies and pickles of a model keep their own."""
-
-    module: torch.nn.Module
-    eps: float
-
-    def __call__(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        weight: torch.Tensor = self.module.weight  # type: ignore[assignment]
-        same = hidden_states.dtype == weight.dtype and weight.dtype in DTYPES
-        if torch.is_grad_enabled() or not same or weight.device.type not in ("cpu", "cuda"):
-            return type(self.module).forward(self.module, hidden_states)  # type: ignore[no-any-return]
-        return ops.rms_norm(hidden_states, weight, self.eps)
-
-
-def _fused_norm(module: torch.nn.Module) -> _FusedNorm | None:
-    weight = getattr(module, "weight", None)
-    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-    if not isinstance(weight, torch.Tensor) or weight.dim() != 1 or not isinstance(eps, float):
-        return None
-    return _FusedNorm(module, eps)
-
-
-def _agree(module: torch.nn.Module, forward: _FusedNorm) -> bool:
-    weight: torch.Tensor = module.weight  # type: ignore[assignment]
-    generator = torch.Generator(weight.device).manual_seed(0)
-    x = torch.randn(4, weight.numel(), device=weight.device, generator=generator).to(weight.dtype)
-    with torch.no_grad():
-        want, got = module(x).float(), forward(x).float()
-    return bool(((want - got).abs() <= 2 * torch.finfo(weight.dtype).eps * want.abs()).all())
-
-
-def _fuse_rotary(module_name: str) -> bool:
-    """Replaces transformers' function in the module of an attention class."""
-    module = sys.modules.get(module_name)
-    plain = getattr(module, "apply_rotary_pos_emb", None)
-    if not module_name.startswith("transformers.") or plain is None:
-        return False
-    if getattr(plain, "is_quantgemm", False) or not _is_known_rotation(plain):
-        return False
-
-    def apply_rotary_pos_emb(
-        q: torch.Tensor,
-        k: torch.Tensor,
-        cos: torch.Tensor,
-        sin: torch.Tensor,
-        *args: Any,
-        **kw: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        alike = q.dtype == k.dtype == cos.dtype == sin.dtype and q.dtype in DTYPES
-        fits = alike and q.device.type in ("cpu", "cuda") and cos.dim() == 3
-        if not (args or kw or torch.is_grad_enabled()) and fits and q.shape[-1] == cos.shape[-1]:
-            return ops.rotary(q, k, cos, sin)
-        return plain(q, k, cos, sin, *args, **kw)  # type: ignore[no-any-return]
-
-    apply_rotary_pos_emb.is_quantgemm = True  # type: ignore[attr-defined]
-    module.apply_rotary_pos_emb = apply_rotary_pos_emb  # type: ignore[union-attr]
-    return True
-
-
-def _is_known_rotation(plain: Callable[..., Any]) -> bool:
-    """Whether a function called so does what `ops.rotary` does; some models turn otherwise."""
-    generator = torch.Generator().manual_seed(0)
-    for dtype in (torch.float32, torch.bfloat16):
-        q, k, angles = (
-            torch.randn(shape, generator=generator, dtype=torch.float32).to(dtype)
-            for shape in ((1, 2, 3, 8), (1, 1, 3, 8), (1, 3, 8))
-        )
-        cos, sin = angles.cos(), angles.sin()
-        try:
-            want_q, want_k = plain(q, k, cos, sin)
-        except (TypeError, ValueError, RuntimeError):
-            return False
-        got_q, got_k = ops.rotary(q, k, cos, sin)
-        if not (torch.equal(got_q, want_q) and torch.equal(got_k, want_k)):
-            return False
-    return True

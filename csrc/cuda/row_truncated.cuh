@@ -1,0 +1,129 @@
+// SPDX-License-Identifier: MIT
+// The law of a row of logits with its truncation, by one block, and what can be had of it on the way: a
+// token drawn from it, or a list of what it keeps. A launch runs this once: short code, rolled loops.
+#pragma once
+#include "row_cutoff.cuh"
+#include "row_kept.cuh"
+
+namespace quantgemm {
+
+// select_slowly's answer where what reaches the bound has been gathered and fits: by every warp for itself,
+// from how many keys are above each, and of what mass.
+__device__ __forceinline__ Selected select_from_list(LawShared& shared, uint32_t top, float max,
+                                                     const Parameters& s) {
+  const uint32_t size = shared.count, lane = threadIdx.x % 32;
+  // Eight lanes rank a key.
+#pragma unroll 1
+  for (uint32_t first = threadIdx.x / 32 * 4; first < size; first += kLawThreads / 8) {
+    const uint32_t i = first + lane / 8, key = i < size ? shared.key[i] : ~0u;
+    uint64_t above = 0, down_to = 0;
+    uint32_t rank = 0;
+#pragma unroll 1
+    for (uint32_t j = lane % 8; j < size; j += 8) {
+      const uint32_t other = shared.key[j];
+      if (other < key) continue;
+      const uint64_t mass = shared.mass[j];
+      down_to += mass;
+      if (other > key) above += mass, ++rank;
+    }
+#pragma unroll 1
+    for (int step = 1; step < 8; step *= 2) {
+      above += __shfl_xor_sync(~0u, above, step), rank += __shfl_xor_sync(~0u, rank, step);
+      down_to += __shfl_xor_sync(~0u, down_to, step);
+    }
+    if (lane % 8 == 0 && i < size)
+      shared.above[i] = above, shared.rank[i] = rank, shared.down_to[i] = down_to;
+  }
+  __syncthreads();
+  // The least key of those that are wanted, and the mass down to it.
+  const auto least_of = [&](auto wanted) {
+    uint32_t low = ~0u, at = 0;
+#pragma unroll 1
+    for (uint32_t i = lane; i < size; i += 32)
+      if (wanted(i) && shared.key[i] < low) low = shared.key[i], at = i;
+    const uint32_t least = __reduce_min_sync(~0u, low);
+    at = __shfl_sync(~0u, at, __ffs(__ballot_sync(~0u, low == least)) - 1);
+    return Selected{least, shared.down_to[at]};
+  };
+  const Selected of_top_k = least_of([&](uint32_t i) { return shared.rank[i] < s.top_k; });
+  Selected out = of_top_k;
+  if (s.top_p < 1.0f) {
+    const uint64_t goal = mass_to_keep(s.top_p, of_top_k.mass);
+    out = least_of([&](uint32_t i) { return shared.key[i] >= of_top_k.low && shared.above[i] < goal; });
+  }
+  const uint32_t low = raise_to_min_p(out.low, top, max, s);
+  if (low != out.low) out = {low, least_of([&](uint32_t i) { return shared.key[i] >= low; }).mass};
+  return out;
+}
+
+// The token drawn from the values gathered, all that the law keeps. -1: nothing has weight.
+__device__ __forceinline__ int draw_from_list(LawShared& shared, const RowLaw& law, uint64_t fraction) {
+  const uint32_t size = shared.count;  // nobody looks at the masses any more
+#pragma unroll 1
+  for (uint32_t i = threadIdx.x; i < size; i += kLawThreads)
+    shared.mass[i] = to_fixed(softmax_probability(value_of_key(shared.key[i]), law));
+  if (threadIdx.x == 0) shared.best = kNotPicked;
+  __syncthreads();
+  pick<kLawThreads>(shared.token, shared.mass, size, fraction, shared.best);
+  __syncthreads();
+  return shared.best != kNotPicked ? static_cast<int>(shared.token[shared.best]) : -1;
+}
+
+// A row's law; a token, if one was wanted and is cheap, else -1; how many tokens it keeps are listed.
+struct LawAndToken {
+  RowLaw law;
+  int token;
+  uint32_t num_kept;
+};
+
+// From the row's strips and its groups' keys, by a block: to draw with the fraction, or for the list
+// `kept`, if it is not null. Not inlined: the shared memory is its own, so that it is known to be that.
+template <bool Draws, class T>
+__device__ __noinline__ LawAndToken law_of_row(RowScratch scratch, int64_t slot, RowView<T> row, Parameters s,
+                                               uint64_t fraction, Kept* kept) {
+  LawShared& shared = law_shared();
+  const int num_groups = (row.length + kGroup - 1) / kGroup;
+  const bool truncates = s.truncates();
+#pragma unroll 1
+  for (int g = threadIdx.x; truncates && g < num_groups; g += kLawThreads)
+    shared.group_keys[g] = scratch.group_keys[slot * scratch.num_groups + g];
+  const uint16_t* const lane_keys = scratch.lane_keys + slot * scratch.num_lanes;
+  uint4 first_keys = {};
+  if (truncates)
+    first_keys = Selection<T>::lane_keys_at(lane_keys, static_cast<int>(threadIdx.x) * 8, row.length);
+  const Joined joined = join_strips(scratch.strips + slot * kMaxStrips, row.length, s.slope,
+                                    static_cast<int>(threadIdx.x) % 32);
+  RowLaw law = joined.law;
+  if (!truncates || joined.sum.x == minus_infinity()) return {law, -1, 0};
+  __syncthreads();
+  Selection<T> select{row, num_groups, joined.sum.x, s.slope, shared};
+  const uint32_t top = key_of(joined.sum.x) + 1, lowest = key_of(minus_infinity()) + 1;
+  const uint32_t bound = s.top_k > 0 ? select.bound_of_top_k(top, s.top_k) : 0;
+  const bool listed = bound >= lowest && select.gather_few(lane_keys, first_keys, bound, top);
+  Selected selected;
+  if (listed) {
+    selected = select_from_list(shared, top, joined.sum.x, s);
+  } else if constexpr (Draws) {
+    selected = select_slowly(select, row, joined.sum, s, bound);
+  } else {
+    selected = select_out_of_line(row, joined.sum, s, bound);
+  }
+  const auto [low, mass] = selected;
+  if (low == lowest) return {law, -1, 0};
+  law.cutoff = value_of_key(low);
+  law.scale = copysignf(static_cast<float>(0x1p44 / static_cast<double>(mass)), law.scale);
+  RowLaw plain = law;
+  plain.scale = fabsf(law.scale);
+  if constexpr (Draws) {
+    return {law, listed ? draw_from_list(shared, plain, fraction) : -1, 0};
+  } else {
+    static_assert(kLawThreads >= kMaxKept);
+    const uint32_t num_kept = kept != nullptr && listed && shared.count <= kMaxKept ? shared.count : 0;
+    if (threadIdx.x < num_kept)
+      kept[threadIdx.x] = {shared.token[threadIdx.x],
+                           softmax_probability(value_of_key(shared.key[threadIdx.x]), plain)};
+    return {law, -1, num_kept};
+  }
+}
+
+}  // namespace quantgemm

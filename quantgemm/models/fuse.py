@@ -1,0 +1,274 @@
+# SPDX-License-Identifier: MIT
+"""fuse_steps: what a model of transformers does in several small kernels, done in one."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from quantgemm import ops
+from quantgemm.models.loader import DTYPES
+from quantgemm.nn import QuantLinear
+
+__all__ = ["Fused", "fuse_steps"]
+
+
+class Fused(NamedTuple):
+    """How many modules, and functions of transformers' modules, were given another forward."""
+
+    norms: int
+    gates: int
+    heads: int
+    rotations: int
+
+
+def fuse_steps(model: torch.nn.Module) -> Fused:
+    """Gives RMS norms, gated products, q, k and v, and rotary embeddings a kernel in place of many.
+
+    Only where the result is the same but for roundings: the first norm and the first gated product
+    of each class and size are compared, and rotations are the same bit for bit. Where gradients are
+    asked for, all is as before. Products become one where their weights are packed and of one type;
+    those of q, k and v then lie one behind the other. The rotary embedding is a function of
+    transformers' module, so it is replaced for all models of that module.
+    """
+    agreed: dict[tuple[Any, ...], bool] = {}
+    norms = gates = heads = 0
+    for module in model.modules():
+        heads += _fuse_heads(module)
+        fused = None if "forward" in module.__dict__ else _fused_norm(module) or _fused_gate(module)
+        if fused is None:
+            continue
+        if fused.kind not in agreed:
+            agreed[fused.kind] = fused.agrees()
+        if agreed[fused.kind]:
+            module.forward = fused  # type: ignore[assignment]
+            norms += isinstance(fused, _FusedNorm)
+            gates += isinstance(fused, _FusedGate)
+    names = {type(module).__module__ for module in model.modules()}
+    return Fused(norms, gates, heads, sum(_fuse_rotary(name) for name in names))
+
+
+@dataclass(frozen=True)
+class _FusedNorm:
+    """The forward of a norm. An object, so that copies and pickles of a model keep their own."""
+
+    module: torch.nn.Module
+    eps: float
+
+    def __call__(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        weight: torch.Tensor = self.module.weight  # type: ignore[assignment]
+        same = hidden_states.dtype == weight.dtype and weight.dtype in DTYPES
+        if torch.is_grad_enabled() or not same or weight.device.type not in ("cpu", "cuda"):
+            return type(self.module).forward(self.module, hidden_states)  # type: ignore[no-any-return]
+        return ops.rms_norm(hidden_states, weight, self.eps)
+
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        return type(self.module), self.module.weight.numel()  # type: ignore[operator]
+
+    def agrees(self) -> bool:
+        weight: torch.Tensor = self.module.weight  # type: ignore[assignment]
+        x = _numbers(weight.numel(), weight.device, weight.dtype)
+        with torch.no_grad():
+            want, got = self.module(x).float(), self(x).float()
+        return bool(((want - got).abs() <= 2 * torch.finfo(weight.dtype).eps * want.abs()).all())
+
+
+def _fused_norm(module: torch.nn.Module) -> _FusedNorm | None:
+    weight = getattr(module, "weight", None)
+    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    if not type(module).__name__.endswith("RMSNorm") or not isinstance(eps, float):
+        return None
+    is_row = isinstance(weight, torch.Tensor) and weight.dim() == 1
+    return _FusedNorm(module, eps) if is_row else None
+
+
+@dataclass(frozen=True)
+class _FusedGate:
+    """The forward of ``down(silu(gate(x)) · up(x))`` with packed weights of one type."""
+
+    module: torch.nn.Module
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if torch.is_grad_enabled() or x.dtype not in DTYPES or not _is_gated(self.module):
+            return type(self.module).forward(self.module, x)  # type: ignore[no-any-return]
+        down: torch.nn.Module = self.module.down_proj  # type: ignore[assignment]
+        return down(self.gated(x))  # type: ignore[no-any-return]
+
+    def gated(self, x: torch.Tensor) -> torch.Tensor:
+        gate, up = _gate_and_up(self.module)
+        return ops.gemm_packed_gated(
+            x, gate.weight, up.weight, gate.qtype, gate.out_features, gate.in_features
+        )
+
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        gate = _gate_and_up(self.module)[0]
+        return type(self.module), gate.qtype, gate.weight_shape
+
+    def agrees(self) -> bool:
+        gate = _gate_and_up(self.module)[0]
+        x = _numbers(gate.in_features, gate.weight.device, torch.bfloat16)
+        seen: list[torch.Tensor] = []
+        down: torch.nn.Module = self.module.down_proj  # type: ignore[assignment]
+        hook = down.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+        with torch.no_grad():
+            self.module(x)
+            hook.remove()
+            want, got = seen[0].float(), self.gated(x).float()
+        close = 4 * torch.finfo(x.dtype).eps * want.abs().amax(-1, keepdim=True)
+        return bool(((want - got).abs() <= close).all())
+
+
+def _gate_and_up(module: torch.nn.Module) -> tuple[QuantLinear, QuantLinear]:
+    return module.gate_proj, module.up_proj  # type: ignore[return-value]
+
+
+def _is_gated(module: torch.nn.Module) -> bool:
+    gate, up = (getattr(module, name, None) for name in ("gate_proj", "up_proj"))
+    if not isinstance(gate, QuantLinear) or not isinstance(up, QuantLinear):
+        return False
+    alike = gate.qtype == up.qtype and gate.weight_shape == up.weight_shape
+    return alike and all(_is_bare(layer) for layer in (gate, up))
+
+
+def _is_bare(layer: QuantLinear, forward: type | None = None) -> bool:
+    """Whether its forward is the product with packed weights, or of that class, and no more."""
+    own = layer.__dict__.get("forward")
+    replaced = type(layer) is not QuantLinear or (own is not None and type(own) is not forward)
+    hooked = bool(layer._forward_hooks or layer._forward_pre_hooks)
+    return layer.is_packed and layer.bias is None and not replaced and not hooked
+
+
+def _fused_gate(module: torch.nn.Module) -> _FusedGate | None:
+    named = type(module).__name__.endswith("MLP") and hasattr(module, "down_proj")
+    return _FusedGate(module) if named and _is_gated(module) else None
+
+
+@dataclass(eq=False)
+class _Together:
+    """Layers that are given the same x in turn: the first computes for all, in one product."""
+
+    layers: list[QuantLinear]
+    weights: torch.Tensor  # theirs, one behind the other
+    x: torch.Tensor | None = None
+    outputs: tuple[torch.Tensor, ...] = ()
+
+    def serves(self, x: torch.Tensor) -> bool:
+        at = self.weights.data_ptr()
+        for layer in self.layers:
+            if layer.weight.data_ptr() != at or not _is_bare(layer, _Part):
+                return False
+            at += layer.weight.numel()
+        return x.dtype in DTYPES and x.device == self.weights.device
+
+    def compute(self, x: torch.Tensor) -> torch.Tensor:
+        rows, first = [layer.out_features for layer in self.layers], self.layers[0]
+        y = ops.gemm_packed(x, self.weights, first.qtype, sum(rows), first.in_features)
+        self.x, self.outputs = x, torch.split(y, rows, -1)
+        return self.outputs[0]
+
+    def take(self, index: int) -> torch.Tensor:
+        y = self.outputs[index]
+        if index == len(self.layers) - 1:
+            self.x, self.outputs = None, ()
+        return y
+
+
+@dataclass(frozen=True)
+class _Part:
+    """The forward of one of them."""
+
+    together: _Together
+    index: int
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        together = self.together
+        if not torch.compiler.is_compiling() and not torch.is_grad_enabled():
+            if self.index == 0 and together.serves(x):
+                return together.compute(x)
+            if self.index > 0 and together.x is x:
+                return together.take(self.index)
+        return QuantLinear.forward(together.layers[self.index], x)
+
+
+def _fuse_heads(module: torch.nn.Module) -> int:
+    """q with those of k and v that are of its type. How many products became one."""
+    layers = [getattr(module, name, None) for name in ("q_proj", "k_proj", "v_proj")]
+    first = layers[0]
+    if not isinstance(first, QuantLinear) or not _is_bare(first):
+        return 0
+    alike = [
+        layer
+        for layer in layers
+        if isinstance(layer, QuantLinear)
+        and _is_bare(layer)
+        and (layer.qtype, layer.in_features) == (first.qtype, first.in_features)
+        and layer.out_features % 64 == 0  # a strip of the packed layout
+        and layer.weight.device == first.weight.device
+    ]
+    if len(alike) < 2 or alike[0] is not first:
+        return 0
+    together = _Together(alike, torch.cat([layer.weight for layer in alike]))
+    at = 0
+    for index, layer in enumerate(alike):
+        layer.weight.data = together.weights[at : at + len(layer.weight)]
+        layer.forward = _Part(together, index)  # type: ignore[method-assign]
+        at += len(layer.weight)
+    return len(alike)
+
+
+def _numbers(count: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    generator = torch.Generator(device).manual_seed(0)
+    return torch.randn(4, count, device=device, generator=generator).to(dtype)
+
+
+def _fuse_rotary(module_name: str) -> bool:
+    """Replaces transformers' function in the module of an attention class."""
+    module = sys.modules.get(module_name)
+    plain = getattr(module, "apply_rotary_pos_emb", None)
+    if not module_name.startswith("transformers.") or plain is None:
+        return False
+    if getattr(plain, "is_quantgemm", False) or not _is_known_rotation(plain):
+        return False
+
+    def apply_rotary_pos_emb(
+        q: torch.Tensor,
+        k: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        *args: Any,
+        **kw: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        alike = q.dtype == k.dtype == cos.dtype == sin.dtype and q.dtype in DTYPES
+        fits = alike and q.device.type in ("cpu", "cuda") and cos.dim() == 3
+        if not (args or kw or torch.is_grad_enabled()) and fits and q.shape[-1] == cos.shape[-1]:
+            return ops.rotary(q, k, cos, sin)
+        return plain(q, k, cos, sin, *args, **kw)  # type: ignore[no-any-return]
+
+    apply_rotary_pos_emb.is_quantgemm = True  # type: ignore[attr-defined]
+    module.apply_rotary_pos_emb = apply_rotary_pos_emb  # type: ignore[union-attr]
+    return True
+
+
+def _is_known_rotation(plain: Callable[..., Any]) -> bool:
+    """Whether a function called so does what `ops.rotary` does; some models turn otherwise."""
+    generator = torch.Generator().manual_seed(0)
+    for dtype in (torch.float32, torch.bfloat16):
+        q, k, angles = (
+            torch.randn(shape, generator=generator, dtype=torch.float32).to(dtype)
+            for shape in ((1, 2, 3, 8), (1, 1, 3, 8), (1, 3, 8))
+        )
+        cos, sin = angles.cos(), angles.sin()
+        try:
+            want_q, want_k = plain(q, k, cos, sin)
+        except (TypeError, ValueError, RuntimeError):
+            return False
+        got_q, got_k = ops.rotary(q, k, cos, sin)
+        if not (torch.equal(got_q, want_q) and torch.equal(got_k, want_k)):
+            return False
+    return True
