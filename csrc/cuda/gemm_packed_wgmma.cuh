@@ -215,55 +215,82 @@ __device__ __forceinline__ void multiply(const GemmPackedArgs& args, const Sched
   const uint32_t smem = shared_address(memory);
   const int lane = threadIdx.x % 32, strip_of_tile = threadIdx.x / 32 % kStrips;
   const int group = threadIdx.x / kGroupThreads;
-  Ring<P::kPlaces> x{smem + P::kBarriersAt};
-  Ring<P::kSlots> w{smem + P::kBarriersAt + 16 * P::kPlaces};
+  // Steps of a slot have places side by side, `base` is the first one's.
+  const uint32_t barriers = smem + P::kBarriersAt;
+  int base = 0;
+  uint32_t turn = 0;
+  bool ready = false;  // the next step's activations
+  Ring<P::kSlots> w{barriers + 16 * P::kPlaces};
   uint8_t* const out = memory + P::kOutAt + group * P::kOutBytes;
+  const auto strip_at = [&](int place) {
+    return memory + P::kSlotsAt + place * P::kSlotBytes + strip_of_tile * P::kStripBytes;
+  };
 
   for (Walk at(s, args.routes, s.slots(P::kSlotSteps)); at.valid(); at.next()) {
     Sums<P> sums = {};
     uint32_t a[P::kFragments][4];
-    int before = -1;  // the place of the step before, which may still be multiplied
-    const auto release = [&] {
-      if (before >= 0 && lane < s.mates)
-        mbarrier_arrive_there(address_in(smem + P::kBarriersAt + 16 * before + 8, at.part * s.mates + lane));
+    // A place that has been multiplied, to the blocks that copy there.
+    const uint32_t released = address_in(barriers + 8, at.part * s.mates + lane % s.mates);
+    const auto release = [&](int place) {
+      if (lane < s.mates) mbarrier_arrive_there(released + 16 * place);
     };
-    // A step of the slot whose weights lie at strip; x is at its place.
-    const auto multiply_step = [&](SlotWeights<P>& weights, const uint8_t* strip, int step, bool fresh) {
-      weights.load(strip, step);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        weights.decode(a[i % P::kFragments], step, i, fresh && i == 0);
-        if (i == 0) mbarrier_wait(x.full(), x.turn);
-        const uint64_t tokens = swizzled_rows(smem + x.place * P::kPlaceBytes) + 2 * i;
-        wgmma_fence();
-#pragma unroll
-        for (int part = 0; part < P::kSums; ++part)
-          wgmma(sums[part], a[i % P::kFragments], tokens + part * (P::kSumTokens * 128 / 16), T{});
-        wgmma_commit();
-        wgmma_wait<P::kFragments / 2>();
-        if (i == P::kFragments / 2) release();  // all of the step before are done
-      }
-      before = x.place;
-    };
+    const auto before = [&] { return (base == 0 ? P::kPlaces : base) - 1; };  // the slot
+
+    SlotWeights<P> weights, next;
+    mbarrier_wait(w.full(), w.turn);
+    weights.begin(strip_at(w.place));
+    weights.load(strip_at(w.place), 0);
 #pragma unroll 1
-    for (int i = at.first_slot; i < at.last_slot; ++i) {
-      mbarrier_wait(w.full(), w.turn);
-      const uint8_t* const strip =
-          memory + P::kSlotsAt + w.place * P::kSlotBytes + strip_of_tile * P::kStripBytes;
-      SlotWeights<P> weights;
-      weights.begin(strip);
+    for (int slot = at.first_slot; slot < at.last_slot; ++slot) {
+      const uint32_t places = __shfl_sync(~0u, smem + base * P::kPlaceBytes, 0);
+      const int base_after = base + P::kSlotSteps < P::kPlaces ? base + P::kSlotSteps : 0;
+      const uint32_t turn_after = turn ^ (base_after == 0 ? 1 : 0);
 #pragma unroll
-      for (int step = 0; step < P::kSlotSteps; ++step, x.step())
-        multiply_step(weights, strip, step, step == 0 || P::Format::kGroup <= kTileCols);
-      __syncwarp();
-      if (lane == 0) mbarrier_arrive(w.empty());
-      w.step();
+      for (int step = 0; step < P::kSlotSteps; ++step) {
+        const bool is_last = step + 1 == P::kSlotSteps;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          weights.decode(a[i % P::kFragments], step, i,
+                         i == 0 && (step == 0 || P::Format::kGroup <= kTileCols));
+          if (i == 0 && !ready) mbarrier_wait_together(barriers + 16 * (base + step), turn);
+          const uint64_t tokens = swizzled_rows(places + step * P::kPlaceBytes) + 2 * i;
+          wgmma_fence();
+#pragma unroll
+          for (int part = 0; part < P::kSums; ++part)
+            wgmma(sums[part], a[i % P::kFragments], tokens + part * (P::kSumTokens * 128 / 16), T{});
+          wgmma_commit();
+          // What comes next, while there is much to multiply.
+          if (i == 1 && !is_last) weights.load(strip_at(w.place), step + 1);
+          if (i == 3 && is_last) {  // the last slot is looked at twice
+            Ring<P::kSlots> after = w;
+            if (slot + 1 < at.last_slot) after.step();
+            mbarrier_wait_together(after.full(), after.turn);
+            next.begin(strip_at(after.place));
+            next.load(strip_at(after.place), 0);
+            __syncwarp();
+            if (lane == 0) mbarrier_arrive(w.empty());
+            w.step();
+          }
+          if (i == 2)
+            ready = mbarrier_over(barriers + 16 * (is_last ? base_after : base + step + 1),
+                                  is_last ? turn_after : turn);
+          wgmma_wait<P::kFragments / 2>();
+          if (i == P::kFragments / 2) {  // all of the step before are done
+            if (step > 0)
+              release(base + step - 1);
+            else if (slot > at.first_slot)
+              release(before());
+          }
+        }
+      }
+      weights = next;
+      base = base_after, turn = turn_after;
     }
     wgmma_wait<0>();
 #pragma unroll
     for (auto& part : sums) sums_are_ready(part);
     __syncwarp();
-    release();
+    release(before());
 
     const Output<P> output(args, y, at, out);
     if (s.parts > 1) {
@@ -296,15 +323,20 @@ __global__ void __launch_bounds__((Tile<F, X, Tokens>::kThreads), 1)
                   counts_tokens ? kStrips * schedule.mates : P::kMultipliers / 32);
     publish_barriers();
   }
-  sync_cluster();
-  wait_for_previous_kernel();
-  let_next_kernel_start();
-  if (threadIdx.x < P::kMultipliers) {
+  const bool alone = schedule.ranks() == 1;
+  alone ? __syncthreads() : sync_cluster();
+  const int copier = static_cast<int>(threadIdx.x) - P::kMultipliers;
+  // Which weights to copy may depend on the previous kernel, never what they are.
+  if (copier < 64 || args.routes.groups != nullptr) {
+    if (copier == 0) expect_copies(x);
+    wait_for_previous_kernel();
+    let_next_kernel_start();
+  }
+  if (copier < 0) {
     grow_registers<P::kMultiplierRegisters>();
     multiply<P>(args, schedule, y, memory);
   } else {
     shrink_registers<P::kCopierRegisters>();
-    const int copier = static_cast<int>(threadIdx.x) - P::kMultipliers;
     if (copier == 0)
       copy_activations<P>(args, schedule, x, smem);
     else if (copier >= 64)
@@ -312,7 +344,7 @@ __global__ void __launch_bounds__((Tile<F, X, Tokens>::kThreads), 1)
     __syncwarp();
     if (schedule.parts > 1) sync_cluster();  // with the sums' exchange
   }
-  sync_cluster();  // nobody copies to a block that has ended, or reads its sums
+  if (!alone) sync_cluster();  // nobody copies to a block that has ended, or reads its sums
 #endif
 }
 

@@ -34,7 +34,9 @@ struct Tile {
   static_assert(kStripBytes % 16 == 0);
   // Shared memory: activations [place][token][64], swizzled; y on its way out [row group][token][64 rows],
   // the same; slots.
-  static constexpr int kPlaces = Tokens == 256 ? 4 : Tokens == 128 ? 6 : 10, kPlaceBytes = Tokens * 128;
+  static constexpr int kPlaces = Tokens == 256 ? 4 : Tokens == 128 && L::kLowBits == 8 ? 6 : 8;
+  static_assert(kPlaces % kSlotSteps == 0);
+  static constexpr int kPlaceBytes = Tokens * 128;
   static constexpr int kOutAt = kPlaces * kPlaceBytes, kOutBytes = 16384;  // or 64 sums
   static constexpr int kSlotsAt = kOutAt + kRowGroups * kOutBytes;
   static constexpr int kFit = (kSharedBytes - 1024 - 256 - kSlotsAt) / kSlotBytes,
@@ -60,6 +62,22 @@ struct Ring {
   }
 };
 
+// Whether a phase with this parity has ended, asked by a whole warp: the vote tells the compiler that its
+// threads stay together, else descriptors leave the uniform registers.
+__device__ __forceinline__ bool mbarrier_over(uint32_t barrier, uint32_t parity) {
+  uint32_t done;
+  asm volatile(
+      "{ .reg .pred done; mbarrier.test_wait.parity.shared.b64 done, [%1], %2; selp.u32 %0, 1, 0, done; }"
+      : "=r"(done)
+      : "r"(barrier), "r"(parity)
+      : "memory");
+  return __all_sync(~0u, done != 0);
+}
+__device__ __forceinline__ void mbarrier_wait_together(uint32_t barrier, uint32_t parity) {
+  while (!mbarrier_over(barrier, parity)) {
+  }
+}
+
 // What a block is in its cluster, and the tile that the cluster is at:
 //     for (Walk at(schedule); at.valid(); at.next())
 struct Walk {
@@ -73,8 +91,8 @@ struct Walk {
         part(static_cast<int>(blockIdx.x) % s.ranks() / s.mates),
         mate(static_cast<int>(blockIdx.x) % s.mates),
         tile(static_cast<int>(blockIdx.x) / s.ranks()),
-        first_slot(static_cast<int>(int64_t{slots} * part / s.parts)),
-        last_slot(static_cast<int>(int64_t{slots} * (part + 1) / s.parts)) {
+        first_slot(slots * part / s.parts),
+        last_slot(slots * (part + 1) / s.parts) {
     locate();
   }
   __device__ __forceinline__ bool valid() const {
@@ -105,6 +123,11 @@ struct Walk {
     return routes.groups == nullptr ? ExpertGroup{} : routes.groups[token_tile];
   }
 };
+
+// Copies with this map will be asked for.
+__device__ __forceinline__ void expect_copies(const CUtensorMap& map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+}
 
 // One thread copies activations.
 template <class P>

@@ -93,6 +93,24 @@ struct SlotWeights {
             __uint_as_float(Fragment::kSmall ? __byte_perm(quad, 0x43000000u, 0x7044 | byte << 8)
                                              : __byte_perm(quad, 0x47000000u, 0x7404 | byte << 4));
       }
+    } else if constexpr (L::kLowBits == 4) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        uint32_t quad = (batch.low[step][s] >> (4 * half)) & 0x0f0f0f0fu;  // of columns as above
+        if constexpr (L::kHighBits > 0) {
+          using High = PackedField<L::kHighBits>;
+#pragma unroll
+          for (int j = half; j < 4; j += 2) {
+            const int to = j / 2 * 8 + 4;
+            quad = masked_or(shift_right(batch.high[step][High::word(s, j)], High::bit(s, j) - to),
+                             High::kMask << to, quad);
+          }
+        }
+#pragma unroll
+        for (int byte = 0; byte < 4; ++byte)
+          codes[half + byte % 2 * 2][byte / 2] =
+              __uint_as_float(__byte_perm(quad, 0x43000000u, 0x7044 | byte << 8));
+      }
     } else {
       uint32_t pairs[4];
       Fragment::make(batch, step, s, pairs);
