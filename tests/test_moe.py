@@ -287,5 +287,5 @@ def test_weights_that_are_copied_first() -> None:
         ]
         mixed = torch.stack(both, 1)
         got = ops.gemm_packed_gated(x, mixed[:, 0], mixed[:, 1], QType.Q8_0, 2048, 4096)
-        want = ops.gemm_packed_gated(x, *both, QType.Q8_0, 2048, 4096)
+        want = ops.gemm_packed_gated(x, both[0], both[1], QType.Q8_0, 2048, 4096)
         assert torch.equal(got, want)
