@@ -28,6 +28,7 @@ __device__ __forceinline__ uint32_t product(__half2 x, uint32_t scale) {
 // Lower halves of both, upper halves of both.
 __device__ __forceinline__ uint32_t lower(uint32_t a, uint32_t b) { return __byte_perm(a, b, 0x5410); }
 __device__ __forceinline__ uint32_t upper(uint32_t a, uint32_t b) { return __byte_perm(a, b, 0x7632); }
+
 // ---- eight elements by a byte that says which are set, and their codes ----
 // An entry of the table says which code each of eight bytes gets, or none; these are to become pairs of
 // halves (0, 2), (1, 3), (4, 6), (5, 7): of elements with these numbers or, in a table of neighbours, (0, 1),
@@ -62,8 +63,8 @@ __device__ __forceinline__ void expand(__half2 (&levels)[4], uint32_t entry, uin
     for (int h = 0; h < 2; ++h) {
       if (IsBitmap && h == 1) codes >>= 4 * __popc(set & 15u);
       const uint32_t four = pick_bytes(pick_bytes(all, 0, codes), 0, h ? entry >> 16 : entry);
-      levels[2 * h] = as_halves(pick_bytes(four, 0, 0x2404)),
-                 levels[2 * h + 1] = as_halves(pick_bytes(four, 0, 0x3414));
+      levels[2 * h] = as_halves(pick_bytes(four, 0, 0x2404));
+      levels[2 * h + 1] = as_halves(pick_bytes(four, 0, 0x3414));
     }
   } else {
     const uint32_t even = codes & 0x0f0f0f0fu, odd = codes >> 4 & 0x0f0f0f0fu;
@@ -155,10 +156,9 @@ struct PageUnpacker {
       const unsigned lanes = IsValue ? warp : key_group(),
                      at = (pair % (kColumns / 8) / 4 * 4 + lanes) * 4 + pair % 4;
       const uint32_t scale = pairs[at], shift = pairs[kColumns / 2 + at];  // fit_place
-      unsigned to[kPerHalf < 4 ? kPerHalf : 4];                            // of every fourth row
+      // Keys: of a row, and where in row 2i (key_piece).
       uint4* rows = tile + (IsValue ? 0 : (2 * first + odd_token()) * (Channels / 8));
-#pragma unroll
-      for (unsigned i = 0; i < 4; ++i) to[i] = pair ^ odd_token() * 4 ^ i;
+      const auto to = [&](unsigned i) { return 2 * i * (Channels / 8) + (pair ^ odd_token() * 4 ^ i % 4); };
 #pragma unroll
       for (unsigned i = 0; i < kPerHalf; ++i) {
         constexpr unsigned kMask = 0x10001u * ((1u << Bits) - 1u);
@@ -172,8 +172,7 @@ struct PageUnpacker {
           store_pair(value_piece(64 * (pair / 8) + 8 * (first + i) + lane / 4, pair % 8 / 4), pair % 4,
                      product(x, scale));
         else
-          reinterpret_cast<uint32_t*>(rows + 2 * i * (Channels / 8) + to[i % 4])[key_group()] =
-              product(x, scale);
+          reinterpret_cast<uint32_t*>(rows + to(i))[key_group()] = product(x, scale);
       }
     }
   }

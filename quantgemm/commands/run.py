@@ -42,7 +42,8 @@ proposes tokens, and the model judges several in one pass. What comes out follow
 and with --temperature 0 it is the same text, up to roundings.
 
 On a GPU the steps are CUDA graphs. --kv keeps keys and values in 2 or 4 bits:
-all of them (dense), the largest of each token (bitmap, --kv-sparsity) or 4 of each 8 (4of8).
+all of them (dense), the largest of each token (bitmap, --kv-sparsity) or 4 of each 8 (4of8);
+KEYS/VALUES names one format for each.
 """
 EPILOG = """\
 examples:

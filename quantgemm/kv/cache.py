@@ -46,7 +46,8 @@ def sparse_kv_attention(
     heads, tokens, head_dim]``, no more tokens than 16 and the window (one more with sinks).
     lens: int64 ``[batch]``, tokens of each sequence, on the device. Returns out like query and
     lse float32 ``[batch, query heads(, tokens)]``; an empty sequence gives zeros and minus
-    infinity. The other tensors are those of a `SparseKVCache`.
+    infinity. The other tensors are those of a `SparseKVCache`. On CUDA formats of one kind have
+    kernels of their own, those of different kinds one for all pairs.
     """
     return torch.ops.quantgemm.sparse_kv_attention(  # type: ignore[no-any-return]
         query,
