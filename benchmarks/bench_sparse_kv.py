@@ -43,7 +43,7 @@ SETTINGS: dict[str, tuple[float, int, int]] = {
     "keys 4, values 2, 70 %": (0.7, 4, 2),
     "16 bits, 70 %": (0.7, 16, 16),
 }
-# name: format of the native cache, sparsity
+# name: format of the native cache or those of keys and values, sparsity
 CACHES: dict[str, tuple[str, float]] = {
     "dense2": ("dense2", 0),
     "4of8_2": ("4of8_2", 0.5),
@@ -53,6 +53,8 @@ CACHES: dict[str, tuple[str, float]] = {
     "4of8_4": ("4of8_4", 0.5),
     "bitmap4, 50 %": ("bitmap4", 0.5),
     "bitmap4, 70 %": ("bitmap4", 0.7),
+    "dense4 / bitmap2, 50 %": ("dense4/bitmap2", 0.5),
+    "4of8_4 / dense2": ("4of8_4/dense2", 0.5),
 }
 BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
 
@@ -144,15 +146,17 @@ def native_rows(shapes: list[tuple[int, int]]) -> Iterator[dict[str, Any]]:
         query = torch.randn(batch, QUERY_HEADS, DIM, device="cuda").half()
         k, v = (dense_cache(batch, tokens, i).view(batch, HEADS, tokens, DIM) for i in (0, 1))
         for name, (form, sparsity) in CACHES.items():
-            part = page_bytes(form, DIM, kv.kept_values(sparsity, DIM), False)
-            part += page_bytes(form, DIM, kv.kept_values(sparsity, DIM), True)
+            key, _, value = form.partition("/")
+            part = page_bytes(key, DIM, kv.kept_values(sparsity, DIM), False)
+            part += page_bytes(value or key, DIM, kv.kept_values(sparsity, DIM), True)
             bits = part * 8 / (2 * PAGE * DIM)
             layers = num_copies(int(2 * k.numel() * bits / 8))
             cache = SparseKVCache(
                 layers,
                 HEADS,
                 DIM,
-                form,
+                key,
+                value_format=value or key,
                 sparsity=sparsity,
                 max_tokens=tokens + 256,
                 batch=batch,

@@ -179,10 +179,15 @@ def run_kv_cache_cases(generator: torch.Generator) -> None:
         (1, 1, 256, "bitmap4"),
         (2, 4, 128, "4of8_2"),
         (1, 1, 64, "4of8_4"),
+        (2, 4, 128, "dense4/bitmap2"),
+        (1, 9, 64, "4of8_4/dense2"),
+        (1, 1, 256, "bitmap4/4of8_2"),
     ):
+        key, _, value = form.partition("/")
+        chosen = {"key_format": key, "value_format": value or key, "max_tokens": 402}
         for dtype in (torch.float16, torch.bfloat16):
             cache = SparseKVCache(
-                1, heads, dim, form, window=64, max_tokens=402, batch=3, device="cuda", dtype=dtype
+                1, heads, dim, **chosen, window=64, batch=3, device="cuda", dtype=dtype
             )
             x = torch.randn(3, heads, 400, dim, generator=generator).to(dtype).cuda()
             query = torch.randn(3, heads * groups, dim, generator=generator).to(dtype).cuda()

@@ -140,11 +140,11 @@ def fails(run: Cli, *argv: object) -> str:
     return last
 
 
-@pytest.mark.parametrize("form", ["dense4", "bitmap2", "4of8_4"])
+@pytest.mark.parametrize("form", ["dense4", "bitmap2", "4of8_4", "dense4/bitmap2"])
 def test_keys_and_values_in_a_format(run: Cli, tmp_path: Path, form: str) -> None:
     path = save(tmp_path / "m.gguf", head_dim=64)
     greedy = (*GREEDY, "--dtype", "float16")
-    sparsity = ("--kv-sparsity", 0.7) if form == "bitmap2" else ()
+    sparsity = ("--kv-sparsity", 0.7) if "bitmap2" in form else ()
     status, out, err = run("run", path, "-p", PROMPT, *greedy, "--kv", form, *sparsity)
     assert status == 0 and "keys and values" in err, err
     _, plain, _ = run("run", path, "-p", PROMPT, *greedy)
@@ -172,6 +172,9 @@ def test_failures(run: Cli, path: Path, tmp_path: Path) -> None:
     for form in ((), ("--kv", "dense2")):
         last = fails(run, "run", path, "-p", "x", "--device", "cpu", "--kv-sparsity", 0.5, *form)
         assert "--kv-sparsity: only with --kv bitmap2 or --kv bitmap4" in last
+    for form in ("dense3", "dense4/", "dense4/bitmap2/dense2"):
+        status, _, err = run("run", path, "-p", "x", "--kv", form)
+        assert status == 2 and f"4of8_4, or KEYS/VALUES, got {form!r}" in err
 
 
 def test_other_architectures(run: Cli, tmp_path: Path) -> None:

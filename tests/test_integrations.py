@@ -382,14 +382,17 @@ def test_logits_on_a_packed_cache(device: str) -> None:
     with torch.no_grad():
         want = model(ids).logits
         errors = {}
-        for kind in ("dense4", "dense2", "bitmap2"):
-            cache = quantized_cache(model, kind, max_tokens=320, window=64)
+        for kind in ("dense4", "dense2", "bitmap2", "dense4/bitmap2"):
+            key, _, value = kind.partition("/")
+            options = {"value_format": value or key, "max_tokens": 320, "window": 64}
+            cache = quantized_cache(model, key, **options)
             parts = [ids[:, :200], ids[:, 200:290], *ids[:, 290:].split(1, 1)]  # and tokens
             got = [model(part, past_key_values=cache).logits for part in parts]
             torch.testing.assert_close(got[0], want[:, :200], rtol=1e-2, atol=1e-2)
             errors[kind] = float((torch.cat(got, 1) - want)[:, 290:].float().norm())
             errors[kind] /= float(want[:, 290:].float().norm())
     assert 0 < errors["dense4"] < errors["dense2"] < 0.2 and errors["bitmap2"] < 0.4
+    assert errors["dense4"] < errors["dense4/bitmap2"] < 0.3
 
 
 @pytest.mark.parametrize("device", DEVICES)

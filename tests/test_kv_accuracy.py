@@ -77,7 +77,9 @@ def stored(form: str, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         name, _, rest = form.partition(" ")
         options: dict[str, Any] = {"sparsity": 0.7 if "70" in rest else 0.5}
         options["centre"] = "centred" in rest
-        cache = SparseKVCache(1, 1, DIM, name, window=WINDOW, sinks=0, max_tokens=TOKENS, **options)
+        key, _, value = name.partition("/")
+        options |= {"value_format": value or key, "window": WINDOW, "sinks": 0}
+        cache = SparseKVCache(1, 1, DIM, key, max_tokens=TOKENS, **options)
         cache.append(0, k[None, None], v[None, None])
         cache.advance(TOKENS)
         keys, values = cache.dense(0, 0)
@@ -104,6 +106,7 @@ def stored(form: str, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         ("4of8_4", 0.33, 0.37),
         ("bitmap4 70", 0.48, 0.54),
         ("bitmap2 centred", 0.418, 0.556),
+        ("dense4/bitmap2", 0.22, 0.28),
         ("container 50 4", 0.281, 0.332),
         ("container 50 2", 0.652, 0.848),
         ("container 70 2", 0.585, 0.787),

@@ -14,6 +14,18 @@ from quantgemm.kv.pages import FORMATS, unpack_pages
 Tensor = torch.Tensor
 HALVES = [torch.float16, torch.bfloat16]
 SPARSE = ["bitmap2", "bitmap4", "4of8_2", "4of8_4"]
+MIXED = [
+    f"{key}/{value}"
+    for key in FORMATS
+    for value in FORMATS
+    if FORMATS[key].kind != FORMATS[value].kind
+]
+
+
+def formats(form: str) -> dict[str, str]:
+    """One format, or that of keys and that of values."""
+    key, _, value = form.partition("/")
+    return {"key_format": key, "value_format": value or key}
 
 
 def tokens_of(
@@ -115,7 +127,46 @@ def test_attention(
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("form", ["dense4", "dense2", "bitmap2", "4of8_4"])
+@pytest.mark.parametrize(
+    ("heads", "groups", "dim", "count", "sinks", "window", "dtype"),
+    [
+        (2, 4, 128, 333, 4, 128, torch.float16),
+        (1, 9, 64, 260, 0, 0, torch.bfloat16),
+        (1, 2, 256, 250, 7, 64, torch.float16),
+    ],
+)
+@pytest.mark.parametrize("form", MIXED)
+def test_keys_and_values_of_different_kinds(
+    form: str,
+    heads: int,
+    groups: int,
+    dim: int,
+    count: int,
+    sinks: int,
+    window: int,
+    dtype: torch.dtype,
+    device: str,
+) -> None:
+    """All pairs: ragged sequences, some tokens one by one, one of the last three and all three."""
+    options = {"sparsity": 0.7 if count == 260 else 0.5, "centre": count == 250}
+    options |= {"sinks": sinks, "window": window, "max_tokens": 384, "batch": 3}
+    cache = SparseKVCache(1, heads, dim, **formats(form), **options, device=device, dtype=dtype)
+    k, v = (x.to(device) for x in tokens_of(3, heads, count, dim, dtype))
+    counts = torch.tensor([count, count // 2 + 1, 1], device=device)
+    cache.append(0, k, v, counts)
+    cache.advance(count, counts)
+    for i in range(3):
+        cache.append(0, k[:, :, i : i + 1], v[:, :, i : i + 1])
+        cache.advance(1)
+    g = torch.Generator().manual_seed(1)
+    query = torch.randn(3, heads * groups, 3, dim, generator=g).to(dtype).to(device)
+    assert_attention(cache, query[:, :, 0])
+    if window:
+        assert_attention(cache, query)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("form", ["dense4", "dense2", "bitmap2", "4of8_4", "4of8_2/dense4"])
 @pytest.mark.parametrize(
     ("heads", "groups", "dim", "count", "sinks", "window", "tokens"),
     [
@@ -138,9 +189,8 @@ def test_several_tokens_ask(
     device: str,
 ) -> None:
     """Each of the last tokens sees those before it and itself, whatever the others would give."""
-    cache = SparseKVCache(
-        1, heads, dim, form, window=window, sinks=sinks, max_tokens=1024, batch=3, device=device
-    )
+    options = {"window": window, "sinks": sinks, "max_tokens": 1024, "batch": 3}
+    cache = SparseKVCache(1, heads, dim, **formats(form), **options, device=device)
     k, v = (x.to(device) for x in tokens_of(3, heads, count, dim))
     g = torch.Generator().manual_seed(1)
     query = torch.randn(3, heads * groups, tokens, dim, generator=g).half().to(device)
@@ -313,13 +363,16 @@ def packed_by_hand(x: np.ndarray, form: str, keep: int, value: bool) -> bytes:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("sparsity", [0, 0.5, 0.7, 0.98])
 @pytest.mark.parametrize("dim", [64, 128, 256])
-@pytest.mark.parametrize("form", SPARSE)
+@pytest.mark.parametrize(
+    ("form", "sparsity"),
+    [
+        *[(form, sparsity) for form in ("bitmap2", "bitmap4") for sparsity in (0, 0.5, 0.7, 0.98)],
+        *[("4of8_2", 0.5), ("4of8_4", 0.5)],
+    ],
+)
 def test_sparse_pages_by_hand(form: str, dim: int, sparsity: float, device: str) -> None:
     """Bytes, what they decode to, how many are kept: ties, zeros, equal values among them."""
-    if form.startswith("4of8") and sparsity != 0.5:
-        pytest.skip("4 of 8 is what it is")
     k, v = tokens_of(1, 1, 64, dim, seed=dim)
     k[0, 0, 5], v[0, 0, 6] = 0.0, -0.0  # nothing to keep
     k[0, 0, 9], v[0, 0, 9] = 0.75, -1.25  # everything is as large as the rest
@@ -428,15 +481,16 @@ def test_centring(form: str, device: str) -> None:
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("window", [0, 64, 128, 100])
-@pytest.mark.parametrize("form", ["dense4", "bitmap2", "4of8_2"])
+@pytest.mark.parametrize("form", ["dense4", "bitmap2", "4of8_2", "bitmap4/dense2"])
 def test_portions_do_not_matter(form: str, window: int, device: str) -> None:
     """Token by token, in odd portions, and all at once leave the same bytes."""
     k, v = (x.to(device) for x in tokens_of(2, 2, 400, 64, seed=3))
-    whole = SparseKVCache(1, 2, 64, form, window=window, max_tokens=400, batch=2, device=device)
+    options = {**formats(form), "window": window, "max_tokens": 400, "batch": 2}
+    whole = SparseKVCache(1, 2, 64, **options, device=device)
     whole.append(0, k, v)
     whole.advance(400)
     for portions in ([1] * 400, [7, 64, 1, 128, 200], [399, 1]):
-        cache = SparseKVCache(1, 2, 64, form, window=window, max_tokens=400, batch=2, device=device)
+        cache = SparseKVCache(1, 2, 64, **options, device=device)
         at = 0
         for n in portions:
             cache.append(0, k[:, :, at : at + n], v[:, :, at : at + n])
@@ -474,12 +528,12 @@ def test_sequences_join_and_leave(device: str) -> None:
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("window", [0, 64, 100])
-@pytest.mark.parametrize("form", ["dense4", "bitmap4", "4of8_2"])
+@pytest.mark.parametrize("form", ["dense4", "bitmap4", "4of8_2", "4of8_4/bitmap2"])
 def test_fork_and_crop(form: str, window: int, device: str) -> None:
     """A copy goes its own way; what is left after cropping reads as before, also out of pages."""
     k, v = (x.to(device) for x in tokens_of(2, 2, 500, 64, seed=5))
     options = {"centre": form == "bitmap4", "window": window, "max_tokens": 500, "batch": 2}
-    cache = SparseKVCache(2, 2, 64, form, device=device, **options)
+    cache = SparseKVCache(2, 2, 64, **formats(form), device=device, **options)
     for layer in range(2):
         cache.append(layer, k, v, torch.tensor([400, 70], device=device))
     cache.advance(400, torch.tensor([400, 70], device=device))
@@ -488,8 +542,9 @@ def test_fork_and_crop(form: str, window: int, device: str) -> None:
     for length in (400, 391, 300, 261, 66, 2, 0):
         cache.crop(1, length)
         for a, w in zip(cache.dense(1, 1), before, strict=True):
-            if length:  # packed values are rounded to the ring's dtype
-                torch.testing.assert_close(a, w[:, :length], rtol=1e-3, atol=4e-3)
+            if length:  # packed values are rounded to the ring's dtype, less their mean if centred
+                atol = 1e-3 if cache.means is None else 4e-3
+                torch.testing.assert_close(a, w[:, :length], rtol=1e-3, atol=atol)
         for a, w in zip(cache.dense(1, 0), before, strict=True):
             assert_same(a, w)
     cache.fork(0, 1)
@@ -525,6 +580,27 @@ def test_nan_reaches_the_output_of_its_head(form: str, device: str) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize(
+    "form", [*SPARSE, "dense4/bitmap2", "dense2/4of8_4", "4of8_2/bitmap4", "bitmap4/4of8_2"]
+)
+def test_nan_is_in_the_channels_that_keep_it(form: str, dim: int, device: str) -> None:
+    """A value token with a NaN: what it keeps is NaN, what it does not keep still is zero."""
+    if device == "cuda" and form in SPARSE:
+        pytest.xfail("kernels for one kind multiply the scale into the weight")
+    k, v = tokens_of(1, 2, 300, dim)
+    v[0, 1, 20, 5] = torch.nan
+    cache = SparseKVCache(1, 2, dim, **formats(form), max_tokens=300, device=device)
+    cache.append(0, k.to(device), v.to(device))
+    cache.advance(300)
+    query = torch.randn(1, 4, dim, generator=torch.Generator().manual_seed(1)).half().to(device)
+    out, lse = cache.attend(0, query)
+    want = cache.dense(0, 0)[1].isnan().any(1)  # [heads, channels]
+    assert 1 < want[1].sum() < dim and not want[0].any() and lse.isfinite().all()
+    assert torch.equal(out[0].isnan(), want.repeat_interleave(2, 0))
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_lengths_that_cannot_be_do_not_hang(device: str) -> None:
     """Lengths are data on the device; before they are written there may be anything in them."""
     k, v = (x.to(device) for x in tokens_of(3, 1, 500, 64))
@@ -550,26 +626,26 @@ def test_lengths_that_cannot_be_do_not_hang(device: str) -> None:
         ("bitmap4", 0.7, 2.44, 2.32),
         ("4of8_2", 0, 2.25, 2.125),
         ("4of8_4", 0, 3.25, 3.125),
+        ("dense4/bitmap2", 0.7, 4.5, 1.72),
+        ("4of8_2/dense2", 0, 2.25, 2.25),
     ],
 )
 def test_bytes(form: str, sparsity: float, keys: float, values: float) -> None:
     """Bits per element of the pages; of pruned ones a bitmap, codes and a scale."""
     options = {"sparsity": sparsity, "max_tokens": 64 * 100, "window": 0, "sinks": 0}
-    cache = SparseKVCache(1, 1, 128, form, **options)
+    cache = SparseKVCache(1, 1, 128, **formats(form), **options)
     elements = 64 * 100 * 128
     assert cache.key_pages.numel() * 8 / elements <= 1.01 * keys
     assert cache.value_pages.numel() * 8 / elements <= 1.01 * values
-    unpacked = unpack_pages(cache.key_pages[0], form, 128, cache.keep, False)
+    unpacked = unpack_pages(cache.key_pages[0], cache.key_format, 128, cache.keep, False)
     assert unpacked.shape == (100, 1, 64, 128) and not unpacked.any()
 
 
 def test_mistakes() -> None:
     with pytest.raises(NotImplementedError, match="key_format: expected one of dense2, dense4, b"):
         SparseKVCache(1, 1, 64, "bitmap3", max_tokens=64)
-    with pytest.raises(
-        NotImplementedError, match="value_format: expected one of dense2, dense4 as"
-    ):
-        SparseKVCache(1, 1, 64, key_format="dense2", value_format="bitmap2", max_tokens=64)
+    with pytest.raises(NotImplementedError, match=r"value_format: expected one of .* '4of9'"):
+        SparseKVCache(1, 1, 64, key_format="dense2", value_format="4of9", max_tokens=64)
     for sparsity in (-0.1, 1, 0.999, torch.nan):
         with pytest.raises(ValueError, match="sparsity: expected 0 or more, and 1 of 64 channels"):
             SparseKVCache(1, 1, 64, "bitmap2", sparsity=sparsity, max_tokens=64)

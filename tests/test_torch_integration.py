@@ -163,12 +163,16 @@ def sparse_kv_cases(device: str) -> dict[str, tuple[Callable, tuple]]:
 
 def kv_cache_cases(device: str) -> dict[str, tuple[Callable, tuple]]:
     cases = {}
-    for name, form in (("", "dense2"), (" bitmap", "bitmap2"), (" four of eight", "4of8_4")):
+    for name, keys, values in (
+        ("", "dense2", "dense2"),
+        (" bitmap", "bitmap2", "bitmap2"),
+        (" four of eight", "4of8_4", "4of8_4"),
+        (" mixed", "dense4", "bitmap2"),
+    ):
         generator = torch.Generator().manual_seed(5)
         centre = name == " bitmap"
-        cache = quantgemm.SparseKVCache(
-            1, 2, 64, form, centre=centre, max_tokens=500, batch=2, device=device
-        )
+        chosen = {"key_format": keys, "value_format": values, "centre": centre}
+        cache = quantgemm.SparseKVCache(1, 2, 64, **chosen, max_tokens=500, batch=2, device=device)
         new = torch.randn(2, 2, 300, 64, generator=generator).half().to(device)
         query = torch.randn(2, 8, 64, generator=generator).half().to(device)
         stored = (cache.key_pages[0], cache.value_pages[0], cache.page_table)
@@ -176,7 +180,7 @@ def kv_cache_cases(device: str) -> dict[str, tuple[Callable, tuple]]:
         means = None if cache.means is None else cache.means[0]
         one = new[:, :, :1].clone()
         before = cache.lens.clone()
-        settings = (4, 128, form, form, 32)
+        settings = (4, 128, keys, values, 32)
         append = (one, one, *stored, *recent, before, means, None, *settings)
         cache.append(0, new, new)
         cache.advance(300)

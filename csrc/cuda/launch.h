@@ -55,5 +55,8 @@ cudaError_t launch_sparse_kv_product(const KvProductArgs& args, cudaStream_t str
 cudaError_t launch_sparse_kv_append(const KvAppendArgs& args, cudaStream_t stream);
 int64_t sparse_kv_attention_split(const KvAttentionArgs& args);
 cudaError_t launch_sparse_kv_attention(const KvAttentionArgs& args, cudaStream_t stream);
+// The same for keys and values in pages of different kinds.
+int64_t sparse_kv_attention_mixed_split(const KvAttentionArgs& args);
+cudaError_t launch_sparse_kv_attention_mixed(const KvAttentionArgs& args, cudaStream_t stream);
 
 }  // namespace quantgemm

@@ -70,8 +70,6 @@ struct Cache {
                 "recent_keys: expected a head dimension of 64, 128 or 256, got ", c.channels);
     c.key_format = check_format("key_format", key_format, c.channels, keep);
     c.value_format = check_format("value_format", value_format, c.channels, keep);
-    check_implemented(c.key_format.kind == c.value_format.kind,
-                      "value_format: expected the kind of key_format, ", key_format, ", got ", value_format);
     check_value(sinks >= 0 && window >= 0, "window: expected sinks and window of at least 0, got ", sinks,
                 " and ", window);
     const int64_t ring = c.recent - sinks;
@@ -179,13 +177,19 @@ std::tuple<Tensor, Tensor> sparse_kv_attention(Tensor query, Tensor key_pages, T
   if (rows.is_cuda()) {
     OptTensor partial;
 #ifdef QG_WITH_CUDA
+    // Keys and values of one kind have kernels of their own.
+    const bool is_mixed = c.key_format.kind != c.value_format.kind;
     {
       const torch::stable::accelerator::DeviceGuard guard(rows.get_device());
-      args.split = sparse_kv_attention_split(args);
+      args.split = is_mixed ? sparse_kv_attention_mixed_split(args) : sparse_kv_attention_split(args);
     }
     partial = new_output("sparse_kv_attention", rows,
                          {args.split, c.batch, heads * args.tokens, c.channels + 2}, ScalarType::Float);
     args.partial = partial->mutable_data_ptr<float>();
+    if (is_mixed) {
+      QG_RUN_ON_GPU(sparse_kv_attention_mixed, rows, args);
+      return {out, lse};
+    }
 #endif
     QG_RUN_ON_GPU(sparse_kv_attention, rows, args);
   } else {

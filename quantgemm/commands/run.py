@@ -42,7 +42,8 @@ proposes tokens, and the model judges several in one pass. What comes out follow
 and with --temperature 0 it is the same text, up to roundings.
 
 On a GPU the steps are CUDA graphs. --kv keeps keys and values in 2 or 4 bits:
-all of them (dense), the largest of each token (bitmap, --kv-sparsity) or 4 of each 8 (4of8).
+all of them (dense), the largest of each token (bitmap, --kv-sparsity) or 4 of each 8 (4of8);
+KEYS/VALUES names one format for each.
 """
 EPILOG = """\
 examples:
@@ -94,8 +95,10 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     parser.add_argument(
         "--kv",
-        choices=tuple(KV_FORMATS),
-        help="keys and values in this format (default: as they are); not with --draft",
+        type=_kv_formats,
+        metavar="FORMAT",
+        help=f"keys and values in this format: {', '.join(KV_FORMATS)}, or one for each of them as "
+        "in dense4/bitmap2 (default: as they are); not with --draft",
     )
     parser.add_argument(
         "--kv-sparsity",
@@ -112,6 +115,14 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _kv_formats(text: str) -> str:
+    if not set(text.split("/", 1)) <= set(KV_FORMATS):
+        raise argparse.ArgumentTypeError(
+            f"expected one of {', '.join(KV_FORMATS)}, or KEYS/VALUES, got {text!r}"
+        )
+    return text
+
+
 def _within(low: float, high: float) -> Callable[[str], float]:
     def convert(text: str) -> float:
         value = float(text)
@@ -126,7 +137,7 @@ def _within(low: float, high: float) -> Callable[[str], float]:
 def run(args: argparse.Namespace) -> int:
     if args.kv and args.draft:
         raise CommandError("--kv: not with --draft, whose refused tokens it would have to forget")
-    if args.kv_sparsity is not None and not (args.kv or "").startswith("bitmap"):
+    if args.kv_sparsity is not None and "bitmap" not in (args.kv or ""):
         raise CommandError("--kv-sparsity: only with --kv bitmap2 or --kv bitmap4")
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
     device, device_line = choose_device(args.device)
@@ -192,7 +203,9 @@ def _decoder(
         return None
     try:
         options: dict[str, Any] = {} if sparsity is None else {"sparsity": sparsity}
-        decoder = compile_decode(model, tokens, kv, **options)
+        if kv is not None and "/" in kv:
+            options["key_format"], options["value_format"] = kv.split("/", 1)
+        decoder = compile_decode(model, tokens, kv and kv.split("/", 1)[0], **options)
         decoder.prepare(1)
         decoder.prepare(1, min(most, tokens))
         return decoder

@@ -46,7 +46,8 @@ def sparse_kv_attention(
     heads, tokens, head_dim]``, no more tokens than 16 and the window (one more with sinks).
     lens: int64 ``[batch]``, tokens of each sequence, on the device. Returns out like query and
     lse float32 ``[batch, query heads(, tokens)]``; an empty sequence gives zeros and minus
-    infinity. The other tensors are those of a `SparseKVCache`.
+    infinity. The other tensors are those of a `SparseKVCache`. On CUDA formats of one kind have
+    kernels of their own, those of different kinds one for all pairs.
     """
     return torch.ops.quantgemm.sparse_kv_attention(  # type: ignore[no-any-return]
         query,
@@ -82,11 +83,11 @@ class SparseKVCache:
     format: ``dense2`` or ``dense4``, codes of 2 or 4 bits with a scale and a shift for each channel
     of 64 keys and for each token of values; ``bitmap2``, ``bitmap4``, of each token the
     ``round((1 - sparsity)·head_dim)`` largest magnitudes with a scale alone; ``4of8_2``,
-    ``4of8_4``, the four largest of each eight. key_format and value_format differ from it where
-    given. window: tokens that stay as they are, at least; sinks: the first tokens, which always
-    do. max_tokens: of a sequence, all pages are allocated for them at once. centre: a sequence's
-    first portion of tokens says by how much each channel is off zero; what is stored is less by
-    that, and attention adds it again, so that nothing but the rounding changes.
+    ``4of8_4``, the four largest of each eight. key_format and value_format, any two of these,
+    differ from it where given. window: tokens that stay as they are, at least; sinks: the first
+    tokens, which always do. max_tokens: of a sequence, all pages are allocated for them at once.
+    centre: a sequence's first portion of tokens says by how much each channel is off zero; what is
+    stored is less by that, and attention adds it again, so that nothing but the rounding changes.
     """
 
     def __init__(
@@ -113,13 +114,6 @@ class SparseKVCache:
             if chosen not in FORMATS:
                 known = ", ".join(FORMATS)
                 raise NotImplementedError(f"{name}: expected one of {known}, got {chosen!r}")
-        kind = FORMATS[key_format].kind
-        if FORMATS[value_format].kind != kind:
-            known = ", ".join(name for name, form in FORMATS.items() if form.kind == kind)
-            raise NotImplementedError(
-                f"value_format: expected one of {known} as the keys are {key_format}, "
-                f"got {value_format!r}"
-            )
         if page != PAGE:
             raise NotImplementedError(f"page: expected {PAGE} tokens, got {page}")
         if head_dim not in (64, 128, 256):

@@ -1,0 +1,377 @@
+// SPDX-License-Identifier: MIT
+// Attention over the native key-value cache whose keys and values are in pages of different kinds: one kernel
+// for all pairs of formats. A block takes pages, the next one on its way to shared memory; each of its warps
+// unpacks 16 tokens of a page (sparse_kv_unpack.cuh) and attends to these with 8 query heads of a group:
+//
+//   logits  rows = tokens, columns = heads: a = keys, b = queries
+//   softmax online, each warp for itself; the weights, transposed as they lie, are b of the second product
+//   output  rows = channels, columns = heads: a = values
+#include "../kv_page.h"
+#include "dependent_launch.cuh"
+#include "launch.h"
+#include "memory.cuh"
+#include "ptx.cuh"
+#include "sparse_kv_unpack.cuh"
+
+namespace quantgemm {
+namespace {
+
+constexpr int kWarps = 4, kThreads = 32 * kWarps;
+constexpr float kLog2e = 1.4426950408889634f;
+// The maximum is raised by so much more than it must be, so that it need not be for a little more.
+constexpr float kHeadroom = 2.0f;
+
+constexpr int most_blocks(int64_t channels) { return channels == 256 ? 2 : 4; }
+
+// Shared memory, in bytes: selectors for keys and values, queries, two pages of each, tiles of the warps.
+// What a page that is no page says may lead as far as the tiles go, no further. The tiles' room is later that
+// of sums.
+struct Room {
+  int64_t queries, pages, stage, tiles, all;
+  QG_HD explicit Room(const KvCacheArgs& c)
+      : queries(2048),
+        pages(queries + 16 * c.channels),
+        stage(key_page_bytes(c.channels, c.key_format) + value_page_bytes(c.channels, c.value_format)),
+        tiles(pages + 2 * stage),
+        all(tiles + kWarps * 32 * c.channels) {}
+};
+
+// Matrices of 8 × 16 bytes; lane i gives the address of row i % 8 of matrix i / 8.
+// PTX ISA 9.7.14.5.15 (ldmatrix), sm_75.
+template <bool Transposed>
+__device__ __forceinline__ void load_matrices(uint32_t (&words)[4], const uint4* row) {
+  const uint32_t address = shared_address(row);
+  if constexpr (Transposed)
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+                 : "r"(address)
+                 : "memory");
+  else
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+                 : "r"(address)
+                 : "memory");
+}
+
+template <class Real16, int Channels>
+struct MixedWarp {
+  static constexpr int kSteps = Channels / 16;
+  const KvAttentionArgs& args;
+  uint4* tile;           // keys, then values, of 16 tokens
+  const uint2* queries;  // [step][lane] as b, of the block
+  const Real16* query;   // of this lane's column, or null
+  int64_t row;           // sequence · heads + key-value head
+  int first_head;
+  unsigned warp, lane;
+  float out[kSteps][4] = {};
+  float maximum[2] = {-INFINITY, -INFINITY}, mass[2] = {};  // of two columns; mass of this lane's rows
+
+  // Logits of the tile's tokens from a tile of keys. Type: of tile and b.
+  template <class Type, class B>
+  __device__ __forceinline__ void multiply_keys(float (&logits)[4], B&& b) const {
+#pragma unroll
+    for (int s = 0; s < kSteps; ++s) {
+      uint32_t a[4];
+      load_matrices<false>(a, tile + key_piece<Channels>(lane % 16, 2 * s + lane / 16));
+      const uint2 q = b(s);
+      mma_16x8x16(logits, a, q.x, q.y, Type{});
+    }
+  }
+  // Logits, in powers of two, to weights; -infinity for a token that is not seen.
+  template <class Type>
+  __device__ __forceinline__ void softmax(float (&logits)[4], uint32_t (&weights)[2]) {
+    bool is_above = false;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) is_above |= logits[j] > maximum[j % 2];
+    if (__any_sync(~0u, is_above)) {
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        float top = fmaxf(logits[c], logits[c + 2]);
+#pragma unroll
+        for (int step = 4; step < 32; step *= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, step));
+        const float raised = top > maximum[c] ? top + kHeadroom : maximum[c];
+        const float factor = raised == maximum[c] ? 1.0f : fast_exp2(maximum[c] - raised);
+        maximum[c] = raised, mass[c] *= factor;
+#pragma unroll
+        for (int m = 0; m < kSteps; ++m) out[m][c] *= factor, out[m][c + 2] *= factor;
+      }
+    }
+    float p[4];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const float top = maximum[j % 2];
+      p[j] = fast_exp2(logits[j] - (top == -INFINITY ? 0.0f : top)), mass[j % 2] += p[j];
+    }
+#pragma unroll
+    for (int h = 0; h < 2; ++h) weights[h] = transpose_8x8(pack_pair(p[2 * h], p[2 * h + 1], Type{}));
+  }
+
+  // A page in shared memory.
+  __device__ __forceinline__ void add_page(const uint8_t* keys, const uint32_t* tables) {
+    const KvCacheArgs& c = args.cache;
+    const uint8_t* values = keys + key_page_bytes(Channels, c.key_format);
+    const auto fits = [](const uint8_t* page, PageFormat format) {
+      return page + (format.kind == PageKind::kDense ? page_codes_bytes(Channels, format.bits)
+                                                     : sparse_codes_bytes(Channels, format));
+    };
+    PageUnpacker<Channels, false>{keys, fits(keys, c.key_format), tables, tile, warp, lane}.run(c.key_format);
+    __syncwarp();
+    float logits[4] = {};
+    multiply_keys<Half>(logits, [&](int s) { return queries[32 * s + lane]; });
+    __syncwarp();  // keys have been read
+    PageUnpacker<Channels, true>{values, fits(values, c.value_format), tables + 256, tile, warp, lane}.run(
+        c.value_format);
+    uint32_t weights[2];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) logits[j] *= args.scale * kLog2e;
+    softmax<Half>(logits, weights);
+    __syncwarp();
+#pragma unroll
+    for (int m = 0; m < kSteps; ++m) {
+      uint32_t a[4];
+      load_matrices<false>(a, tile + value_piece(16 * m + lane % 16, lane / 16));
+      mma_16x8x16(out[m], a, weights[0], weights[1], Half{});
+    }
+    __syncwarp();  // values have been read
+  }
+
+  // Tokens 16·chunk … of `count` recent ones of parts, whose ring begins at first_slot.
+  __device__ __forceinline__ void add_recent(const SequenceParts& parts, int first_slot, int chunk,
+                                             int count) {
+    const KvCacheArgs& c = args.cache;
+    const int sinks = static_cast<int>(parts.sinks), ring = static_cast<int>(ring_slots(c));
+    const auto load_tile = [&](const void* from) {
+      const auto* tokens = static_cast<const uint4*>(from) + row * c.recent * (Channels / 8);
+#pragma unroll
+      for (int i = 0; i < Channels / 16; ++i) {
+        const unsigned token = (32 * i + lane) / (Channels / 8), piece = (32 * i + lane) % (Channels / 8);
+        const int t = 16 * chunk + static_cast<int>(token), at = first_slot + t - sinks;
+        const int64_t slot = t < sinks ? t : c.sinks + (at < ring ? at : at - ring);
+        // A token that is not there has weight 0, but its slot may hold anything, NaN too.
+        tile[key_piece<Channels>(token, piece)] =
+            t < count ? __ldg(tokens + slot * (Channels / 8) + piece) : uint4{};
+      }
+      __syncwarp();
+    };
+    load_tile(c.recent_keys);
+    float logits[4] = {};
+    multiply_keys<Real16>(logits, [&](int s) {
+      const auto* own = reinterpret_cast<const uint32_t*>(query) + 8 * s + lane % 4;
+      return query ? make_uint2(__ldg(own), __ldg(own + 4)) : uint2{};
+    });
+    __syncwarp();  // keys have been read
+    load_tile(c.recent_values);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const int own = static_cast<int>(lane), t = 16 * chunk + own / 4 + j / 2 * 8,
+                column = first_head + own % 4 * 2 + j % 2;
+      logits[j] = t < count - hidden_tokens(args, column) ? logits[j] * args.scale * kLog2e : -INFINITY;
+    }
+    uint32_t weights[2];
+    softmax<Real16>(logits, weights);
+#pragma unroll
+    for (int m = 0; m < kSteps; ++m) {
+      uint32_t a[4];
+      load_matrices<true>(a, tile + key_piece<Channels>(lane % 8 + lane / 16 * 8, 2 * m + lane / 8 % 2));
+      mma_16x8x16(out[m], a, weights[0], weights[1], Real16{});
+    }
+    __syncwarp();  // values have been read
+  }
+};
+
+// Grid: (splits, sequences · key-value heads, query heads / 8).
+template <class Real16, int Channels>
+__global__ void __launch_bounds__(kThreads, most_blocks(Channels))
+    mixed_attention_kernel(KvAttentionArgs args) {
+  extern __shared__ uint4 shared[];
+  __shared__ float maxima[kWarps][8], masses[kWarps][8];
+  const KvCacheArgs& c = args.cache;
+  const Room room(c);
+  auto* bytes = reinterpret_cast<uint8_t*>(shared);
+  auto* tables = reinterpret_cast<uint32_t*>(bytes);
+  auto* queries = reinterpret_cast<uint2*>(bytes + room.queries);
+  const unsigned thread = threadIdx.x, warp_index = thread / 32, lane = thread % 32;
+  const int64_t row = blockIdx.y, sequence = row / c.heads, head = row % c.heads;
+  const int first_head = static_cast<int>(8 * blockIdx.z);
+  const auto query_of = [&](unsigned column) {
+    const int64_t own = first_head + column;
+    return own < args.groups ? static_cast<const Real16*>(args.query) + (row * args.groups + own) * Channels
+                             : nullptr;
+  };
+  MixedWarp<Real16, Channels> warp{
+      args,       reinterpret_cast<uint4*>(bytes + room.tiles) + warp_index * 2 * Channels,
+      queries,    query_of(lane / 4),
+      row,        first_head,
+      warp_index, lane};
+  make_selectors(tables, c.key_format, false);
+  make_selectors(tables + 256, c.value_format, true);
+  wait_for_previous_kernel();
+
+  // Pages in equal parts to the blocks, recent tokens to all of their warps.
+  const SequenceParts parts = parts_of(c, c.lens[sequence]);
+  const int begin = static_cast<int>(parts.pages * blockIdx.x / args.split),
+            end = static_cast<int>(parts.pages * (blockIdx.x + 1) / args.split);
+  int entries = -1;  // lane i has an entry of the table
+  const auto page_at = [&](int i) {
+    if ((i - begin) % 32u == 0)
+      entries =
+          i + static_cast<int>(lane) < end ? __ldg(c.page_table + sequence * c.max_pages + i + lane) : -1;
+    const int page = __shfl_sync(~0u, entries, (i - begin) % 32u);
+    return i < end && page < c.num_pages ? page : -1;
+  };
+  const int key_bytes = static_cast<int>(key_page_bytes(Channels, c.key_format)),
+            value_bytes = static_cast<int>(value_page_bytes(Channels, c.value_format));
+  const auto stage = [&](int i) { return bytes + room.pages + (i - begin) % 2 * room.stage; };
+  const auto fetch = [&](int i, int page) {
+    if (page >= 0) {
+      const int64_t from = page * c.heads + head;
+      const auto copy = [&](uint8_t* to, const uint8_t* pages, int size) {
+        for (int at = static_cast<int>(16 * thread); at < size; at += 16 * kThreads)
+          cp_async16(shared_address(to + at), pages + from * size + at);
+      };
+      copy(stage(i), c.key_pages, key_bytes), copy(stage(i) + key_bytes, c.value_pages, value_bytes);
+    }
+    cp_async_commit();
+  };
+  int page = page_at(begin);
+  fetch(begin, page);
+  for (unsigned i = thread; i < 2 * Channels; i += kThreads) {  // as halves
+    const auto* own = reinterpret_cast<const uint32_t*>(query_of(i % 32 / 4)) + i / 32 * 8 + i % 4;
+    const auto pair = [&](unsigned at) {
+      const uint32_t x = query_of(i % 32 / 4) ? __ldg(own + at) : 0u;
+      return pack_pair(to_float(Real16{static_cast<uint16_t>(x)}),
+                       to_float(Real16{static_cast<uint16_t>(x >> 16)}), Half{});
+    };
+    queries[i] = make_uint2(pair(0), pair(4));
+  }
+  const int64_t warps = args.split * kWarps, own = int64_t{blockIdx.x} * kWarps + warp_index;
+  const int recent = static_cast<int>(parts.sinks + parts.ring_end - parts.ring_first);
+  const int first_slot = static_cast<int>(parts.ring_first % ring_slots(c));
+  const int64_t chunks = (recent + 15) / 16;
+#pragma unroll 1
+  for (int i = static_cast<int>(chunks * own / warps); i < chunks * (own + 1) / warps; ++i)
+    warp.add_recent(parts, first_slot, i, recent);
+#pragma unroll 1
+  for (int i = begin; i < end; ++i) {
+    const int next = page_at(i + 1);
+    cp_async_wait<0>();
+    __syncthreads();  // the page is there (with tables and queries), and the one before has been read
+    fetch(i + 1, next);
+    if (page >= 0) warp.add_page(stage(i), tables);
+    page = next;
+  }
+  let_next_kernel_start();
+
+  // The warps' sums meet in shared memory, each in its own tile first.
+  cp_async_wait<0>();
+  auto& sums = *reinterpret_cast<float (*)[kWarps][8][Channels]>(bytes + room.tiles);
+#pragma unroll
+  for (int j = 0; j < 2; ++j) {
+    for (int step = 4; step < 32; step *= 2) warp.mass[j] += __shfl_xor_sync(~0u, warp.mass[j], step);
+    const unsigned column = lane % 4 * 2 + j;
+    if (lane < 4) maxima[warp_index][column] = warp.maximum[j], masses[warp_index][column] = warp.mass[j];
+#pragma unroll
+    for (int m = 0; m < warp.kSteps; ++m)
+#pragma unroll
+      for (int h = 0; h < 2; ++h)
+        sums[warp_index][column][16 * m + 8 * h + lane / 4] = warp.out[m][2 * h + j];
+  }
+  __syncthreads();
+  const int64_t heads = c.batch * c.heads * args.groups, left = args.groups - first_head;
+  for (int column = 0; column < (left < 8 ? left : 8); ++column) {
+    float top = maxima[0][column], factors[kWarps], mass = 0.0f;
+    for (int w = 1; w < kWarps; ++w) top = fmaxf(top, maxima[w][column]);
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) {
+      factors[w] = maxima[w][column] == -INFINITY ? 0.0f : fast_exp2(maxima[w][column] - top);
+      mass += factors[w] * masses[w][column];
+    }
+    float* partial =
+        args.partial + (blockIdx.x * heads + row * args.groups + first_head + column) * (Channels + 2);
+    for (unsigned d = thread; d < Channels; d += kThreads) {
+      float sum = 0.0f;
+#pragma unroll
+      for (int w = 0; w < kWarps; ++w) sum += factors[w] * sums[w][column][d];
+      partial[d] = sum;
+    }
+    if (thread == 0) partial[Channels] = top, partial[Channels + 1] = mass;
+  }
+}
+
+// One block of as many threads as channels per query head: out = Σ parts of the context, each with its own
+// maximum (in powers of 2).
+template <class Real16>
+__global__ void merge_mixed_kernel(KvAttentionArgs args) {
+  const KvCacheArgs& c = args.cache;
+  const int channels = static_cast<int>(c.channels), split = static_cast<int>(args.split);
+  const int d = static_cast<int>(threadIdx.x), lane = d % 32;
+  const int64_t head = blockIdx.x, part = gridDim.x * int64_t{channels + 2};
+  const float* parts = args.partial + head * (channels + 2);
+  const auto mean_of = [&](bool value, int i) {
+    const int64_t row = (value ? c.batch * c.heads : 0) + head / args.groups;
+    return c.means == nullptr ? 0.0f : to_float(static_cast<const Real16*>(c.means)[row * channels + i]);
+  };
+  wait_for_previous_kernel();
+  let_next_kernel_start();
+  float top = -INFINITY, mass = 0.0f, sum = 0.0f;
+  for (int s = lane; s < split; s += 32) top = fmaxf(top, parts[s * part + channels]);
+  for (int step = 1; step < 32; step *= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, step));
+#pragma unroll 8
+  for (int s = 0; s < split; ++s) {
+    const float own = parts[s * part + channels], factor = own == -INFINITY ? 0.0f : fast_exp2(own - top);
+    mass += factor * parts[s * part + channels + 1], sum += factor * parts[s * part + d];
+  }
+  store1(static_cast<Real16*>(args.out) + head * channels + d,
+         mass == 0.0f ? 0.0f : sum / mass + mean_of(true, d));
+  if (d >= 32) return;
+  // What the keys are less by is the same for all tokens, so the weights do not know of it.
+  float logit = 0.0f;
+  for (int i = lane; c.means != nullptr && i < channels; i += 32)
+    logit += to_float(static_cast<const Real16*>(args.query)[head * channels + i]) * mean_of(false, i);
+  for (int step = 1; step < 32; step *= 2) logit += __shfl_xor_sync(~0u, logit, step);
+  if (lane == 0)
+    args.lse[head] = mass == 0.0f ? -INFINITY : (top + log2f(mass)) / kLog2e + logit * args.scale;
+}
+
+}  // namespace
+
+int64_t sparse_kv_attention_mixed_split(const KvAttentionArgs& args) {
+  const KvCacheArgs& c = args.cache;
+  // No more than one wave of blocks, and a page or more for each.
+  const Device device = current_device();
+  int64_t blocks = device.shared_per_multiprocessor / (Room(c).all + 256 + kReservedShared);
+  blocks = blocks < 1 ? 1 : (blocks < most_blocks(c.channels) ? blocks : most_blocks(c.channels));
+  const int64_t rows = c.batch * c.heads * ((args.groups + 7) / 8), most = c.max_pages + 1;
+  const int64_t wave = blocks * device.multiprocessors / (rows > 0 ? rows : 1);
+  const int64_t split = wave < most ? wave : most;
+  return split < 1 ? 1 : split;
+}
+
+cudaError_t launch_sparse_kv_attention_mixed(const KvAttentionArgs& args, cudaStream_t stream) {
+  const KvCacheArgs& c = args.cache;
+  Device device;
+  cudaError_t status = device.read();
+  if (status != cudaSuccess) return status;
+  const int shared_bytes = static_cast<int>(Room(c).all);
+  const dim3 grid(static_cast<unsigned>(args.split), static_cast<unsigned>(c.batch * c.heads),
+                  static_cast<unsigned>((args.groups + 7) / 8));
+  const auto launch = [&](auto channels) {
+    const auto kernel = c.type == Real::kFloat16 ? mixed_attention_kernel<Half, channels.value>
+                                                 : mixed_attention_kernel<BFloat16, channels.value>;
+    status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+    if (status != cudaSuccess) return;
+    const DependentLaunch first(grid, kThreads, device, stream, shared_bytes);
+    status = cudaLaunchKernelEx(&first.config, kernel, args);
+  };
+  status = cudaErrorInvalidValue;
+  if (c.channels == 64) launch(std::integral_constant<int, 64>{});
+  if (c.channels == 128) launch(std::integral_constant<int, 128>{});
+  if (c.channels == 256) launch(std::integral_constant<int, 256>{});
+  if (status != cudaSuccess) return status;
+  const DependentLaunch second(static_cast<unsigned>(c.batch * c.heads * args.groups),
+                               static_cast<int>(c.channels), device, stream);
+  const auto merge = c.type == Real::kFloat16 ? merge_mixed_kernel<Half> : merge_mixed_kernel<BFloat16>;
+  return cudaLaunchKernelEx(&second.config, merge, args);
+}
+
+}  // namespace quantgemm
