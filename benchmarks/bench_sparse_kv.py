@@ -220,11 +220,14 @@ def packing_rows(bandwidth: float, shapes: list[tuple[int, int]]) -> Iterator[di
     for batch, tokens in shapes:
         k, v = (dense_cache(batch, tokens, i).view(batch, HEADS, tokens, DIM) for i in (0, 1))
         for name, (form, sparsity) in CACHES.items():
+            key, _, value = form.partition("/")
+            forms = key, value or key
             cache = SparseKVCache(
                 1,
                 HEADS,
                 DIM,
-                form,
+                key_format=forms[0],
+                value_format=forms[1],
                 sparsity=sparsity,
                 max_tokens=tokens + 256,
                 batch=batch,
@@ -232,7 +235,9 @@ def packing_rows(bandwidth: float, shapes: list[tuple[int, int]]) -> Iterator[di
             )
             timing = time_gpu([partial(cache.append, 0, k, v)])  # lengths stay as they are
             keep = kv.kept_values(sparsity, DIM)
-            page = 4 * PAGE * DIM + sum(page_bytes(form, DIM, keep, x) for x in (False, True))
+            page = 4 * PAGE * DIM + sum(
+                page_bytes(form, DIM, keep, i == 1) for i, form in enumerate(forms)
+            )
             need = (tokens - cache.sinks - cache.window) // PAGE * batch * HEADS * page
             one = torch.zeros(batch, HEADS, 1, DIM, device="cuda", dtype=torch.float16)
             cache.append(0, k[:, :, :323], v[:, :, :323])

@@ -208,15 +208,31 @@ def test_several_tokens_ask(
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("value_format", ["dense4", "bitmap2"])
 @pytest.mark.parametrize(
     ("heads", "groups", "dim", "tokens"), [(2, 4, 128, 5), (1, 7, 64, 16), (2, 1, 256, 3)]
 )
 def test_several_tokens_ask_as_each_alone(
-    heads: int, groups: int, dim: int, tokens: int, dtype: torch.dtype, device: str
+    heads: int,
+    groups: int,
+    dim: int,
+    tokens: int,
+    value_format: str,
+    dtype: torch.dtype,
+    device: str,
 ) -> None:
     """Bit for bit where nothing is packed: then drafts never change the text they speed up."""
     cache = SparseKVCache(
-        1, heads, dim, "dense4", window=1024, sinks=0, max_tokens=1024, device=device, dtype=dtype
+        1,
+        heads,
+        dim,
+        key_format="dense4",
+        value_format=value_format,
+        window=1024,
+        sinks=0,
+        max_tokens=1024,
+        device=device,
+        dtype=dtype,
     )
     k, v = (x.to(device) for x in tokens_of(1, heads, 700, dim, dtype))
     cache.append(0, k, v)

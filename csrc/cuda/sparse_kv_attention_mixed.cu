@@ -244,13 +244,13 @@ __global__ void __launch_bounds__(kThreads, most_blocks(Channels))
     };
     queries[i] = make_uint2(pair(0), pair(4));
   }
-  const int64_t warps = args.split * kWarps, own = int64_t{blockIdx.x} * kWarps + warp_index;
+  const int64_t warps = args.split * kWarps;
   const int recent = static_cast<int>(parts.sinks + parts.ring_end - parts.ring_first);
   const int first_slot = static_cast<int>(parts.ring_first % ring_slots(c));
   const int64_t chunks = (recent + 15) / 16;
 #pragma unroll 1
-  for (int i = static_cast<int>(chunks * own / warps); i < chunks * (own + 1) / warps; ++i)
-    warp.add_recent(parts, first_slot, i, recent);
+  for (int64_t i = int64_t{warp_index} * args.split + blockIdx.x; i < chunks; i += warps)
+    warp.add_recent(parts, first_slot, static_cast<int>(i), recent);
 #pragma unroll 1
   for (int i = begin; i < end; ++i) {
     const int next = page_at(i + 1);
@@ -341,7 +341,8 @@ int64_t sparse_kv_attention_mixed_split(const KvAttentionArgs& args) {
   const Device device = current_device();
   int64_t blocks = device.shared_per_multiprocessor / (Room(c).all + 256 + kReservedShared);
   blocks = blocks < 1 ? 1 : (blocks < most_blocks(c.channels) ? blocks : most_blocks(c.channels));
-  const int64_t rows = c.batch * c.heads * ((args.groups + 7) / 8), most = c.max_pages + 1;
+  // As for one token: the sums of several are the same bit for bit.
+  const int64_t rows = c.batch * c.heads * ((args.groups / args.tokens + 7) / 8), most = c.max_pages + 1;
   const int64_t wave = blocks * device.multiprocessors / (rows > 0 ? rows : 1);
   const int64_t split = wave < most ? wave : most;
   return split < 1 ? 1 : split;

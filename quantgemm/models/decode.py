@@ -45,9 +45,10 @@ def compile_decode(
     are first used.
 
     The model attends through quantgemm from now on where it is given such a cache, and its RMS
-    norms, gated products and rotary embeddings are one kernel each where that changes nothing but
-    roundings (`fuse_steps`; the rotary embedding for all models of its module, bit for bit). On the
-    CPU there are no graphs, and all else is the same. A recorded step reads the weights where they
+    norms, gated products, q, k and v, and rotary embeddings are one kernel each where that changes
+    nothing but roundings (`fuse_steps`, which moves the bytes of q, k and v; the rotary embedding
+    for all models of its module, bit for bit). On the CPU there are no graphs, and all else is the
+    same. A recorded step reads the weights where they
     are: do not move, pack or replace them afterwards.
     """
     decoder = Decoder(model, max_tokens, kv, options)
@@ -339,6 +340,8 @@ class _Step:
                     run()
                     restore()
             torch.cuda.current_stream().wait_stream(side)
+            # What the graph reads lives as long as the graph.
+            self.weights = [weight.detach() for weight in self.texts.model.parameters()]
             self.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph, stream=side):
                 self.logits = run()

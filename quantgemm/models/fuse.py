@@ -101,26 +101,34 @@ class _FusedGate:
 
     def gated(self, x: torch.Tensor) -> torch.Tensor:
         gate, up = _gate_and_up(self.module)
+        gate._check_type()
+        up._check_type()
         return ops.gemm_packed_gated(
             x, gate.weight, up.weight, gate.qtype, gate.out_features, gate.in_features
         )
 
     @property
     def kind(self) -> tuple[Any, ...]:
-        gate = _gate_and_up(self.module)[0]
-        return type(self.module), gate.qtype, gate.weight_shape
+        gate, act = _gate_and_up(self.module)[0], getattr(self.module, "act_fn", None)
+        return type(self.module), type(act), gate.qtype, gate.weight_shape
 
     def agrees(self) -> bool:
         gate = _gate_and_up(self.module)[0]
-        x = _numbers(gate.in_features, gate.weight.device, torch.bfloat16)
-        seen: list[torch.Tensor] = []
         down: torch.nn.Module = self.module.down_proj  # type: ignore[assignment]
+        dtype = getattr(getattr(down, "weight", None), "dtype", None)
+        x = _numbers(gate.in_features, gate.weight.device, dtype if dtype in DTYPES else torch.half)
+        seen: list[torch.Tensor] = []
         hook = down.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-        with torch.no_grad():
-            self.module(x)
+        try:
+            with torch.no_grad():
+                out = self.module(x)
+        finally:
             hook.remove()
+        with torch.no_grad():
+            if len(seen) != 1 or not torch.equal(out, down(seen[0])):
+                return False  # something comes behind the last product
             want, got = seen[0].float(), self.gated(x).float()
-        close = 4 * torch.finfo(x.dtype).eps * want.abs().amax(-1, keepdim=True)
+        close = 4 * torch.finfo(torch.bfloat16).eps * want.abs().amax(-1, keepdim=True)
         return bool(((want - got).abs() <= close).all())
 
 
@@ -136,10 +144,10 @@ def _is_gated(module: torch.nn.Module) -> bool:
     return alike and all(_is_bare(layer) for layer in (gate, up))
 
 
-def _is_bare(layer: QuantLinear, forward: type | None = None) -> bool:
-    """Whether its forward is the product with packed weights, or of that class, and no more."""
+def _is_bare(layer: QuantLinear) -> bool:
+    """Whether its forward is the product with packed weights and nothing else."""
     own = layer.__dict__.get("forward")
-    replaced = type(layer) is not QuantLinear or (own is not None and type(own) is not forward)
+    replaced = type(layer) is not QuantLinear or not (own is None or isinstance(own, _Part))
     hooked = bool(layer._forward_hooks or layer._forward_pre_hooks)
     return layer.is_packed and layer.bias is None and not replaced and not hooked
 
@@ -154,29 +162,40 @@ class _Together:
     """Layers that are given the same x in turn: the first computes for all, in one product."""
 
     layers: list[QuantLinear]
-    weights: torch.Tensor  # theirs, one behind the other
-    x: torch.Tensor | None = None
-    outputs: tuple[torch.Tensor, ...] = ()
+    seen: tuple[torch.Tensor, int, tuple[torch.Tensor, ...]] | None = None  # x, its version, y
 
-    def serves(self, x: torch.Tensor) -> bool:
-        at = self.weights.data_ptr()
-        for layer in self.layers:
-            if layer.weight.data_ptr() != at or not _is_bare(layer, _Part):
+    def __getstate__(self) -> dict[str, Any]:
+        return {"layers": self.layers, "seen": None}
+
+    def serves(self) -> bool:
+        """Whether the bytes still lie one behind the other, as `_fuse_heads` has put them."""
+        weights = [layer.weight for layer in self.layers]
+        at, whole = weights[0].data_ptr(), weights[0].untyped_storage().data_ptr()
+        for layer, weight in zip(self.layers, weights, strict=True):
+            inside = weight.untyped_storage().data_ptr() == whole and weight.data_ptr() == at
+            if not inside or not _is_bare(layer):
                 return False
-            at += layer.weight.numel()
-        return x.dtype in DTYPES and x.device == self.weights.device
+            at += weight.numel()
+        return True
 
     def compute(self, x: torch.Tensor) -> torch.Tensor:
-        rows, first = [layer.out_features for layer in self.layers], self.layers[0]
-        y = ops.gemm_packed(x, self.weights, first.qtype, sum(rows), first.in_features)
-        self.x, self.outputs = x, torch.split(y, rows, -1)
-        return self.outputs[0]
+        first, rows = self.layers[0], [layer.out_features for layer in self.layers]
+        for layer in self.layers:
+            layer._check_type()
+        strips = sum(len(layer.weight) for layer in self.layers)
+        weights = first.weight.as_strided((strips, first.weight.shape[1]), first.weight.stride())
+        y = ops.gemm_packed(x, weights, first.qtype, sum(rows), first.in_features)
+        parts = torch.split(y, rows, -1)
+        self.seen = x, x._version, parts
+        return parts[0]
 
-    def take(self, index: int) -> torch.Tensor:
-        y = self.outputs[index]
+    def take(self, x: torch.Tensor, index: int) -> torch.Tensor | None:
+        seen = self.seen
+        if seen is None or seen[0] is not x or seen[1] != x._version:
+            return None
         if index == len(self.layers) - 1:
-            self.x, self.outputs = None, ()
-        return y
+            self.seen = None
+        return seen[2][index]
 
 
 @dataclass(frozen=True)
@@ -188,12 +207,18 @@ class _Part:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         together = self.together
-        if not torch.compiler.is_compiling() and not torch.is_grad_enabled():
-            if self.index == 0 and together.serves(x):
+        if not torch.compiler.is_compiling() and _is_plain(x):
+            if self.index == 0 and together.serves():
                 return together.compute(x)
-            if self.index > 0 and together.x is x:
-                return together.take(self.index)
+            if self.index > 0 and (y := together.take(x, self.index)) is not None:
+                return y
         return QuantLinear.forward(together.layers[self.index], x)
+
+
+def _is_plain(x: torch.Tensor) -> bool:
+    """No gradients, no other dtype, and a version that tells whether x was written to."""
+    special = torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type)
+    return not special and not x.is_inference() and x.dtype in DTYPES
 
 
 def _fuse_heads(module: torch.nn.Module) -> int:
@@ -201,6 +226,9 @@ def _fuse_heads(module: torch.nn.Module) -> int:
     layers = [getattr(module, name, None) for name in ("q_proj", "k_proj", "v_proj")]
     first = layers[0]
     if not isinstance(first, QuantLinear) or not _is_bare(first):
+        return 0
+    before = first.__dict__.get("forward")
+    if before is not None and before.together.serves():
         return 0
     alike = [
         layer
@@ -211,12 +239,13 @@ def _fuse_heads(module: torch.nn.Module) -> int:
         and layer.out_features % 64 == 0  # a strip of the packed layout
         and layer.weight.device == first.weight.device
     ]
-    if len(alike) < 2 or alike[0] is not first:
+    distinct = len({id(layer.weight) for layer in alike}) == len(alike)
+    if len(alike) < 2 or alike[0] is not first or not distinct:
         return 0
-    together = _Together(alike, torch.cat([layer.weight for layer in alike]))
-    at = 0
+    together, at = _Together(alike), 0
+    weights = torch.cat([layer.weight for layer in alike])
     for index, layer in enumerate(alike):
-        layer.weight.data = together.weights[at : at + len(layer.weight)]
+        layer.weight.data = weights[at : at + len(layer.weight)]
         layer.forward = _Part(together, index)  # type: ignore[method-assign]
         at += len(layer.weight)
     return len(alike)
