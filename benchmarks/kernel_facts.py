@@ -63,16 +63,17 @@ def launches(call: Callable[[], Any]) -> list[dict[str, Any]]:
 
 
 def spills(kernel: str, type_name: str) -> str:
-    """Largest local memory among the instances of a kernel for a type, e.g. '0'; '?' if unknown."""
+    """Largest local memory among the instances of a kernel for a type, e.g. '0'; '?' if unknown.
+
+    A kernel that is the same for all types counts with all of its instances.
+    """
     stem = (
         re.sub(r"<.*|\(.*", "", kernel.replace("(anonymous namespace)::", ""))
         .split("::")[-1]
         .split()[-1]
     )
     # A mangled name carries the length before an identifier: Q4_0 is 4Q4_0.
-    mine = [
-        size
-        for name, size in stack_bytes().items()
-        if stem in name and f"{len(type_name)}{type_name}" in name
-    ]
-    return str(max(mine)) if mine else "?"
+    all_types = {name: size for name, size in stack_bytes().items() if stem in name}
+    mine = {n: size for n, size in all_types.items() if f"{len(type_name)}{type_name}" in n}
+    found = mine or all_types
+    return str(max(found.values())) if found else "?"

@@ -29,7 +29,7 @@ from quantgemm.formats import FORMATS  # noqa: E402
 SPEED = ["dequantize", "quantize", "cpu_dequantize", "cpu_gemm", "gguf_open"]
 PACKED = ["packed_pack", "packed_types", "packed_tokens", "packed_moe"]
 LADDER = ["gemm_ladder", "gemm_types", "gemm_tokens"]
-CACHES = ["kv_cache", "sparse_kv_attention", "sparse_kv_compression"]
+CACHES = ["kv_cache", "kv_packing", "sparse_kv_attention", "sparse_kv_compression"]
 RESULTS = [*SPEED, *PACKED, *LADDER, *CACHES, "sampling_modes", "models", "speculation"]
 DOCUMENTS: dict[Path, set[str]] = {
     ROOT / "docs" / "formats.md": {"formats-table"},

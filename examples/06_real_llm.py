@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 import quantgemm
-from quantgemm.models import compile_decode
+from quantgemm.models import Decoder, compile_decode
 from quantgemm.sampling import NgramDraft, SamplingConfig, speculative_generate
 
 QUESTIONS = (
@@ -46,16 +46,12 @@ def generate(
     model: Any, steps: Any, ids: torch.Tensor, num_drafts: int
 ) -> tuple[list[int], float, Any]:
     """Greedy tokens, seconds, and what the drafts were worth."""
+    greedy, end = SamplingConfig(temperature=0), model.generation_config.eos_token_id
     start = time.perf_counter()
-    result = speculative_generate(
-        steps,
-        NgramDraft(),
-        ids,
-        NEW_TOKENS,
-        num_drafts,
-        SamplingConfig(temperature=0),
-        model.generation_config.eos_token_id,
-    )
+    if num_drafts == 0 and isinstance(steps, Decoder):  # the host need not wait for each token
+        tokens = steps.generate(ids, NEW_TOKENS, greedy, end)[0]
+        return tokens, time.perf_counter() - start, None
+    result = speculative_generate(steps, NgramDraft(), ids, NEW_TOKENS, num_drafts, greedy, end)
     return result.tokens[0], time.perf_counter() - start, result.statistics
 
 
