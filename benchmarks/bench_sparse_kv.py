@@ -139,6 +139,29 @@ def attention_rows(
             del whole, pairs, keys, values
 
 
+def empty_cache(layers: int, form: str, sparsity: float, tokens: int, batch: int) -> SparseKVCache:
+    """form: one format, or that of keys and that of values as in CACHES."""
+    key, _, value = form.partition("/")
+    return SparseKVCache(
+        layers,
+        HEADS,
+        DIM,
+        key,
+        value_format=value or key,
+        sparsity=sparsity,
+        max_tokens=tokens,
+        batch=batch,
+        device="cuda",
+    )
+
+
+def page_pair_bytes(form: str, sparsity: float) -> int:
+    """A page of keys and one of values of a head."""
+    key, _, value = form.partition("/")
+    keep = kv.kept_values(sparsity, DIM)
+    return page_bytes(key, DIM, keep, False) + page_bytes(value or key, DIM, keep, True)
+
+
 def native_rows(shapes: list[tuple[int, int]]) -> Iterator[dict[str, Any]]:
     """SparseKVCache: one fused kernel; every layer is another copy."""
     for batch, tokens in shapes:
@@ -146,22 +169,9 @@ def native_rows(shapes: list[tuple[int, int]]) -> Iterator[dict[str, Any]]:
         query = torch.randn(batch, QUERY_HEADS, DIM, device="cuda").half()
         k, v = (dense_cache(batch, tokens, i).view(batch, HEADS, tokens, DIM) for i in (0, 1))
         for name, (form, sparsity) in CACHES.items():
-            key, _, value = form.partition("/")
-            part = page_bytes(key, DIM, kv.kept_values(sparsity, DIM), False)
-            part += page_bytes(value or key, DIM, kv.kept_values(sparsity, DIM), True)
-            bits = part * 8 / (2 * PAGE * DIM)
+            bits = page_pair_bytes(form, sparsity) * 8 / (2 * PAGE * DIM)
             layers = num_copies(int(2 * k.numel() * bits / 8))
-            cache = SparseKVCache(
-                layers,
-                HEADS,
-                DIM,
-                key,
-                value_format=value or key,
-                sparsity=sparsity,
-                max_tokens=tokens + 256,
-                batch=batch,
-                device="cuda",
-            )
+            cache = empty_cache(layers, form, sparsity, tokens + 256, batch)
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             for layer in range(layers):
                 if layer == layers - 1:
@@ -220,30 +230,14 @@ def packing_rows(bandwidth: float, shapes: list[tuple[int, int]]) -> Iterator[di
     for batch, tokens in shapes:
         k, v = (dense_cache(batch, tokens, i).view(batch, HEADS, tokens, DIM) for i in (0, 1))
         for name, (form, sparsity) in CACHES.items():
-            key, _, value = form.partition("/")
-            forms = key, value or key
-            cache = SparseKVCache(
-                1,
-                HEADS,
-                DIM,
-                key_format=forms[0],
-                value_format=forms[1],
-                sparsity=sparsity,
-                max_tokens=tokens + 256,
-                batch=batch,
-                device="cuda",
-            )
+            cache = empty_cache(1, form, sparsity, tokens + 256, batch)
             timing = time_gpu([partial(cache.append, 0, k, v)])  # lengths stay as they are
-            keep = kv.kept_values(sparsity, DIM)
-            page = 4 * PAGE * DIM + sum(
-                page_bytes(form, DIM, keep, i == 1) for i, form in enumerate(forms)
-            )
+            page = 4 * PAGE * DIM + page_pair_bytes(form, sparsity)
             need = (tokens - cache.sinks - cache.window) // PAGE * batch * HEADS * page
             one = torch.zeros(batch, HEADS, 1, DIM, device="cuda", dtype=torch.float16)
+            # The next token makes a page of 64 behind 4 sinks and 128 recent ones.
             cache.append(0, k[:, :, :323], v[:, :, :323])
-            cache.advance(
-                323
-            )  # the next token makes a page of 64 behind 4 sinks and 128 recent ones
+            cache.advance(323)
             yield {
                 "B": batch,
                 "T": tokens,
@@ -393,10 +387,12 @@ def main() -> int:
     }
     if options.rivals:
         wanted["kv_rivals"] = rival_rows(shapes)
-    kept = {name: show(rows, since) for name, rows in wanted.items()}
+    kept: dict[str, list[dict[str, Any]]] = {}
+    for name, rows in wanted.items():
+        kept[name] = show(rows, since)
+        if options.out:
+            save(name, kept[name], Path(options.out))
     if options.out:
-        for name, rows in kept.items():
-            save(name, rows, Path(options.out))
         plot(kept.get("kv_cache", []) + kept.get("sparse_kv_attention", []), Path(options.out))
     return 0
 
