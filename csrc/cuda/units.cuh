@@ -24,6 +24,18 @@ __device__ __forceinline__ void load_activations(float (&v)[kUnit], const X* row
   }
 }
 
+// Of row `row` of x [.., k] of any type: a branch that all threads take alike, where compiling a kernel for
+// each type is not worth its time.
+template <class F>
+__device__ __forceinline__ void load_activations(float (&v)[kUnit], const void* x, Real type, int64_t row,
+                                                 int u, int k) {
+  switch (type) {
+    case Real::kFloat32: return load_activations<F>(v, static_cast<const float*>(x) + row * k, u, k);
+    case Real::kFloat16: return load_activations<F>(v, static_cast<const Half*>(x) + row * k, u, k);
+    case Real::kBFloat16: return load_activations<F>(v, static_cast<const BFloat16*>(x) + row * k, u, k);
+  }
+}
+
 template <BlockFormat F, bool kInside = false>
 __device__ __forceinline__ void load_weights(float (&v)[kUnit], bytes_ptr row, int u, int k) {
   static_assert(F::kGroup % kUnit == 0);
