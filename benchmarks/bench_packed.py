@@ -338,9 +338,10 @@ def main() -> int:
     }
     for part in parts:
         rows = tables[part]()
-        print_table(summary(rows) if part == "heatmap" else rows)
+        short = summary(rows) if part == "heatmap" else None
+        print_table(short or rows)
         if options.out:
-            save(f"packed_{part}", rows, folder)
+            save(f"packed_{part}", rows, folder, short)
             if part == "heatmap":
                 plot_heatmap(f"packed_{part}", rows, folder)
     return 0

@@ -77,8 +77,9 @@ def fractions(
                 for m in tokens:
                     us = clock.product(fmt, n, k, m)
                     limit, least = ("read", read) if m <= READ_BOUND else ("cuBLAS", dense[m])
-                    row = {"type": fmt.name, "n": n, "k": k, "m": m, "us": us}
-                    rows.append(row | {"limit": limit, "limit_us": least, "fraction": least / us})
+                    row = {"type": fmt.name, "n": n, "k": k, "m": m, "us": round(us, 2)}
+                    row |= {"limit": limit, "limit_us": round(least, 2)}
+                    rows.append({**row, "fraction": round(least / us, 4)})
     return rows
 
 
@@ -124,7 +125,9 @@ def plot_heatmap(name: str, rows: Rows, folder: Path = RESULTS) -> None:
         for i, line in enumerate(values):
             for j, value in enumerate(line):
                 if value == value:
-                    axes.text(j, i, f"{100 * value:.0f}", ha="center", va="center", fontsize=6)
+                    ink = "black" if 0.32 < value < 0.96 else "white"
+                    text = f"{100 * value:.0f}"
+                    axes.text(j, i, text, ha="center", va="center", fontsize=6, color=ink)
         border = sum(m <= READ_BOUND for m in tokens) - 0.5
         axes.axvline(border, color="black", linewidth=1)
         axes.set_title(f"{n} × {k}", fontsize=9)
