@@ -116,6 +116,7 @@ def rows_of(name: str, load: Any, copy: float) -> list[dict[str, Any]]:
         row["tg_peak_GB"] = torch.cuda.max_memory_allocated() / 1e9
         for length in PROMPTS:
             row[f"pp{length}"] = median(measure(model, "pp", length, 3))
+        print_table([row])
         found.append(row)
     return found
 
