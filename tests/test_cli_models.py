@@ -18,7 +18,7 @@ pytest.importorskip("gguf", reason="PyPI gguf, which knows the names, is not ins
 
 from tiny_models import byte_level, make, write
 
-from quantgemm import load_model, load_tokenizer
+from quantgemm import load_model, load_tokenizer, open_gguf
 from quantgemm.commands.run import TextStream
 
 PROMPT = "the blocks share the blocks share"
@@ -72,6 +72,13 @@ def test_a_mixture_of_experts(run: Cli, tmp_path: Path) -> None:
     status, out, err = run("run", path, "-p", PROMPT, *GREEDY, "--dtype", "float32")
     assert status == 0, err
     assert out.rstrip("\n") == shown(expected(path))
+    smaller = tmp_path / "smaller.gguf"
+    status, _, err = run("quantize", path, smaller, "--type", "Q4_0", "--device", "cpu")
+    assert status == 0, err
+    types = {name: t.format.name for name, t in open_gguf(smaller).tensors.items()}
+    assert types["blk.1.ffn_down_exps.weight"] == types["blk.1.attn_q.weight"] == "Q4_0"
+    assert types["blk.1.ffn_gate_inp.weight"] == "F32"
+    assert run("run", smaller, "-p", PROMPT, *GREEDY)[0] == 0
 
 
 def test_a_draft_with_fewer_tokens(run: Cli, path: Path, tmp_path: Path) -> None:
