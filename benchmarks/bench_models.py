@@ -2,9 +2,11 @@
 """A whole model on the GPU: prompts, generation and memory, quantised and in bfloat16.
 
     python benchmarks/bench_models.py [--type Q4_K_M] [--layers 32] [--out benchmarks/results]
+    python benchmarks/bench_models.py --model qwen3-30b-a3b --part models
 
 Llama-3-8B's shape with random weights (random_model.py), through transformers' own model. "graphs"
 is `compile_decode`; the rival is the same class with bfloat16 weights and cuBLAS, with graphs too.
+Another model's tables are named after it, and its rival has graphs where transformers allows it.
 tg: tokens per second, one sequence; of_copy: bytes of weights per token over the time, of the copy
 bandwidth measured in the same run. Load times include reading the file from the page cache.
 """
@@ -24,7 +26,7 @@ from typing import Any
 
 import torch
 from common import RESULTS, copy_bandwidth, print_table, save
-from random_model import FEED, HEAD_DIM, HEADS, HIDDEN, KV_HEADS, MIXTURE, VOCAB, write
+from random_model import MIXTURE, MODELS, Sizes, write
 
 import quantgemm
 from quantgemm.commands.bench import bytes_per_token, measure
@@ -35,25 +37,31 @@ AT_ONCE = (1, 2, 3, 5, 9)  # tokens of a step, one more than drafts
 PROMPTS, GENERATED, CONTEXT = (512, 2048), 128, 8192
 
 
-def plain_model(layers: int) -> Any:
+def plain_model(sizes: Sizes, layers: int) -> Any:
     """The same architecture in bfloat16, as large as the file's."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    import transformers
 
-    config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=HIDDEN,
-        intermediate_size=FEED,
-        num_hidden_layers=layers,
-        num_attention_heads=HEADS,
-        num_key_value_heads=KV_HEADS,
-        head_dim=HEAD_DIM,
-        max_position_embeddings=CONTEXT,
-        dtype=torch.bfloat16,
-    )
+    values: dict[str, Any] = {
+        "vocab_size": sizes.vocab,
+        "hidden_size": sizes.hidden,
+        "intermediate_size": sizes.feed,
+        "num_hidden_layers": layers,
+        "num_attention_heads": sizes.heads,
+        "num_key_value_heads": sizes.kv_heads,
+        "head_dim": sizes.head_dim,
+        "max_position_embeddings": CONTEXT,
+        "dtype": torch.bfloat16,
+    }
+    name = "Llama"
+    if sizes.experts:
+        name = "Qwen3Moe"
+        values |= {"num_experts": sizes.experts, "num_experts_per_tok": sizes.used}
+        values["moe_intermediate_size"] = sizes.expert_feed
+    config = getattr(transformers, f"{name}Config")(**values)
     torch.set_default_dtype(torch.bfloat16)
     try:
         with torch.device("cuda"):
-            return LlamaForCausalLM(config).eval()
+            return getattr(transformers, f"{name}ForCausalLM")(config).eval()
     finally:
         torch.set_default_dtype(torch.float32)
 
@@ -96,7 +104,11 @@ def rows_of(name: str, load: Any, copy: float) -> list[dict[str, Any]]:
     }
     found = []
     for graphs in (False, True):
-        decoder = compile_decode(model, 1024, batch_sizes=(1,)) if graphs else None
+        try:
+            decoder = compile_decode(model, 1024, batch_sizes=(1,)) if graphs else None
+        except RuntimeError as error:  # a step that waits for the GPU
+            print(f"{name}: no graphs: {str(error).splitlines()[0]}")
+            continue
         torch.cuda.reset_peak_memory_stats()
         tg = median(measure(model, "tg", GENERATED, 3, decoder))
         row = {**base, "graphs": "yes" if graphs else "no", f"tg{GENERATED}": tg}
@@ -104,6 +116,7 @@ def rows_of(name: str, load: Any, copy: float) -> list[dict[str, Any]]:
         row["tg_peak_GB"] = torch.cuda.max_memory_allocated() / 1e9
         for length in PROMPTS:
             row[f"pp{length}"] = median(measure(model, "pp", length, 3))
+        print_table([row])
         found.append(row)
     return found
 
@@ -158,7 +171,8 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--type", default=MIXTURE, help=f"default: {MIXTURE}")
-    parser.add_argument("--layers", type=int, default=32, help="default: 32")
+    parser.add_argument("--model", choices=MODELS, default="llama-3-8b", help=", ".join(MODELS))
+    parser.add_argument("--layers", type=int, help="default: the model's")
     parser.add_argument("--part", default="models,speculation", help="default: both")
     parser.add_argument("--profile", action="store_true", help="print the kernels of a step too")
     parser.add_argument("--out", type=Path, default=None, help=f"for instance {RESULTS}")
@@ -166,12 +180,15 @@ def main() -> int:
     if not torch.cuda.is_available() or quantgemm.build_info().cuda is None:
         print("no CUDA device: nothing to measure")
         return 0
+    sizes = MODELS[args.model]
+    layers = args.layers or sizes.layers
+    suffix = "" if args.model == "llama-3-8b" else f"_{args.model}"
     copy = copy_bandwidth()
     rows: list[dict[str, Any]] = []
     drafted: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "random.gguf"
-        write(path, args.type, args.layers, CONTEXT)
+        write(path, sizes, args.type, layers, CONTEXT)
         size = path.stat().st_size
         loads: dict[str, Callable[[], Any]] = {
             f"{args.type}, {algo}": partial(
@@ -185,14 +202,14 @@ def main() -> int:
             if "speculation" in args.part:
                 drafted += speculation_rows(name, load())
         if "models" in args.part:
-            loads["bfloat16"] = lambda: plain_model(args.layers)
+            loads["bfloat16"] = lambda: plain_model(sizes, layers)
             rows += rows_of("bfloat16", loads["bfloat16"], copy)
         print(f"copy {copy / 1e12:.2f} TB/s; the file has {size / 1e9:.3f} GB")
         for table_name, table in (("models", rows), ("speculation", drafted)):
             if table:
                 print_table(table)
                 if args.out:
-                    save(table_name, table, args.out)
+                    save(f"{table_name}{suffix}", table, args.out)
         if args.profile:
             for name, load in loads.items():
                 print_profile(name, load())

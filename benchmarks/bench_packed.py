@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: MIT
 """The packed layout on the GPU: packing and unpacking, products beside the time that reading takes.
 
-    python benchmarks/bench_packed.py [--part pack,types,tokens,moe] [--out benchmarks/results]
+    python benchmarks/bench_packed.py [--part pack,types,tokens,moe,chain,heatmap] [--types Q4_K]
+                                      [--shapes 4096x4096] [--out benchmarks/results]
 
 Weights are cold (copies rotate past the L2) and calls are replays of a CUDA graph. `read_us` is a
 kernel that reads as many bytes and does nothing with them, in a graph of the same run.
@@ -18,6 +19,8 @@ from typing import Any
 
 import torch
 from common import RESULTS, copy_bandwidth, print_table, save, time_gpu
+from limits import SHAPES as HEAT_SHAPES
+from limits import Clock, fractions, parse_shapes, plot_heatmap, summary
 
 from quantgemm import _C, ops
 from quantgemm.formats import FORMATS, Format, format_by_name
@@ -26,6 +29,21 @@ SHAPES = [(4096, 4096), (14336, 4096), (28672, 8192), (4096, 14336), (1024, 4096
 TOKENS = [1, 2, 4, 8, 16, 32, 64, 128, 512, 4096]
 MOE_SHAPES = [(128, 8, 768, 2048), (128, 8, 1536, 4096), (8, 2, 14336, 4096)]  # experts, top, n, k
 MOE_TOKENS = [1, 2, 4, 8, 16, 64, 256, 1024, 4096]
+# A layer of Llama 3 8B: its matrices [n, k] in the order in which a token meets them.
+LAYER = {
+    "q": (4096, 4096),
+    "k": (1024, 4096),
+    "v": (1024, 4096),
+    "o": (4096, 4096),
+    "gate": (14336, 4096),
+    "up": (14336, 4096),
+    "down": (4096, 14336),
+}
+LAYERS = 4  # one after the other, so that weights are cold
+BYTES_PER_SECOND = 4.45e12  # of one kernel that reads much, on an H200
+PARTS = ("pack", "types", "tokens", "moe", "chain", "heatmap")
+CHAIN_TYPES = ["Q4_K", "Q4_0"]
+TYPES = "Q4_0,Q8_0,Q4_K,Q6_K"
 ROTATED_BYTES = 250e6
 MODEL_BYTES = 4.5e9
 Rows = list[dict[str, Any]]
@@ -192,16 +210,116 @@ def experts(types: Sequence[str], read: Callable[[torch.Tensor], None] | None) -
     return rows
 
 
+class GpuClock:
+    """Times on this GPU; it keeps the weights that it was asked for last."""
+
+    def __init__(self, read: Callable[[torch.Tensor], None] | None) -> None:
+        self._read = read
+        self._of: tuple[int, int, int] | None = None
+        self._copies: list[torch.Tensor] = []
+
+    def _weights(self, fmt: Format, n: int, k: int) -> list[torch.Tensor]:
+        if self._of != (fmt.type_id, n, k):
+            self._copies = []  # before others take their memory
+            first = ops.pack(blocks(fmt, n, k), fmt.type_id)
+            count = max(2, min(64, int(ROTATED_BYTES / first.numel())))
+            self._copies = [first, *(first.clone() for _ in range(count - 1))]
+            self._of = fmt.type_id, n, k
+        return self._copies
+
+    def read(self, fmt: Format, n: int, k: int) -> float:
+        copies = self._weights(fmt, n, k)
+        return quickly(self._read, copies) if self._read else float("nan")
+
+    def product(self, fmt: Format, n: int, k: int, m: int) -> float:
+        x = torch.randn(m, k, device="cuda").bfloat16()
+        copies = self._weights(fmt, n, k)
+        return quickly(product(x, fmt, n, k), copies if m < 512 else copies[:2])
+
+    def dense(self, n: int, k: int, m: int) -> float:
+        x = torch.randn(m, k, device="cuda").bfloat16()
+        w = torch.randn(n, k, device="cuda", dtype=torch.bfloat16)
+        return quickly(lambda w: x @ w.T, [w, *(w.clone() for _ in range(dense_copies(n, k) - 1))])
+
+
+def quickly(call: Callable[[torch.Tensor], Any], copies: Sequence[torch.Tensor]) -> float:
+    return time_gpu([partial(call, copy) for copy in copies], replays=5).median
+
+
+def packable() -> list[str]:
+    return [row["name"] for row in _C.format_table() if row["can_pack"]]
+
+
+def heatmap(types: Sequence[str], shapes: Sequence[tuple[int, int]], clock: Clock) -> Rows:
+    return fractions([format_by_name(name) for name in types], shapes, TOKENS, clock)
+
+
+def seven(fmt: Format, w: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    """A layer's matrices, each on what the one before it gave."""
+
+    def by(part: str, x: torch.Tensor) -> torch.Tensor:
+        return ops.gemm_packed(x, w[part], fmt.type_id, *LAYER[part])
+
+    q, _, _ = (by(part, x) for part in "qkv")
+    o = by("o", q)
+    inner, _ = by("gate", o), by("up", o)
+    return by("down", inner)
+
+
+def four(fmt: Format, w: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    """The same with q, k and v as one and gate and up as one, as `compile_decode` has them."""
+    n = sum(LAYER[part][0] for part in "qkv")
+    q = ops.gemm_packed(x, w["qkv"], fmt.type_id, n, LAYER["q"][1])[:, : LAYER["q"][0]]
+    o = ops.gemm_packed(q, w["o"], fmt.type_id, *LAYER["o"])
+    inner = ops.gemm_packed_gated(o, w["gate"], w["up"], fmt.type_id, *LAYER["gate"])
+    return ops.gemm_packed(inner, w["down"], fmt.type_id, *LAYER["down"])
+
+
+def chain(types: Sequence[str], read: Callable[[torch.Tensor], None] | None) -> Rows:
+    """One token through the matrices of a layer in a CUDA graph, in seven launches and in four.
+
+    Kernels begin to read weights before the one before them has ended. `stream_us`: the bytes at
+    4.45 TB/s; `read_us`: one kernel that reads them and does nothing with them, in this run.
+    """
+    rows: Rows = []
+    x = torch.randn(1, 4096, device="cuda").bfloat16()
+    for name in types:
+        fmt = format_by_name(name)
+        layers = [
+            {part: ops.pack(blocks(fmt, n, k), fmt.type_id) for part, (n, k) in LAYER.items()}
+            for _ in range(LAYERS)
+        ]
+        size = sum(n * fmt.row_bytes(k) for n, k in LAYER.values())
+        row: dict[str, Any] = {"type": name, "MB": size / 1e6, "read_us": float("nan")}
+        row["stream_us"] = size / BYTES_PER_SECOND * 1e6
+        if read:
+            row["read_us"] = timed(
+                read, [torch.cat([p.flatten() for p in w.values()]) for w in layers]
+            )
+        for w in layers:
+            w["qkv"] = torch.cat([w[part] for part in "qkv"])
+        for run in (seven, four):
+            us = time_gpu([partial(run, fmt, w, x) for w in layers]).median
+            row |= {f"{run.__name__}_us": us, f"{run.__name__}_of_read": row["read_us"] / us}
+            row[f"{run.__name__}_TB/s"] = size / us / 1e6
+        rows.append(row)
+    return rows
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--part", default="pack,types,tokens,moe", help="which tables")
-    parser.add_argument("--types", default="Q4_0,Q8_0,Q4_K,Q6_K", help="for packing and tokens")
+    parser.add_argument("--part", default=",".join(PARTS), help="which tables")
+    parser.add_argument("--types", default="", help=f"default {TYPES}; for heatmap all")
+    parser.add_argument("--shapes", default="", help="n x k for heatmap, e.g. 4096x4096,1024x4096")
     parser.add_argument("--out", default="", help=f"also save here, e.g. {RESULTS}")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         print("bench_packed: no CUDA device, nothing measured")
         return 0
-    parts, types, folder = options.part.split(","), options.types.split(","), Path(options.out)
+    parts, folder = options.part.split(","), Path(options.out)
+    types = (options.types or TYPES).split(",")
+    shapes = parse_shapes(options.shapes) if options.shapes else HEAT_SHAPES
+    all_types = types if options.types else packable()
     read = None
     try:
         read = reader()
@@ -215,12 +333,17 @@ def main() -> int:
         "types": lambda: every_type(14336, 4096, read),
         "tokens": lambda: tokens(types, read),
         "moe": lambda: experts(["Q4_K"], read),
+        "chain": lambda: chain(options.types.split(",") if options.types else CHAIN_TYPES, read),
+        "heatmap": lambda: heatmap(all_types, shapes, GpuClock(read)),
     }
     for part in parts:
         rows = tables[part]()
-        print_table(rows)
+        short = summary(rows) if part == "heatmap" else None
+        print_table(short or rows)
         if options.out:
-            save(f"packed_{part}", rows, folder)
+            save(f"packed_{part}", rows, folder, short)
+            if part == "heatmap":
+                plot_heatmap(f"packed_{part}", rows, folder)
     return 0
 
 

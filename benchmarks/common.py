@@ -126,15 +126,24 @@ def print_table(rows: Sequence[dict[str, Any]]) -> None:
         print("  ".join(text[k].rjust(w) for k, w in widths.items()))
 
 
-def save(name: str, rows: Sequence[dict[str, Any]], folder: Path = RESULTS) -> None:
-    """rows -> results/name.csv and .json, the latter with the machine they were measured on."""
+def save(
+    name: str,
+    rows: Sequence[dict[str, Any]],
+    folder: Path = RESULTS,
+    summary: Sequence[dict[str, Any]] | None = None,
+) -> None:
+    """rows -> results/name.csv and .json, the latter with the machine they were measured on.
+
+    summary: what the .json, and so a document's table, has in place of many rows.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / f"{name}.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
     with (folder / f"{name}.json").open("w") as file:
-        json.dump({"machine": machine(), "rows": list(rows)}, file, indent=1)
+        kept = rows if summary is None else summary
+        json.dump({"machine": machine(), "rows": list(kept)}, file, indent=1)
         file.write("\n")
     print(f"[{name}] {machine()}")
 

@@ -28,6 +28,7 @@ from quantgemm.formats import FORMATS  # noqa: E402
 # document -> tables that it must have; others are filled where their markers are
 SPEED = ["dequantize", "quantize", "cpu_dequantize", "cpu_gemm", "gguf_open"]
 PACKED = ["packed_pack", "packed_types", "packed_tokens", "packed_moe"]
+PACKED += ["packed_chain", "packed_heatmap"]
 LADDER = ["gemm_ladder", "gemm_types", "gemm_tokens"]
 CACHES = ["kv_cache", "kv_packing", "sparse_kv_attention", "sparse_kv_compression"]
 RESULTS = [*SPEED, *PACKED, *LADDER, *CACHES, "sampling_modes", "models", "speculation"]

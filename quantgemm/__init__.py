@@ -15,6 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from quantgemm import formats, kv, ops, reference, sampling
 from quantgemm.build import BuildInfo, build_info
+from quantgemm.experts import QuantExpertLinear, QuantExperts
 from quantgemm.formats import QType
 from quantgemm.gguf import (
     GGUFError,
@@ -47,6 +48,8 @@ __all__ = [
     "GemmPlan",
     "QType",
     "QuantEmbedding",
+    "QuantExpertLinear",
+    "QuantExperts",
     "QuantLinear",
     "ReplaceReport",
     "SparseKVCache",

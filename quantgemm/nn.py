@@ -16,7 +16,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch.nn import Parameter
@@ -162,7 +162,7 @@ class QuantModule(torch.nn.Module):
                     f"{prefix}weight_type: expected {self._type_id} ({name}), got {got} ({other}): "
                     f"the layer must be built with the type of the checkpoint"
                 )
-        shape = [self._rows, self.format.row_bytes(self._cols)]
+        shape = [*self.weight_shape[:-1], self.format.row_bytes(self._cols)]
         if isinstance(weight, torch.Tensor) and weight.dtype != torch.uint8:
             return (
                 f"{prefix}weight: expected torch.uint8 {shape}, rows of {name}, got {weight.dtype} "
@@ -181,7 +181,76 @@ class QuantModule(torch.nn.Module):
         )
 
 
-class QuantLinear(QuantModule):
+Layer = TypeVar("Layer", bound="PackedModule")
+
+
+class PackedModule(QuantModule):
+    """Rows that may lie in the order of tensor cores instead; checkpoints keep the file's rows."""
+
+    algo: str
+    is_packed = False
+
+    def pack(self: Layer) -> Layer:
+        """Puts the bytes in place into the layout of `ops.gemm_packed`; only that copy is kept.
+
+        Not every type has one, and algo must be ``"auto"``. `.to()` and the like unpack a layer on
+        the CPU; `state_dict` has the rows as they were, unpacked for it. A weight that is shared
+        with an embedding stays one there: this layer then has bytes of its own. accelerate's
+        offloading puts rows where packed bytes are expected: unpack first.
+        """
+        if not self.is_packed:
+            check_packed(self.format, self.algo)
+            self._set_blocks(_frozen(self._pack(self.weight)))
+            self.is_packed = True
+        return self
+
+    def unpack(self: Layer) -> Layer:
+        """Puts the rows back."""
+        if self.is_packed:
+            self._set_blocks(_frozen(self.blocks))
+            self.is_packed = False
+        return self
+
+    @property
+    def blocks(self) -> torch.Tensor:
+        """The rows, uint8 ``[out_features, row_bytes]``; a copy where they are packed."""
+        return self._unpack(self.weight) if self.is_packed else self.weight
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """The weights as numbers ``[rows, cols]``, as ggml decodes them; default float32."""
+        return ops.dequantize(self.blocks, self._type_id, dtype or torch.float32)
+
+    def _pack(self, blocks: torch.Tensor) -> torch.Tensor:
+        return ops.pack(blocks, self._type_id)
+
+    def _unpack(self, packed: torch.Tensor) -> torch.Tensor:
+        return ops.unpack(packed, self._type_id, self._rows, self._cols)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        if self.weight.device.type == "cpu":
+            self.unpack()
+        return self
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[no-untyped-call]
+        if self.is_packed:
+            destination[prefix + "weight"] = self.blocks
+
+    def _as_kept(
+        self, state_dict: Mapping[str, Any], prefix: str, assign: bool
+    ) -> Mapping[str, Any]:
+        blocks = state_dict.get(prefix + "weight")
+        if not self.is_packed or not isinstance(blocks, torch.Tensor):
+            return state_dict
+        if not assign and not self.weight.is_meta:
+            blocks = blocks.to(self.weight.device)
+        return {**state_dict, prefix + "weight": self._pack(blocks)}
+
+
+class QuantLinear(PackedModule):
     """``y[..., out] = x[..., in] · dequantize(weight)[out, in]ᵀ + bias[out]``.
 
     weight: uint8 ``[out_features, row_bytes]``, a Parameter that does not require gradients; bias:
@@ -194,7 +263,6 @@ class QuantLinear(QuantModule):
     """
 
     bias: Parameter | None
-    is_packed = False
 
     def __init__(
         self,
@@ -207,7 +275,7 @@ class QuantLinear(QuantModule):
         algo: str = "auto",
     ) -> None:
         fmt = as_format(qtype)
-        _check_sizes(fmt, "in_features", in_features, "out_features", out_features)
+        check_sizes(fmt, "in_features", in_features, "out_features", out_features)
         super().__init__(out_features, in_features, fmt, device)
         self.in_features, self.out_features = in_features, out_features
         self.algo = check_algo(algo)
@@ -241,7 +309,7 @@ class QuantLinear(QuantModule):
     ) -> QuantLinear:
         """Of GGUF rows, uint8 ``[out_features, row_bytes]``, which are used without a copy."""
         fmt = as_format(qtype)
-        rows, cols = _check_blocks(blocks, fmt)
+        rows, cols = check_blocks(blocks, fmt)
         layer = cls(cols, rows, fmt.type_id, bias=False, device="meta", algo=algo)
         layer._set_blocks(blocks)
         if bias is not None:
@@ -285,65 +353,10 @@ class QuantLinear(QuantModule):
         importance: float32 ``[in_features]``, how much an error in each column matters.
         """
         fmt = as_format(qtype)
-        _check_sizes(fmt, "in_features", linear.in_features, "out_features", linear.out_features)
+        check_sizes(fmt, "in_features", linear.in_features, "out_features", linear.out_features)
         blocks = _quantize("linear", linear.weight, fmt, importance)
         layer = cls.from_blocks(blocks, fmt.type_id, linear.bias, algo)
         return layer.train(linear.training)
-
-    def pack(self) -> QuantLinear:
-        """Puts the bytes in place into the layout of `ops.gemm_packed`; only that copy is kept.
-
-        Not every type has one, and algo must be ``"auto"``. `.to()` and the like unpack a layer on
-        the CPU; `state_dict` has the rows as they were, unpacked for it. A weight that is shared
-        with an embedding stays one there: this layer then has bytes of its own. accelerate's
-        offloading puts rows where packed bytes are expected: unpack first.
-        """
-        if not self.is_packed:
-            check_packed(self.format, self.algo)
-            self._set_blocks(_frozen(ops.pack(self.weight, self._type_id)))
-            self.is_packed = True
-        return self
-
-    def unpack(self) -> QuantLinear:
-        """Puts the rows back."""
-        if self.is_packed:
-            self._set_blocks(_frozen(self.blocks))
-            self.is_packed = False
-        return self
-
-    @property
-    def blocks(self) -> torch.Tensor:
-        """The rows, uint8 ``[out_features, row_bytes]``; a copy where they are packed."""
-        if not self.is_packed:
-            return self.weight
-        return ops.unpack(self.weight, self._type_id, self.out_features, self.in_features)
-
-    def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """The weights as numbers ``[rows, cols]``, as ggml decodes them; default float32."""
-        return ops.dequantize(self.blocks, self._type_id, dtype or torch.float32)
-
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
-        super()._apply(fn, recurse)
-        if self.weight.device.type == "cpu":
-            self.unpack()
-        return self
-
-    def _save_to_state_dict(
-        self, destination: dict[str, Any], prefix: str, keep_vars: bool
-    ) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[no-untyped-call]
-        if self.is_packed:
-            destination[prefix + "weight"] = self.blocks
-
-    def _as_kept(
-        self, state_dict: Mapping[str, Any], prefix: str, assign: bool
-    ) -> Mapping[str, Any]:
-        blocks = state_dict.get(prefix + "weight")
-        if not self.is_packed or not isinstance(blocks, torch.Tensor):
-            return state_dict
-        if not assign and not self.weight.is_meta:
-            blocks = blocks.to(self.weight.device)
-        return {**state_dict, prefix + "weight": ops.pack(blocks, self._type_id)}
 
     def explain(self, m: int, dtype: torch.dtype = torch.bfloat16) -> GemmPlan:
         """Which algorithm multiplies m rows of this dtype on the layer's device, and why."""
@@ -376,7 +389,7 @@ class QuantEmbedding(QuantModule):
         dtype: torch.dtype | None = None,
     ) -> None:
         fmt = as_format(qtype)
-        _check_sizes(fmt, "embedding_dim", embedding_dim, "num_embeddings", num_embeddings)
+        check_sizes(fmt, "embedding_dim", embedding_dim, "num_embeddings", num_embeddings)
         super().__init__(num_embeddings, embedding_dim, fmt, device)
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
         if padding_idx is not None and not -num_embeddings <= padding_idx < num_embeddings:
@@ -402,7 +415,7 @@ class QuantEmbedding(QuantModule):
     ) -> QuantEmbedding:
         """Of GGUF rows, uint8 ``[num_embeddings, row_bytes]``, which are used without a copy."""
         fmt = as_format(qtype)
-        rows, cols = _check_blocks(blocks, fmt)
+        rows, cols = check_blocks(blocks, fmt)
         table = cls(rows, cols, fmt.type_id, padding_idx, "meta", dtype)
         table._set_blocks(blocks)
         return table
@@ -430,7 +443,7 @@ class QuantEmbedding(QuantModule):
         if embedding.max_norm is not None:
             raise ValueError("embedding: expected max_norm None: it rewrites rows as they are read")
         fmt, rows = as_format(qtype), embedding.num_embeddings
-        _check_sizes(fmt, "embedding_dim", embedding.embedding_dim, "num_embeddings", rows)
+        check_sizes(fmt, "embedding_dim", embedding.embedding_dim, "num_embeddings", rows)
         blocks = _quantize("embedding", embedding.weight, fmt, importance)
         dtype = embedding.weight.dtype
         table = cls.from_blocks(blocks, fmt.type_id, embedding.padding_idx, dtype)
@@ -458,7 +471,7 @@ class QuantEmbedding(QuantModule):
 # ------------------------------------------------------------------------------ checks
 
 
-def _check_sizes(fmt: Format, cols_name: str, cols: int, rows_name: str, rows: int) -> None:
+def check_sizes(fmt: Format, cols_name: str, cols: int, rows_name: str, rows: int) -> None:
     for name, size in ((rows_name, rows), (cols_name, cols)):
         if size < 0:
             raise ValueError(f"{name}: expected a size of 0 or more, got {size}")
@@ -470,14 +483,16 @@ def _misfit(cols: int, fmt: Format) -> str:
     return f"{cols} is not a multiple of the {fmt.block_elems}-weight {fmt.name} block"
 
 
-def _check_blocks(blocks: torch.Tensor, fmt: Format) -> tuple[int, int]:
-    """Rows and weights per row."""
+def check_blocks(
+    blocks: torch.Tensor, fmt: Format, expected: str = "[rows, row_bytes]"
+) -> tuple[int, ...]:
+    """Rows and weights per row, and before them what else is expected."""
     if blocks.dtype != torch.uint8:
         raise TypeError(f"blocks: expected torch.uint8, got {blocks.dtype}")
-    if blocks.dim() != 2:
-        raise ValueError(f"blocks: expected [rows, row_bytes], got shape {list(blocks.shape)}")
+    if blocks.dim() != expected.count(",") + 1:
+        raise ValueError(f"blocks: expected {expected}, got shape {list(blocks.shape)}")
     try:
-        return blocks.shape[0], fmt.cols(blocks.shape[1])
+        return *blocks.shape[:-1], fmt.cols(blocks.shape[-1])
     except ValueError as error:
         raise ValueError(f"blocks: {error}") from None
 

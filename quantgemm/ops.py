@@ -181,80 +181,34 @@ torch.library.register_autograd("quantgemm::gemm", _gemm_backward, setup_context
 _autocast_rules = torch.library.Library("quantgemm", "FRAGMENT")  # type: ignore[no-untyped-call]
 
 
+# Arguments that `torch.autocast` casts, of the ops that it has a rule for.
+_CAST = {"x", "bias", "residual"}
+_IN_AUTOCAST = ("gemm", "gemm_packed", "gemm_packed_gated", "moe_gemm")
+
+
 def _register_autocast(device_type: str, key: str) -> None:
     """torch.library.register_autocast with the dtype of the region instead of a fixed one."""
 
-    def cast(x: torch.Tensor) -> torch.Tensor:
+    def cast(x: Any) -> Any:
         # float64 stays, as torch's own rule has it: the op then says what it takes.
-        if x.device.type == device_type and x.is_floating_point() and x.dtype != torch.float64:
+        is_here = isinstance(x, torch.Tensor) and x.device.type == device_type
+        if is_here and x.is_floating_point() and x.dtype != torch.float64:
             return x.to(torch.get_autocast_dtype(device_type))
         return x
 
-    def gemm_in_autocast(
-        x: torch.Tensor, w: torch.Tensor, qtype: int, algo: str = "auto"
-    ) -> torch.Tensor:
-        x = cast(x)
-        with torch.autocast(device_type, enabled=False):
-            return torch.ops.quantgemm.gemm(x, w, qtype, algo)  # type: ignore[no-any-return]
+    def rule_of(name: str) -> Callable[..., torch.Tensor]:
+        op = getattr(torch.ops.quantgemm, name).default
+        places = [i for i, a in enumerate(op._schema.arguments) if a.name in _CAST]
 
-    def packed_in_autocast(
-        x: torch.Tensor,
-        packed: torch.Tensor,
-        qtype: int,
-        n: int,
-        k: int,
-        bias: torch.Tensor | None = None,
-        algo: str = "auto",
-        residual: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        x, bias = cast(x), bias if bias is None else cast(bias)
-        residual = residual if residual is None else cast(residual)
-        with torch.autocast(device_type, enabled=False):
-            return torch.ops.quantgemm.gemm_packed(  # type: ignore[no-any-return]
-                x, packed, qtype, n, k, bias, algo, residual
-            )
+        def in_autocast(*args: Any) -> torch.Tensor:
+            given = [cast(arg) if i in places else arg for i, arg in enumerate(args)]
+            with torch.autocast(device_type, enabled=False):
+                return op(*given)  # type: ignore[no-any-return]
 
-    def gated_in_autocast(
-        x: torch.Tensor,
-        gate: torch.Tensor,
-        up: torch.Tensor,
-        qtype: int,
-        n: int,
-        k: int,
-        algo: str = "auto",
-    ) -> torch.Tensor:
-        x = cast(x)
-        with torch.autocast(device_type, enabled=False):
-            return torch.ops.quantgemm.gemm_packed_gated(  # type: ignore[no-any-return]
-                x, gate, up, qtype, n, k, algo
-            )
+        return in_autocast
 
-    def experts_in_autocast(
-        x: torch.Tensor,
-        packed: torch.Tensor,
-        qtype: int,
-        n: int,
-        k: int,
-        expert_ids: torch.Tensor,
-        weights: torch.Tensor | None = None,
-        bias: torch.Tensor | None = None,
-        algo: str = "auto",
-        up: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        x, bias = cast(x), bias if bias is None else cast(bias)
-        with torch.autocast(device_type, enabled=False):
-            return torch.ops.quantgemm.moe_gemm(  # type: ignore[no-any-return]
-                x, packed, qtype, n, k, expert_ids, weights, bias, algo, up
-            )
-
-    rules = {
-        "gemm": gemm_in_autocast,
-        "gemm_packed": packed_in_autocast,
-        "gemm_packed_gated": gated_in_autocast,
-        "moe_gemm": experts_in_autocast,
-    }
-    for name, rule in rules.items():
-        _autocast_rules.impl(name, rule, key)  # type: ignore[no-untyped-call]
+    for name in _IN_AUTOCAST:
+        _autocast_rules.impl(name, rule_of(name), key)  # type: ignore[no-untyped-call]
 
 
 _register_autocast("cpu", "AutocastCPU")

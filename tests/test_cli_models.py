@@ -18,22 +18,24 @@ pytest.importorskip("gguf", reason="PyPI gguf, which knows the names, is not ins
 
 from tiny_models import byte_level, make, write
 
-from quantgemm import load_model, load_tokenizer
+from quantgemm import load_model, load_tokenizer, open_gguf
 from quantgemm.commands.run import TextStream
 
 PROMPT = "the blocks share the blocks share"
 GREEDY = ("--device", "cpu", "--temperature", 0, "-n", 20, "--no-chat")
 
 
-def save(path: Path, seed: int = 0, head_dim: int = 16, **changed: Any) -> Path:
+def save(
+    path: Path, seed: int = 0, head_dim: int = 16, case: str = "llama-tied", **changed: Any
+) -> Path:
     _, keys = byte_level()
     keys |= changed
     metadata = {f"tokenizer.{key.replace('__', '.')}": value for key, value in keys.items()}
     metadata = {key: value for key, value in metadata.items() if value is not None}
     count = len(keys["ggml__tokens"])
     metadata["tokenizer.ggml.token_type"] = [3] * 3 + [1] * (count - 3)
-    model = make("llama-tied", seed, vocab_size=count, head_dim=head_dim)
-    return write(path, model, "llama-tied", "Q8_0", metadata)
+    model = make(case, seed, vocab_size=count, head_dim=head_dim)
+    return write(path, model, case, "Q8_0", metadata)
 
 
 @pytest.fixture
@@ -48,18 +50,35 @@ def expected(path: Path, count: int = 20) -> str:
     return tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
 
 
+def shown(text: str) -> str:
+    """As a terminal may be given it."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
 def test_greedy_text(run: Cli, path: Path) -> None:
     status, out, err = run("run", path, "-p", PROMPT, *GREEDY)
     assert status == 0, err
-    assert out.rstrip("\n") == "".join(
-        c if c.isprintable() else repr(c)[1:-1] for c in expected(path)
-    )
+    assert out.rstrip("\n") == shown(expected(path))
     assert "first token after" in err and "tokens/s" in err and "weights" in err
     assert "drafts accepted" not in err
 
 
 def tokens() -> list[str]:
     return list(byte_level()[1]["ggml__tokens"])
+
+
+def test_a_mixture_of_experts(run: Cli, tmp_path: Path) -> None:
+    path = save(tmp_path / "moe.gguf", case="qwen3moe")
+    status, out, err = run("run", path, "-p", PROMPT, *GREEDY, "--dtype", "float32")
+    assert status == 0, err
+    assert out.rstrip("\n") == shown(expected(path))
+    smaller = tmp_path / "smaller.gguf"
+    status, _, err = run("quantize", path, smaller, "--type", "Q4_0", "--device", "cpu")
+    assert status == 0, err
+    types = {name: t.format.name for name, t in open_gguf(smaller).tensors.items()}
+    assert types["blk.1.ffn_down_exps.weight"] == types["blk.1.attn_q.weight"] == "Q4_0"
+    assert types["blk.1.ffn_gate_inp.weight"] == "F32"
+    assert run("run", smaller, "-p", PROMPT, *GREEDY)[0] == 0
 
 
 def test_a_draft_with_fewer_tokens(run: Cli, path: Path, tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ from tiny_models import (  # noqa: E402
 
 import quantgemm  # noqa: E402
 from quantgemm import GGUFError, QuantEmbedding, QuantLinear, load_model, load_tokenizer  # noqa: E402
+from quantgemm.experts import ExpertLinear, QuantExpertLinear  # noqa: E402
 from quantgemm.models import loader  # noqa: E402
 from quantgemm.models.hyperparameters import Hyperparameters  # noqa: E402
 
@@ -48,6 +49,12 @@ def load(path: Path, **options: Any) -> Any:
     return load_model(
         path, **{"device": "cpu", "dtype": torch.float32, "progress": False} | options
     )
+
+
+def matrices(model: Any) -> list[Any]:
+    """Layers with numbers, but for the gate of a shared expert, which is a row."""
+    layers = [m for m in model.modules() if isinstance(m, torch.nn.Linear | torch.nn.Embedding)]
+    return [m for m in layers if m.weight.shape[0] > 1]
 
 
 def assert_near(got: torch.Tensor, want: torch.Tensor, tolerance: float) -> None:
@@ -76,10 +83,12 @@ def test_quantised(case: str, tmp_path: Path) -> None:
     loaded = load(write(tmp_path / "m.gguf", model, case, "Q8_0"))
     want = logits(quantise_in_place(copy.deepcopy(model), "Q8_0"))
     assert_near(logits(loaded), want, 1e-5)
-    matrices = [m for m in model.modules() if isinstance(m, torch.nn.Linear | torch.nn.Embedding)]
     packed = [m for m in loaded.modules() if isinstance(m, QuantLinear | QuantEmbedding)]
-    assert len(packed) == len(matrices) and all(m.format.name == "Q8_0" for m in packed)
-    assert not any(type(m) in (torch.nn.Linear, torch.nn.Embedding) for m in loaded.modules())
+    assert len(packed) == len(matrices(model)) and all(m.format.name == "Q8_0" for m in packed)
+    assert not matrices(loaded)
+    stacks = [m for m in loaded.modules() if isinstance(m, QuantExpertLinear | ExpertLinear)]
+    assert len(stacks) == 3 * sum(n.endswith("mlp.experts") for n, _ in model.named_modules())
+    assert all(isinstance(m, QuantExpertLinear) and m.format.name == "Q8_0" for m in stacks)
 
 
 @pytest.mark.parametrize("case", ["llama", "gemma3"])
@@ -94,9 +103,10 @@ def test_dtypes(case: str, tmp_path: Path) -> None:
         assert_near(y.float(), logits(load(path)), 0.05)
 
 
-def test_generation_with_a_cache(tmp_path: Path) -> None:
-    model = make("llama-tied")
-    loaded = load(write(tmp_path / "m.gguf", model, "llama-tied", "Q8_0"))
+@pytest.mark.parametrize("case", ["llama-tied", "qwen3moe", "mixtral"])
+def test_generation_with_a_cache(case: str, tmp_path: Path) -> None:
+    model = make(case)
+    loaded = load(write(tmp_path / "m.gguf", model, case, "Q8_0"))
     twin = quantise_in_place(copy.deepcopy(model), "Q8_0")
     options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     assert torch.equal(loaded.generate(IDS[:1], **options), twin.generate(IDS[:1], **options))
@@ -206,7 +216,7 @@ def test_release_keeps_the_bytes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("case", ["llama", "llama-tied", "phi3"])
+@pytest.mark.parametrize("case", ["llama", "llama-tied", "phi3", "qwen2moe"])
 def test_packed_weights(case: str, device: str, tmp_path: Path) -> None:
     path = write(tmp_path / "m.gguf", make(case), case, "Q8_0")
     dtype = torch.float32 if device == "cpu" else torch.float16
@@ -238,11 +248,11 @@ def test_hopper_packs_by_itself(tmp_path: Path) -> None:
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("case", ["llama-tied", "qwen3", "gemma3"])
+@pytest.mark.parametrize("case", ["llama-tied", "qwen3", "gemma3", "mixtral"])
 def test_on_a_gpu(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(tmp_path / "m.gguf", make(case), case, "Q8_0")
     before = torch.cuda.memory_allocated()
-    loaded = load(path, device="cuda")
+    loaded = load(path, device="cuda", packed=False)  # what is packed is padded
     used = torch.cuda.memory_allocated() - before
     tensors = [*loaded.parameters(), *loaded.buffers()]
     assert all(t.is_cuda for t in tensors)
@@ -306,7 +316,8 @@ def test_unknown_architecture(tmp_path: Path) -> None:
         ({"llama.rope.scaling.type": "spiral"}, "linear, yarn or longrope, got 'spiral'"),
         ({"llama.rope.scaling.type": "linear"}, "rope.scaling.factor.*missing"),
         ({"llama.rope.freq_base": float("nan")}, "finite"),
-        ({"llama.expert_count": 8}, "mixture of experts"),
+        ({"llama.expert_count": 8, "llama.expert_used_count": 9}, "at most 8, got 9"),
+        ({"llama.expert_count": 8}, r"expert_used_count.*missing"),
         ({"llama.block_count": 1 << 31}, "block_count.*expected at most 2147483647"),
         ({"llama.block_count": 1 << 30}, "1073741824 layers, but 30 tensors"),
         ({"llama.block_count": 4}, r"tensors are missing: blk\.3"),
@@ -321,7 +332,13 @@ def test_strange_metadata(changed: dict[str, Any], message: str, tmp_path: Path)
         load(path)
 
 
-@pytest.mark.parametrize("case", ["llama", "gemma3", "phi3-long"])
+def test_experts_where_none_are_known(tmp_path: Path) -> None:
+    path = write(tmp_path / "m.gguf", make("qwen3"), "qwen3", metadata={"qwen3.expert_count": 4})
+    with pytest.raises(GGUFError, match=r"expert_count.*'qwen3'.*llama, olmoe, qwen2moe, qwen3moe"):
+        load(path)
+
+
+@pytest.mark.parametrize("case", ["llama", "gemma3", "phi3-long", "qwen2moe"])
 def test_any_metadata_gives_a_model_or_a_named_error(case: str, tmp_path: Path) -> None:
     model = make(case)
     strange = (0, 1, 3, 2**31 - 1, 2**63, -1, "x", True, 1.5, -1.0, float("inf"), [1, 2], ["a"])

@@ -34,6 +34,8 @@ SMALL = {
 }
 THETA = {"rope_type": "default", "rope_theta": 20_000.0}
 
+EXPERTS = {"num_experts": 6, "num_experts_per_tok": 3}
+
 # What is tried: architecture in the file, model class, configuration class, configuration.
 CASES: dict[str, tuple[str, str, str, dict[str, Any]]] = {
     "llama": ("llama", "LlamaForCausalLM", "LlamaConfig", {"rope_parameters": THETA}),
@@ -107,6 +109,26 @@ CASES: dict[str, tuple[str, str, str, dict[str, Any]]] = {
             },
         },
     ),
+    "qwen3moe": (
+        "qwen3moe",
+        "Qwen3MoeForCausalLM",
+        "Qwen3MoeConfig",
+        {**EXPERTS, "head_dim": 32, "moe_intermediate_size": 64, "norm_topk_prob": True},
+    ),
+    "qwen2moe": (
+        "qwen2moe",
+        "Qwen2MoeForCausalLM",
+        "Qwen2MoeConfig",
+        {**EXPERTS, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 64},
+    ),
+    "olmoe": ("olmoe", "OlmoeForCausalLM", "OlmoeConfig", EXPERTS),
+    "olmoe-clipped": ("olmoe", "OlmoeForCausalLM", "OlmoeConfig", {**EXPERTS, "clip_qkv": 0.1}),
+    "mixtral": (
+        "llama",
+        "MixtralForCausalLM",
+        "MixtralConfig",
+        {"num_local_experts": 5, "num_experts_per_tok": 2, "rope_parameters": THETA},
+    ),
     "phi3-long": (
         "phi3",
         "Phi3ForCausalLM",
@@ -134,7 +156,7 @@ def make(case: str, seed: int = 0, **changed: Any) -> Any:
     )
     with torch.no_grad():
         for name, parameter in made.named_parameters():
-            is_matrix = parameter.dim() == 2
+            is_matrix = parameter.dim() > 1
             parameter.copy_(torch.randn_like(parameter) * (0.08 if is_matrix else 0.3))
             if "norm" in name and "gemma" not in case:
                 parameter.add_(1)
@@ -151,8 +173,16 @@ def tensors_of(model: Any, case: str) -> dict[str, torch.Tensor]:
     found = {}
     for name, parameter in model.named_parameters():
         values = parameter.detach().clone()
+        if name.endswith("experts.gate_up_proj"):
+            for part, half in zip(("gate", "up"), values.chunk(2, 1), strict=True):
+                stem = names.get_name(name.replace("gate_up", part))
+                found[f"{stem}.weight"] = half.contiguous()
+            continue
         new = names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert new is not None, name
+        new = new if new.endswith(("weight", "bias")) else f"{new}.weight"
+        if "shared_expert_gate" in name:
+            values = values.squeeze(0)
         if architecture == "llama" and ("q_proj" in name or "k_proj" in name):
             heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
             halves = values.reshape(heads, 2, -1, *values.shape[1:])
@@ -194,6 +224,16 @@ def metadata_of(model: Any, case: str) -> dict[str, Any]:
         own["rope.scaling.original_context_length"] = c.original_max_position_embeddings
     if getattr(c, "sliding_window", None):
         own["attention.sliding_window"] = c.sliding_window
+    if hasattr(c, "num_experts_per_tok"):
+        own["expert_count"] = getattr(c, "num_local_experts", None) or c.num_experts
+        own["expert_used_count"] = c.num_experts_per_tok
+    for key, name in {
+        "expert_feed_forward_length": "moe_intermediate_size",
+        "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
+        "attention.clamp_kqv": "clip_qkv",
+    }.items():
+        if getattr(c, name, None):
+            own[key] = getattr(c, name)
     if architecture == "gemma2":
         own["attn_logit_softcapping"] = c.attn_logit_softcapping
         own["final_logit_softcapping"] = c.final_logit_softcapping
@@ -220,7 +260,7 @@ def write(
     for name, values in (tensors_of(model, case) | changed).items():
         if name in drop:
             continue
-        quantised = values.dim() == 2 and qtype != "F32"
+        quantised = values.dim() > 1 and "gate_inp" not in name and qtype != "F32"
         tensors[name] = (ops.quantize(values, QType[qtype]), qtype) if quantised else values
     save_gguf(path, tensors, {**metadata_of(model, case), **(metadata or {})})
     return path
@@ -229,8 +269,9 @@ def write(
 def quantise_in_place(model: Any, qtype: str) -> Any:
     """The twin: every matrix replaced by what its blocks decode to."""
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 2:
+        for name, parameter in model.named_parameters():
+            is_router = name.endswith(("mlp.gate.weight", "shared_expert_gate.weight"))
+            if parameter.dim() > 1 and not is_router:
                 blocks = ops.quantize(parameter.detach(), QType[qtype])
                 parameter.copy_(ops.dequantize(blocks, QType[qtype]))
     return model

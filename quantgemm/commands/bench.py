@@ -146,9 +146,14 @@ def run(args: argparse.Namespace) -> int:
 def bytes_per_token(model: Any) -> int:
     """Weights that one token reads: all but the embedding's other rows, unless the head has them.
 
-    A head without a table of its own reads the embedding's.
+    A head without a table of its own reads the embedding's; of experts, those that are chosen.
     """
     total = weight_bytes(model)
+    for name, module in model.named_modules():
+        if name.endswith(".mlp.experts"):
+            matrices = [p for p in module.parameters() if p.dim() == 3]
+            unread = 1 - model.config.num_experts_per_tok / len(matrices[0])
+            total -= round(unread * sum(p.nbytes for p in matrices))
     table, head = model.get_input_embeddings(), model.get_output_embeddings()
     if head.weight.data_ptr() == table.weight.data_ptr():
         return total

@@ -43,6 +43,8 @@ ACTIVATIONS = {"Q8_1", "Q8_K"}  # types of intermediate results, not of weights
 FLOATS = {"F64", "F32", "F16", "BF16"}
 F32 = FORMATS[0]
 NORM_OR_BIAS = re.compile("norm|bias", re.IGNORECASE)
+# What chooses experts: small, and its closest calls change with every rounding.
+ROUTER = re.compile(r"ffn_gate_inp|(mlp|block_sparse_moe)\.gate\.weight$")
 # general.file_type: what most of a file is. There are no numbers for the types not listed.
 FILE_TYPES = {
     **{"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q2_K": 10},
@@ -65,7 +67,8 @@ Positions and convolutions of a Whisper model keep their type.
 The first rule that holds for a tensor decides:
   1. integers                                            keep their type
   2. one row (1-D, or all leading dimensions are 1),
-     or a name that contains 'norm' or 'bias'            F32
+     or a name that contains 'norm' or 'bias',
+     or that of a router of experts (ffn_gate_inp)       F32
   3. a name that matches --keep, or no elements          keeps its type (F64: F32)
   4. already of the type asked for                       copied as it is
   5. rows not a multiple of the type's block             keep their type (F64: F32)
@@ -174,6 +177,8 @@ def plan(
         return Step(tensor, F32, "one row")
     if NORM_OR_BIAS.search(tensor.name):
         return Step(tensor, F32, "norm or bias by its name")
+    if ROUTER.search(tensor.name):
+        return Step(tensor, F32, "router of experts by its name")
     if any(fnmatch.fnmatchcase(tensor.name, glob) for glob in keep):
         return Step(tensor, same, "--keep")
     if any(fnmatch.fnmatchcase(tensor.name, glob) for glob in needed):

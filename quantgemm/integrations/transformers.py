@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from quantgemm import ops
+from quantgemm.experts import multiply_each
 from quantgemm.formats import FORMATS
 from quantgemm.integrations.common import Patch, linear, module_of, serves
 from quantgemm.plan import check_algo
@@ -34,8 +35,6 @@ _WANTED = {
     },
     "utils": {"GgufLinear": ("forward", "_unpack_matmul"), "mul_mat_vec": (), "mul_mat_id": ()},
 }
-# Pairs of a token and an expert that are multiplied one by one, without looking at the device.
-_FEW_PAIRS = 64
 
 _patch = Patch()
 
@@ -100,32 +99,5 @@ def is_enabled() -> bool:
 def multiply_by_experts(
     x: torch.Tensor, blocks: torch.Tensor, ids: torch.Tensor, qtype: int, algo: str = "auto"
 ) -> torch.Tensor:
-    """Each token by the experts chosen for it.
-
-    x ``[tokens, k]``; blocks uint8 ``[experts, n, row_bytes]``; ids int ``[tokens, chosen]``.
-    Returns ``[tokens, chosen, n]`` in x's dtype. A few tokens fetch their experts one by one and
-    the host never looks at ids, so that can be captured in a CUDA graph; many are sorted by expert
-    first, for which the host must know how many each has.
-    """
-    tokens, chosen = ids.shape
-    flat = ids.reshape(-1)
-    if flat.numel() <= _FEW_PAIRS and (x.is_cuda or torch.compiler.is_compiling()):
-        rows = [
-            ops.gemm(
-                x[pair // chosen : pair // chosen + 1],
-                blocks.index_select(0, flat[pair : pair + 1])[0],
-                qtype,
-                algo,
-            )
-            for pair in range(flat.numel())
-        ]
-        return torch.cat(rows).reshape(tokens, chosen, -1)
-    y = x.new_empty(tokens * chosen, blocks.shape[1])
-    order = flat.argsort(stable=True)
-    first = 0
-    for expert, count in enumerate(torch.bincount(flat, minlength=blocks.shape[0]).tolist()):
-        if count:
-            pairs = order[first : first + count]
-            y[pairs] = linear(x[pairs // chosen], blocks[expert], qtype, algo=algo)
-            first += count
-    return y.reshape(tokens, chosen, -1)
+    """`multiply_each` with blocks, uint8 ``[experts, n, row_bytes]``."""
+    return multiply_each(x, blocks, ids, lambda rows, w: linear(rows, w, qtype, algo=algo))

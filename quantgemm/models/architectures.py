@@ -37,6 +37,18 @@ LAYER = {
     "mlp.down_proj": "ffn_down",
 }
 HEAD_NORMS = {"self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm"}
+EXPERTS = {
+    "mlp.gate": "ffn_gate_inp",
+    "mlp.experts.gate_proj": "ffn_gate_exps",
+    "mlp.experts.up_proj": "ffn_up_exps",
+    "mlp.experts.down_proj": "ffn_down_exps",
+}
+SHARED_EXPERT = {
+    "mlp.shared_expert_gate": "ffn_gate_inp_shexp",
+    "mlp.shared_expert.gate_proj": "ffn_gate_shexp",
+    "mlp.shared_expert.up_proj": "ffn_up_shexp",
+    "mlp.shared_expert.down_proj": "ffn_down_shexp",
+}
 NORMS_AROUND = {
     "post_attention_layernorm": "post_attention_norm",
     "pre_feedforward_layernorm": "ffn_norm",
@@ -59,6 +71,7 @@ class Architecture:
     interleaved: tensors whose rows the file keeps in the order of llama's own rotary embedding.
     norm_offset: what the file has added to the weights of norms. scaled_embedding: whether rows of
     the embedding are multiplied by √hidden_size. unused: tensors that are no parameters.
+    has_experts: whether it is a mixture of experts.
     """
 
     model: str
@@ -68,6 +81,7 @@ class Architecture:
     norm_offset: float = 0.0
     scaled_embedding: bool = False
     unused: tuple[str, ...] = ()
+    has_experts: bool = False
     extra: Callable[[Hyperparameters, Config], Config] = lambda hparams, config: {}
 
     def tensor_of(self, parameter: str) -> str | None:
@@ -81,11 +95,20 @@ class Architecture:
         return f"blk.{match[1]}.{self.layer[match[2]]}.{kind}"
 
 
+def is_mixture(hparams: Hyperparameters) -> bool:
+    return hparams.has("expert_count") and hparams.integer("expert_count", least=0) > 0
+
+
 def configuration(architecture: Architecture, hparams: Hyperparameters) -> Config:
     """The arguments of the configuration's class."""
-    if hparams.has("expert_count") and hparams.integer("expert_count", least=0):
+    if is_mixture(hparams) and not architecture.has_experts:
+        known = ", ".join(
+            sorted({*MIXTURES, *(n for n, a in ARCHITECTURES.items() if a.has_experts)})
+        )
         raise hparams.error(
-            "expert_count", "a mixture of experts", "expected a model with one feed-forward network"
+            "expert_count",
+            f"no mixture of experts is known of {hparams.architecture!r}",
+            f"expected one of these: {known}",
         )
     config: Config = {name: hparams.integer(key) for name, key in SIZES.items()}
     if config["num_hidden_layers"] > len(hparams.tensors):  # before so many are made
@@ -153,6 +176,62 @@ def _qwen2(hparams: Hyperparameters, config: Config) -> Config:
 def _qwen3(hparams: Hyperparameters, config: Config) -> Config:
     _whole_rotation(hparams, config)
     return {"attention_bias": "blk.0.attn_q.bias" in hparams.tensors}
+
+
+def _experts(hparams: Hyperparameters, config: Config) -> Config:
+    """How many there are, how many are chosen, and the width of one."""
+    count, used = hparams.integer("expert_count"), hparams.integer("expert_used_count")
+    if used > count:
+        raise hparams.error("expert_used_count", f"expected at most {count}, got {used}")
+    width = max(1, config["intermediate_size"] // used)  # files of before the key
+    return {
+        "num_experts": count,
+        "num_experts_per_tok": used,
+        "moe_intermediate_size": hparams.integer("expert_feed_forward_length", width),
+    }
+
+
+def _mixtral(hparams: Hyperparameters, config: Config) -> Config:
+    """Experts as wide as the feed-forward network of the other models."""
+    _whole_rotation(hparams, config)
+    experts = _experts(hparams, config)
+    return {
+        "num_local_experts": experts["num_experts"],
+        "num_experts_per_tok": experts["num_experts_per_tok"],
+    }
+
+
+def _qwen2moe(hparams: Hyperparameters, config: Config) -> Config:
+    width = config["intermediate_size"]
+    return {
+        **_qwen2(hparams, config),
+        **_experts(hparams, config),
+        "shared_expert_intermediate_size": hparams.integer(
+            "expert_shared_feed_forward_length", width
+        ),
+        "norm_topk_prob": hparams.flag("expert_weights_norm", False),
+        "qkv_bias": "blk.0.attn_q.bias" in hparams.tensors,
+    }
+
+
+def _qwen3moe(hparams: Hyperparameters, config: Config) -> Config:
+    return {
+        **_qwen3(hparams, config),
+        **_experts(hparams, config),
+        "norm_topk_prob": hparams.flag("expert_weights_norm", True),
+    }
+
+
+def _olmoe(hparams: Hyperparameters, config: Config) -> Config:
+    """Norms of all heads together; what they are given may be cut to a range."""
+    clamp = "attention.clamp_kqv"
+    return {
+        **_qwen2(hparams, config),
+        **_experts(hparams, config),
+        "attention_bias": "blk.0.attn_q.bias" in hparams.tensors,
+        "clip_qkv": hparams.number(clamp) if hparams.has(clamp) else None,
+        "norm_topk_prob": hparams.flag("expert_weights_norm", False),
+    }
 
 
 def _gemma(hparams: Hyperparameters, config: Config, largest: int) -> Config:
@@ -234,6 +313,30 @@ ARCHITECTURES = {
         unused=ROPE_FACTORS,
         extra=_qwen3,
     ),
+    "qwen2moe": Architecture(
+        "Qwen2MoeForCausalLM",
+        "Qwen2MoeConfig",
+        layer={**LAYER, **EXPERTS, **SHARED_EXPERT},
+        unused=ROPE_FACTORS,
+        has_experts=True,
+        extra=_qwen2moe,
+    ),
+    "qwen3moe": Architecture(
+        "Qwen3MoeForCausalLM",
+        "Qwen3MoeConfig",
+        layer={**LAYER, **HEAD_NORMS, **EXPERTS},
+        unused=ROPE_FACTORS,
+        has_experts=True,
+        extra=_qwen3moe,
+    ),
+    "olmoe": Architecture(
+        "OlmoeForCausalLM",
+        "OlmoeConfig",
+        layer={**LAYER, **HEAD_NORMS, **EXPERTS},
+        unused=ROPE_FACTORS,
+        has_experts=True,
+        extra=_olmoe,
+    ),
     "gemma2": Architecture(
         "Gemma2ForCausalLM",
         "Gemma2Config",
@@ -256,5 +359,18 @@ ARCHITECTURES = {
         layer={**LAYER, "self_attn.qkv_proj": "attn_qkv", "mlp.gate_up_proj": "ffn_up"},
         unused=tuple(LONG_ROPE.values()),
         extra=_phi3,
+    ),
+}
+
+# Architectures that have experts where the file says so, and are then other classes.
+MIXTURES = {
+    "llama": Architecture(
+        "MixtralForCausalLM",
+        "MixtralConfig",
+        layer={**LAYER, **EXPERTS},
+        interleaved=("attn_q", "attn_k"),
+        unused=ROPE_FACTORS,
+        has_experts=True,
+        extra=_mixtral,
     ),
 }

@@ -101,8 +101,9 @@ class _FusedGate:
 
     def gated(self, x: torch.Tensor) -> torch.Tensor:
         gate, up = _gate_and_up(self.module)
-        gate._check_type()
-        up._check_type()
+        if not torch.compiler.is_compiling():
+            gate._check_type()
+            up._check_type()
         return ops.gemm_packed_gated(
             x, gate.weight, up.weight, gate.qtype, gate.out_features, gate.in_features
         )

@@ -21,16 +21,24 @@ from torch import nn
 from tqdm import tqdm
 
 from quantgemm.build import build_info
+from quantgemm.experts import ExpertLinear, QuantExpertLinear, QuantExperts
 from quantgemm.gguf import GGUFError, GGUFFile, GGUFTensor, open_gguf
 from quantgemm.gguf.errors import shorten
 from quantgemm.gguf.reader import PART_NAME
-from quantgemm.models.architectures import ARCHITECTURES, Architecture, configuration
+from quantgemm.models.architectures import (
+    ARCHITECTURES,
+    MIXTURES,
+    Architecture,
+    configuration,
+    is_mixture,
+)
 from quantgemm.models.extras import import_transformers
 from quantgemm.models.hyperparameters import Hyperparameters
-from quantgemm.nn import QuantEmbedding, QuantLinear
+from quantgemm.nn import PackedModule, QuantEmbedding, QuantLinear
 from quantgemm.plan import can_pack, check_algo, explain_gemm
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+MATRICES = (nn.Linear, nn.Embedding, ExpertLinear)
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 # Tokens that end a turn. Files name some of them in keys, older ones only by their text.
 END_KEYS = ("eos", "eot", "eom")
@@ -87,14 +95,15 @@ def load_model(
 
     Quantised matrices become `QuantLinear` and `QuantEmbedding` on the file's own blocks; a head
     tied to the embedding has the same bytes. On the CPU they are the mapped file, which is read as
-    it is used; on a GPU they are copied there tensor by tensor. All else, norms and biases and
+    it is used; on a GPU they are copied there tensor by tensor. A mixture's experts are three
+    stacks in a `QuantExperts`. All else, norms and biases and
     matrices that the file keeps as numbers, is converted to dtype, that of the activations.
 
     path: any part of a split file will do. device: None is the current GPU where the package can
     use one, else the CPU. algo: of every `QuantLinear`, as in `ops.gemm`; "auto_q8" may round
     activations to int8. progress: a bar; None shows it on terminals. packed: layers whose type has
     a packed form take it (`QuantLinear.pack`), which needs algo "auto"; None does so where it is
-    faster, in 16 bits on compute capability 9.0.
+    faster, in 16 bits on compute capability 9.0, and for experts on any GPU and with any algo.
 
     Errors: GGUFError (a ValueError) for what the file lacks or has otherwise than its architecture
     wants, NotImplementedError for another architecture, torch.OutOfMemoryError, ImportError without
@@ -106,10 +115,13 @@ def load_model(
         raise TypeError(f"dtype: expected {expected}, got {dtype}")
     check_algo(algo)
     place = _device(device)
-    if packed is None:
-        packed = algo == "auto" and dtype != torch.float32 and _packs_faster(place)
-    elif packed and algo != "auto":
+    if packed and algo != "auto":
         raise ValueError(f"packed: only with algo 'auto', got {algo!r}")
+    packs: tuple[type[PackedModule], ...] = (PackedModule,) if packed else ()
+    if packed is None and place.type == "cuda":
+        packs = (QuantExpertLinear,)  # rows would have the host count each expert's tokens
+        if algo == "auto" and dtype != torch.float32 and _packs_faster(place):
+            packs = (PackedModule,)
     file = open_gguf(resolve_model_path(path))
     hparams = Hyperparameters(file)
     architecture = _architecture(hparams)
@@ -117,9 +129,9 @@ def load_model(
     plan = _plan(model, file, architecture, model.config)
     _check_memory(file, plan, place, dtype)
     try:
-        _fill(model, plan, architecture, place, dtype, progress, packed)
+        _fill(model, plan, architecture, place, dtype, progress, packs)
         for module in model.modules():
-            if isinstance(module, QuantLinear):
+            if isinstance(module, PackedModule) and not module.is_packed:
                 module.algo = algo
         _restore_buffers(model, file, place)
     except torch.OutOfMemoryError as error:
@@ -184,7 +196,7 @@ def _architecture(hparams: Hyperparameters) -> Architecture:
             f"{hparams.file.path}: architecture {shorten(name)} is not supported, "
             f"these are: {known}"
         )
-    return ARCHITECTURES[name]
+    return MIXTURES[name] if name in MIXTURES and is_mixture(hparams) else ARCHITECTURES[name]
 
 
 def _empty_model(
@@ -199,13 +211,25 @@ def _empty_model(
         config.dtype = dtype
         config.name_or_path = str(hparams.file.path)
         with torch.device("meta"):
-            return getattr(transformers, architecture.model)(config)
+            model = getattr(transformers, architecture.model)(config)
+            if architecture.has_experts:
+                _split_experts(model)
+            return model
     except Exception as error:  # each version of transformers has its own kinds
         raise GGUFError(
             f"transformers {transformers.__version__} refuses the configuration: {error}",
             path=hparams.file.path,
             suggestion="the file's metadata is damaged, or the model is of a kind not known here",
         ) from error
+
+
+def _split_experts(model: nn.Module) -> None:
+    """Gives each of a file's three tensors a place: transformers has gate and up as one."""
+    for name, module in list(model.named_modules()):
+        if name.endswith(".mlp.experts"):
+            experts, hidden, inner = module.down_proj.shape
+            gate, up = (ExpertLinear(experts, hidden, inner) for _ in range(2))
+            _replace(model, name, QuantExperts(gate, up, ExpertLinear(experts, inner, hidden)))
 
 
 def _plan(
@@ -225,7 +249,9 @@ def _plan(
             missing.append(f"{source or '?'} ({name})")
             continue
         unused.discard(source)
-        if tensor.shape != tuple(parameter.shape):
+        # A matrix of one row may be a row: the gate of a shared expert.
+        row = parameter.shape[1:] if parameter.shape[:1] == (1,) else parameter.shape
+        if tensor.shape not in (parameter.shape, row):
             raise GGUFError(
                 f"shape {list(tensor.shape)}, expected {list(parameter.shape)} for {name}",
                 path=file.path,
@@ -234,7 +260,7 @@ def _plan(
             )
         module, _, kind = name.rpartition(".")
         owner = model.get_submodule(module)
-        is_matrix = kind == "weight" and isinstance(owner, (nn.Linear, nn.Embedding))
+        is_matrix = kind == "weight" and isinstance(owner, MATRICES)
         stem = source.split(".")[-2]
         heads = 0
         if stem in architecture.interleaved:
@@ -242,7 +268,7 @@ def _plan(
             heads = config.num_attention_heads if is_query else config.num_key_value_heads
         offset = architecture.norm_offset if stem.endswith("norm") else 0.0
         packed = is_matrix and not tensor.format.is_plain
-        plan.append(_Place(name, tensor.shape, tensor, packed, heads, offset))
+        plan.append(_Place(name, tuple(parameter.shape), tensor, packed, heads, offset))
     if missing:
         raise GGUFError(
             f"{len(missing)} of {len(missing) + len(plan)} tensors are missing: {_some(missing)}",
@@ -300,11 +326,12 @@ def _fill(
     device: torch.device,
     dtype: torch.dtype,
     progress: bool | None,
-    packed: bool,
+    packs: tuple[type[PackedModule], ...],
 ) -> None:
+    """packs: layers that are packed as they come, where their type has a packed form."""
     hidden = None if progress is None else not progress
     total = sum(p.tensor.nbytes for p in plan)
-    if packed:  # for a moment a tensor is there twice: the largest ones while there is room
+    if packs:  # for a moment a tensor is there twice: the largest ones while there is room
         plan = sorted(plan, key=lambda p: -p.tensor.nbytes)
     with tqdm(total=total, unit="B", unit_scale=True, leave=False, disable=hidden) as bar:
         for place in plan:
@@ -313,7 +340,7 @@ def _fill(
             old = model.get_submodule(module)
             if place.stays_packed:
                 layer = _on_blocks(old, values, place, architecture, dtype)
-                if packed and isinstance(layer, QuantLinear) and can_pack(layer.format):
+                if isinstance(layer, packs) and can_pack(layer.format):
                     layer.pack()
                 _replace(model, module, layer)
             else:
@@ -334,11 +361,11 @@ def _load(place: _Place, device: torch.device, dtype: torch.dtype) -> torch.Tens
     """Blocks, uint8 ``[rows, row_bytes]``, or numbers of dtype, on the device."""
     tensor = place.tensor
     if place.stays_packed:
-        values = tensor.blocks.to(device)
+        values = tensor.blocks.view(*place.shape[:-1], -1).to(device)
     elif place.offset:
         values = (tensor.dequantize(torch.float32, device) - place.offset).to(dtype)
     else:
-        values = tensor.dequantize(dtype, device)
+        values = tensor.dequantize(dtype, device).view(place.shape)
     return deinterleave(values, place.heads) if place.heads else values
 
 
@@ -362,6 +389,8 @@ def _on_blocks(
     qtype = place.tensor.qtype
     if isinstance(old, nn.Linear):
         return QuantLinear.from_blocks(blocks, qtype, old.bias)
+    if isinstance(old, ExpertLinear):
+        return QuantExpertLinear.from_blocks(blocks, qtype)
     assert isinstance(old, nn.Embedding)
     if architecture.scaled_embedding:
         table = ScaledQuantEmbedding.from_blocks(blocks, qtype, old.padding_idx, dtype)
