@@ -20,7 +20,7 @@ struct LawShared {
   uint64_t mass[kCapacity];
   uint32_t key[kCapacity], token[kCapacity];
   uint64_t above[kCapacity];  // the mass of the keys above this one
-  uint32_t rank[kCapacity];   // and their number
+  uint32_t rank[kCapacity];   // and their number; in the upper half how many tokens are before this one
   uint32_t count, best, bins[kBins], num_listed;
   uint16_t listed[kMaxGroups];
 };

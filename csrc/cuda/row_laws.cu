@@ -19,7 +19,7 @@ __global__ void __launch_bounds__(kLawThreads, 2)
   let_next_kernel_start();
   if (!info.exists) return;
   const RowScratch scratch = scratch_of(args);
-  if (wave.first != 0 && !is_reached<T>(args, scratch, wave, info)) return;
+  if (wave.first != 0 && !is_reached<T>(args, scratch, wave, info, state_of(scratch, info.sequence))) return;
   const bool keeps = scratch.has_kept && !info.is_draft;
   Kept* const kept = keeps ? scratch.kept + info.slot * kMaxKept : nullptr;
   const LawAndToken found =
@@ -38,15 +38,16 @@ cudaError_t launch_waves(const VerifyArgs& args, const Device& device, cudaStrea
   const int64_t bytes = args.num_sequences * args.vocab * Wave{0, 1}.layers(args) *
                         static_cast<int64_t>(args.value_type == Real::kFloat32 ? 4 : 2);
   const bool in_many = args.mode == VerifyMode::kChain && positions * bytes > kTwoWavesBytes;
+  int64_t size = positions;
   const bool in_two =
       args.mode == VerifyMode::kChain && positions > 3 && !in_many && positions * bytes > kOneWaveBytes;
-  int64_t size = positions;
   if (in_two) size = (positions + 2) / 3;
   if (in_many) size = (kWaveBytes + bytes - 1) / bytes;
+  const bool streams = in_two || (positions == 1 && bytes > kWaveBytes);
   cudaError_t error = cudaSuccess;
   for (int64_t first = 0; first < positions && error == cudaSuccess; first += size, size *= 2) {
     const Wave wave{static_cast<int>(first), static_cast<int>(std::min<int64_t>(first + size, positions)),
-                    in_two && first != 0};
+                    in_two && first != 0, streams};
     error = launch_row_strips(args, wave, device, stream);
     if (error != cudaSuccess || !laws_are_stored(args)) continue;
     const dim3 grid(static_cast<unsigned>(args.num_sequences), static_cast<unsigned>(wave.layers(args)));

@@ -116,6 +116,26 @@ struct Vectors {
     words[0] = __ldg(own);
     if constexpr (sizeof(T) == 4) words[1] = __ldg(own + 32);
   }
+  // The same if it is wanted, here and without a branch: behind one the compiler would put all else first.
+  __device__ __forceinline__ void load_now(const RowView<T>& row, int begin, int lane, bool wanted) {
+#ifdef __CUDA_ARCH__
+    const uint4* const own = reinterpret_cast<const uint4*>(row.data + begin) + lane;
+#pragma unroll
+    for (int j = 0; j < static_cast<int>(sizeof(T) / 2); ++j)
+      asm volatile(
+          "{ .reg .pred wanted; setp.ne.u32 wanted, %5, 0;"
+          " @wanted ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4]; }"
+          : "+r"(words[j].x), "+r"(words[j].y), "+r"(words[j].z), "+r"(words[j].w)
+          : "l"(own + 32 * j), "r"(static_cast<uint32_t>(wanted)));
+#else
+    if (wanted) load(row, begin, lane);
+#endif
+  }
+  // What comes from these registers is computed behind this.
+  __device__ __forceinline__ void keep_here() {
+#pragma unroll
+    for (uint4& w : words) asm volatile("" : "+r"(w.x), "+r"(w.y), "+r"(w.z), "+r"(w.w));
+  }
   __device__ __forceinline__ void unpack(float (&v)[8]) const {
     if constexpr (sizeof(T) == 4) {
 #pragma unroll
@@ -165,6 +185,14 @@ __device__ __forceinline__ uint64_t warp_max(uint64_t x) {
   return x;
 }
 
+__device__ __forceinline__ uint64_t inclusive_prefix(uint64_t x, int lane) {
+  for (int step = 1; step < 32; step *= 2) {
+    const uint64_t other = __shfl_up_sync(~0u, x, step);
+    if (lane >= step) x += other;
+  }
+  return x;
+}
+
 // Combined over a warp: (max, Σ relative to it). Each lane has its max, and its sum relative to base.
 __device__ __forceinline__ float2 warp_join(float max, float base, float sum, float slope) {
   max = value_of_key(__reduce_max_sync(~0u, key_of(max)));
@@ -178,14 +206,29 @@ struct Joined {
   float2 sum;  // max, Σ exp2
   RowLaw law;  // without truncation; scale is negative if there is NaN or +inf
 };
-__device__ __forceinline__ Joined join_strips(const float2* strips, int row_length, float slope, int lane) {
-  const int length = strip_length(row_length), num_strips = (row_length + length - 1) / length;
+// The compiler takes a pointer for changed here: it is computed before what follows, a wait for example.
+template <class P>
+__device__ __forceinline__ void keep_here(P*& pointer) {
+  asm volatile("" : "+l"(pointer));
+}
+
+// Two strips of a lane, `step` apart.
+struct StripPair {
   float2 own[2];
+  __device__ __forceinline__ StripPair(const float2* strips, int row_length, int first, int step) {
+    const int length = strip_length(row_length);
 #pragma unroll
-  for (int j = 0; j < 2; ++j) {
-    const int strip = lane + 32 * j;
-    own[j] = strip < num_strips ? strips[strip] : float2{minus_infinity(), 0.0f};
+    for (int j = 0; j < 2; ++j) {
+      const int strip = first + step * j;
+      own[j] = strip * length < row_length ? strips[strip] : float2{minus_infinity(), 0.0f};
+    }
   }
+};
+__device__ __forceinline__ StripPair strips_of_lane(const float2* strips, int row_length, int lane) {
+  return {strips, row_length, lane, 32};
+}
+__device__ __forceinline__ Joined join_strips(const StripPair& strips, float slope) {
+  const float2(&own)[2] = strips.own;
   const bool bad = __any_sync(~0u, signbit(own[0].y) || signbit(own[1].y));
   const float max = fmaxf(own[0].x, own[1].x), base = fmaxf(max, -3.4028235e38f);
   const float sum = fabsf(own[0].y) * relative_weight(own[0].x, base, slope) +

@@ -12,25 +12,30 @@ namespace {
 constexpr int kStripThreads = 256, kStripWarps = kStripThreads / 32;
 
 // grid (2^share blocks for a sequence; positions of the target's rows, then the draft's)
-template <class T>
+template <class T, bool Streams>
 __global__ void __launch_bounds__(kStripThreads, 4)
     row_strips_kernel(const __grid_constant__ VerifyArgs args, const __grid_constant__ RowScratch scratch,
                       Wave wave, int share) {
   const bool comes_first = wave.first == 0;
   if (comes_first) wait_for_previous_kernel();
   const SlotRow info = wave.row(args, blockIdx.x >> share, static_cast<int>(blockIdx.y));
-  if (!comes_first) wait_for_previous_kernel();
+  uint32_t state = 0;
+  if (!comes_first) {
+    wait_for_previous_kernel();
+    // Not sooner: who finds nothing there judges, and when all blocks do that takes microseconds.
+    if (threadIdx.x == 0) state = state_of(scratch, info.sequence);
+  }
   let_next_kernel_start();
   if (!info.exists) return;
   if (comes_first) {
     if (threadIdx.x == 0) scratch.states[info.sequence] = 0;
-  } else if (!is_reached<T>(args, scratch, wave, info)) {
+  } else if (!is_reached<T>(args, scratch, wave, info, state)) {
     return;
   }
   const int part = static_cast<int>(blockIdx.x) & ((1 << share) - 1);
-  read_strips(view_of<T>(args, info), part * kStripWarps + static_cast<int>(threadIdx.x) / 32,
-              kStripWarps << share, info.parameters.slope, scratch.strips + info.slot * kMaxStrips,
-              keys_of(scratch, info.slot, info.parameters));
+  read_strips<Streams>(view_of<T>(args, info), part * kStripWarps + static_cast<int>(threadIdx.x) / 32,
+                       kStripWarps << share, info.parameters.slope, scratch.strips + info.slot * kMaxStrips,
+                       keys_of(scratch, info.slot, info.parameters));
 }
 
 // Enough blocks for a few on each multiprocessor's four places, but none without a strip per warp.
@@ -48,13 +53,17 @@ int share_for(const VerifyArgs& args, int64_t rows, const Device& device) {
 cudaError_t launch_row_strips(const VerifyArgs& args, Wave wave, const Device& device, cudaStream_t stream) {
   const int64_t rows = args.num_sequences * wave.layers(args);
   const RowScratch scratch = scratch_of(args);
-  const int share = share_for(args, rows, device);
+  int share = share_for(args, rows, device);
+  // Of a second wave most blocks pass over their row. Before laws are found half as many do it sooner.
+  if (wave.in_order && laws_are_stored(args) && share > 0) --share;
   const dim3 grid(static_cast<unsigned>(args.num_sequences << share),
                   static_cast<unsigned>(wave.layers(args)));
   DependentLaunch launch(grid, kStripThreads, device, stream);
   cudaError_t error = cudaSuccess;
   visit_real(args.value_type, [&]<class T>(T) {
-    error = cudaLaunchKernelEx(&launch.config, row_strips_kernel<T>, args, scratch, wave, share);
+    error = cudaLaunchKernelEx(&launch.config,
+                               wave.streams ? row_strips_kernel<T, true> : row_strips_kernel<T, false>, args,
+                               scratch, wave, share);
   });
   return error;
 }

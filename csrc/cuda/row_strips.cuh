@@ -40,15 +40,20 @@ struct Chunk {
     words[v][0] = w.x, words[v][1] = w.y, words[v][2] = w.z, words[v][3] = w.w;
   }
   // Of an aligned row that ends with a whole vector, or not.
+  template <bool Streams>
   __device__ __forceinline__ void load(const T* own, int count, int lane) {
+    const auto load_vector = [&](int v) {
+      const uint4* const vector = reinterpret_cast<const uint4*>(own) + v * 32;
+      return Streams ? __ldcs(vector) : __ldg(vector);
+    };
     if (count >= kValues) {
 #pragma unroll
-      for (int v = 0; v < kVectors; ++v) put(v, __ldg(reinterpret_cast<const uint4*>(own) + v * 32));
+      for (int v = 0; v < kVectors; ++v) put(v, load_vector(v));
     } else {
 #pragma unroll
       for (int v = 0; v < kVectors; ++v) {
         put(v, make_uint4(kFill, kFill, kFill, kFill));
-        if ((v * 32 + lane) * kPer < count) put(v, __ldg(reinterpret_cast<const uint4*>(own) + v * 32));
+        if ((v * 32 + lane) * kPer < count) put(v, load_vector(v));
       }
     }
   }
@@ -150,7 +155,7 @@ __device__ __noinline__ float4 read_slowly(const T* row, int begin, int end, flo
 }
 
 // (max, Σ) of a strip, by a warp; the sum is negative if there is NaN or +inf.
-template <class T>
+template <bool Streams, class T>
 __device__ __forceinline__ float2 read_strip(const RowView<T>& row, int begin, int end, float slope, int lane,
                                              const RowKeys& keys) {
   constexpr int kPer = kPerVector<T>;
@@ -163,7 +168,7 @@ __device__ __forceinline__ float2 read_strip(const RowView<T>& row, int begin, i
     bool is_odd = !in_vectors;
     if (in_vectors) {
       Chunk<T> chunk;
-      chunk.load(row.data + begin + lane * kPer, end - begin, lane);
+      chunk.template load<Streams>(row.data + begin + lane * kPer, end - begin, lane);
       float max = minus_infinity();
       uint32_t own_key = 0;
 #pragma unroll
@@ -196,14 +201,14 @@ __device__ __forceinline__ float2 read_strip(const RowView<T>& row, int begin, i
   return {strip.x, __any_sync(~0u, bad) ? -strip.y : strip.y};
 }
 
-// The strips `first`, first + step, … of a row, by a warp.
-template <class T>
+// The strips `first`, first + step, … of a row, by a warp. Streams: what is read leaves the L2 first.
+template <bool Streams, class T>
 __device__ __forceinline__ void read_strips(const RowView<T>& row, int first, int step, float slope,
                                             float2* strips, const RowKeys& keys) {
   const int length = strip_length(row.length), lane = static_cast<int>(threadIdx.x) % 32;
   for (int strip = first; strip * length < row.length; strip += step) {
     const int begin = strip * length, end = begin + length < row.length ? begin + length : row.length;
-    const float2 sum = read_strip(row, begin, end, slope, lane, keys);
+    const float2 sum = read_strip<Streams>(row, begin, end, slope, lane, keys);
     if (lane == 0) strips[strip] = sum;
   }
 }

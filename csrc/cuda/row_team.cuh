@@ -83,14 +83,6 @@ __device__ __forceinline__ void tell(Shared& shared, Team& team, uint64_t number
   __syncthreads();
 }
 
-__device__ __forceinline__ uint64_t inclusive_prefix(uint64_t x, int lane) {
-  for (int step = 1; step < 32; step *= 2) {
-    const uint64_t other = __shfl_up_sync(~0u, x, step);
-    if (lane >= step) x += other;
-  }
-  return x;
-}
-
 // The sums of the pieces of a row in order, four neighbours per lane, and of all of them.
 struct Pieces {
   static constexpr int kOwn = kMaxTeam * kWarps / 32;
@@ -225,12 +217,11 @@ __device__ __forceinline__ int find_by_strips(Shared& shared, const Team& team, 
   static_assert(kMaxStrips == 64);
   if (law.slope == 0.0f || law.cutoff != minus_infinity()) return kNowhere;
   const int length = strip_length(weights.p.length);
-  const int num_strips = (weights.p.length + length - 1) / length;
+  const StripPair pair(strips, weights.p.length, 2 * team.lane, 1);
   uint64_t own[2];
 #pragma unroll
   for (int j = 0; j < 2; ++j) {
-    const int strip = 2 * team.lane + j;
-    const float2 sum = strip < num_strips ? strips[strip] : float2{minus_infinity(), 0.0f};
+    const float2 sum = pair.own[j];
     own[j] =
         to_fixed(multiply(multiply(fabsf(sum.y), relative_weight(sum.x, law.max, law.slope)), law.scale));
   }
@@ -311,12 +302,13 @@ inline TeamShape team_for(const VerifyArgs& args, const Device& device) {
   return {ranks, piece_length(ranks)};
 }
 
-inline cudaError_t launch_teams(void (*kernel)(VerifyArgs, TeamShape), const VerifyArgs& args,
-                                TeamShape shape, const Device& device, cudaStream_t stream) {
+template <class... More>
+inline cudaError_t launch_teams(void (*kernel)(VerifyArgs, TeamShape, More...), const VerifyArgs& args,
+                                TeamShape shape, const Device& device, cudaStream_t stream, More... more) {
   const unsigned ranks = static_cast<unsigned>(shape.ranks);
   DependentLaunch launch(dim3(static_cast<unsigned>(args.num_sequences), ranks), kThreads, device, stream);
   launch.in_clusters(1, ranks);
-  return cudaLaunchKernelEx(&launch.config, kernel, args, shape);
+  return cudaLaunchKernelEx(&launch.config, kernel, args, shape, more...);
 }
 
 }  // namespace quantgemm

@@ -16,15 +16,15 @@ __device__ __forceinline__ Selected select_from_list(LawShared& shared, uint32_t
 #pragma unroll 1
   for (uint32_t first = threadIdx.x / 32 * 4; first < size; first += kLawThreads / 8) {
     const uint32_t i = first + lane / 8, key = i < size ? shared.key[i] : ~0u;
+    const uint32_t token = i < size ? shared.token[i] : 0;
     uint64_t above = 0, down_to = 0;
     uint32_t rank = 0;
-#pragma unroll 1
+#pragma unroll 4
     for (uint32_t j = lane % 8; j < size; j += 8) {
       const uint32_t other = shared.key[j];
-      if (other < key) continue;
       const uint64_t mass = shared.mass[j];
-      down_to += mass;
-      if (other > key) above += mass, ++rank;
+      down_to += other >= key ? mass : 0, above += other > key ? mass : 0;
+      rank += (other > key) + (shared.token[j] < token ? 0x10000u : 0u);
     }
 #pragma unroll 1
     for (int step = 1; step < 8; step *= 2) {
@@ -45,7 +45,7 @@ __device__ __forceinline__ Selected select_from_list(LawShared& shared, uint32_t
     at = __shfl_sync(~0u, at, __ffs(__ballot_sync(~0u, low == least)) - 1);
     return Selected{least, shared.down_to[at]};
   };
-  const Selected of_top_k = least_of([&](uint32_t i) { return shared.rank[i] < s.top_k; });
+  const Selected of_top_k = least_of([&](uint32_t i) { return (shared.rank[i] & 0xffff) < s.top_k; });
   Selected out = of_top_k;
   if (s.top_p < 1.0f) {
     const uint64_t goal = mass_to_keep(s.top_p, of_top_k.mass);
@@ -58,15 +58,31 @@ __device__ __forceinline__ Selected select_from_list(LawShared& shared, uint32_t
 
 // The token drawn from the values gathered, all that the law keeps. -1: nothing has weight.
 __device__ __forceinline__ int draw_from_list(LawShared& shared, const RowLaw& law, uint64_t fraction) {
-  const uint32_t size = shared.count;  // nobody looks at the masses any more
+  const uint32_t size = shared.count, lane = threadIdx.x % 32;
+  // In the order of the tokens. Nobody looks at the masses any more.
 #pragma unroll 1
-  for (uint32_t i = threadIdx.x; i < size; i += kLawThreads)
-    shared.mass[i] = to_fixed(softmax_probability(value_of_key(shared.key[i]), law));
-  if (threadIdx.x == 0) shared.best = kNotPicked;
+  for (uint32_t i = threadIdx.x; i < size; i += kLawThreads) {
+    const uint32_t place = shared.rank[i] >> 16;
+    shared.mass[place] = to_fixed(softmax_probability(value_of_key(shared.key[i]), law));
+    shared.listed[place] = static_cast<uint16_t>(i);
+  }
   __syncthreads();
-  pick<kLawThreads>(shared.token, shared.mass, size, fraction, shared.best);
-  __syncthreads();
-  return shared.best != kNotPicked ? static_cast<int>(shared.token[shared.best]) : -1;
+  static_assert(kCapacity <= 32 * 32);
+  const uint32_t each = (size + 31) / 32;
+  uint64_t own = 0;
+#pragma unroll 1
+  for (uint32_t at = lane * each; at < size && at < (lane + 1) * each; ++at) own += shared.mass[at];
+  __syncwarp();
+  const uint64_t prefix = inclusive_prefix(own, static_cast<int>(lane));
+  const uint64_t total = __shfl_sync(~0u, prefix, 31);
+  if (total == 0) return -1;
+  uint64_t rest = draw(fraction, total);
+  const int which = __ffs(__ballot_sync(~0u, prefix > rest)) - 1;
+  rest -= __shfl_sync(~0u, prefix - own, which);
+  const uint32_t first = static_cast<uint32_t>(which) * each, at = first + lane;
+  const uint64_t mass = lane < each && at < size ? shared.mass[at] : 0;
+  const uint32_t beyond = __ballot_sync(~0u, inclusive_prefix(mass, static_cast<int>(lane)) > rest);
+  return static_cast<int>(shared.token[shared.listed[first + static_cast<uint32_t>(__ffs(beyond)) - 1]]);
 }
 
 // A row's law; a token, if one was wanted and is cheap, else -1; how many tokens it keeps are listed.
@@ -84,15 +100,23 @@ __device__ __noinline__ LawAndToken law_of_row(RowScratch scratch, int64_t slot,
   LawShared& shared = law_shared();
   const int num_groups = (row.length + kGroup - 1) / kGroup;
   const bool truncates = s.truncates();
-#pragma unroll 1
-  for (int g = threadIdx.x; truncates && g < num_groups; g += kLawThreads)
-    shared.group_keys[g] = scratch.group_keys[slot * scratch.num_groups + g];
+  // All loads in one round trip.
+  const int thread = static_cast<int>(threadIdx.x);
+  const StripPair strips = strips_of_lane(scratch.strips + slot * kMaxStrips, row.length, thread % 32);
   const uint16_t* const lane_keys = scratch.lane_keys + slot * scratch.num_lanes;
+  const uint32_t* const group_keys = scratch.group_keys + slot * scratch.num_groups;
   uint4 first_keys = {};
-  if (truncates)
-    first_keys = Selection<T>::lane_keys_at(lane_keys, static_cast<int>(threadIdx.x) * 8, row.length);
-  const Joined joined = join_strips(scratch.strips + slot * kMaxStrips, row.length, s.slope,
-                                    static_cast<int>(threadIdx.x) % 32);
+  uint32_t group_key = 0;
+  if (truncates) {
+    first_keys = Selection<T>::lane_keys_at(lane_keys, thread * 8, row.length);
+    if (thread < num_groups) group_key = group_keys[thread];
+  }
+  const Joined joined = join_strips(strips, s.slope);
+#pragma unroll 1
+  for (int g = thread; truncates && g < num_groups; g += kLawThreads) {
+    shared.group_keys[g] = group_key;
+    if (g + kLawThreads < num_groups) group_key = group_keys[g + kLawThreads];
+  }
   RowLaw law = joined.law;
   if (!truncates || joined.sum.x == minus_infinity()) return {law, -1, 0};
   __syncthreads();

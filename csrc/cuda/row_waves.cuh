@@ -10,6 +10,7 @@ namespace quantgemm {
 struct Wave {
   int first, end;
   bool in_order = false;
+  bool streams = false;  // what is read leaves the L2 first
 
   // Rows of a sequence: the target's, and those of the draft that need a law.
   __host__ __device__ static bool reads_drafts(const VerifyArgs& args) {
@@ -30,13 +31,14 @@ cudaError_t launch_row_strips(const VerifyArgs& args, Wave wave, const Device& d
 
 // Are the first `count` drafts of its sequence accepted? By all threads of a block, for all.
 template <class T>
-__device__ bool all_accepted(const VerifyArgs& args, LawTable& table, const SlotRow& row, int count) {
+__device__ bool all_accepted(const VerifyArgs& args, const RowScratch& scratch, LawTable& table,
+                             const SlotRow& row, int count) {
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
   for (int first = 0; first < count; first += 32) {
     const int some = count - first < 32 ? count - first : 32;
     Draft d;
     if (warp == 0) d = gather_draft<T>(args, row.sequence, row.rows, first + lane);
-    fill_laws(args, table, row.sequence, first, some, row.parameters.slope);
+    fill_laws(args, scratch, table, row.sequence, first, some, row.parameters.slope);
     __syncthreads();
     bool accepted = true;
     if (warp == 0 && lane < some)
@@ -48,18 +50,21 @@ __device__ bool all_accepted(const VerifyArgs& args, LawTable& table, const Slot
 
 // Does a chain reach the wave, not the first one? By all threads of a block, for all. The first blocks
 // of a sequence find it out and leave it in `states`, which the first wave has cleared, for the others.
+// state: what the block's first thread has seen there.
+__device__ __forceinline__ uint32_t state_of(const RowScratch& scratch, int64_t sequence) {
+  return *static_cast<volatile uint32_t*>(scratch.states + sequence);
+}
 template <class T>
 __device__ __forceinline__ bool is_reached(const VerifyArgs& args, const RowScratch& scratch, Wave wave,
-                                           const SlotRow& row) {
+                                           const SlotRow& row, uint32_t state) {
   __shared__ LawTable table;
-  __shared__ uint32_t state;
-  uint32_t* const states = scratch.states;
-  if (threadIdx.x == 0) state = *static_cast<volatile uint32_t*>(states + row.sequence);
+  __shared__ uint32_t for_all;
+  if (threadIdx.x == 0) for_all = state;
   __syncthreads();
   const uint32_t stopped = static_cast<uint32_t>(wave.first) << 1, reached = stopped | 1;
-  if (state == stopped || state == reached) return state == reached;
-  const bool accepted = all_accepted<T>(args, table, row, wave.first);
-  if (threadIdx.x == 0) states[row.sequence] = accepted ? reached : stopped;
+  if (for_all == stopped || for_all == reached) return for_all == reached;
+  const bool accepted = all_accepted<T>(args, scratch, table, row, wave.first);
+  if (threadIdx.x == 0) scratch.states[row.sequence] = accepted ? reached : stopped;
   return accepted;
 }
 

@@ -146,23 +146,38 @@ struct Weights {
   __device__ __forceinline__ uint64_t sum_common(int& begin, int end, int lane, bool& bad) const {
     constexpr int kStep = Ahead * kGroup;
     constexpr bool kBuffered = Ahead > 1 || sizeof(T) == 2;  // else registers are short
+    // Else the compiler loads the next groups of logits behind the sum.
+    constexpr bool kEarly = kBuffered && Logits;
     const RowLaw p_how = p_law, q_how = q_law;
+    const RowView<T> p_row = p, q_row = q;
     uint64_t total = 0;
     if (begin + kStep > end) return 0;
-    Vectors<T> own[Ahead], own_q[Ahead], next[Ahead] = {}, next_q[Ahead] = {};
-    const auto load = [&](Vectors<T>(&v)[Ahead], Vectors<T>(&v_q)[Ahead], int at) {
+    Vectors<T> own[Ahead] = {}, own_q[Ahead] = {}, next[Ahead] = {}, next_q[Ahead] = {};
+    const auto load = [&](Vectors<T>(&v)[Ahead], Vectors<T>(&v_q)[Ahead], int at, bool wanted) {
 #pragma unroll
       for (int u = 0; u < Ahead; ++u) {
-        v[u].load(p, at + u * kGroup, lane);
-        if constexpr (HasQ) v_q[u].load(q, at + u * kGroup, lane);
+        if constexpr (kEarly) {
+          v[u].load_now(p_row, at + u * kGroup, lane, wanted);
+          if constexpr (HasQ) v_q[u].load_now(q_row, at + u * kGroup, lane, wanted);
+        } else if (wanted) {
+          v[u].load(p, at + u * kGroup, lane);
+          if constexpr (HasQ) v_q[u].load(q, at + u * kGroup, lane);
+        }
       }
     };
-    if constexpr (kBuffered) load(own, own_q, begin);
+    if constexpr (kBuffered) load(own, own_q, begin, true);
 #pragma unroll 1
     for (bool more = true; more; begin += kStep) {
       more = begin + 2 * kStep <= end;
-      if constexpr (!kBuffered) load(own, own_q, begin);
-      if (kBuffered && more) load(next, next_q, begin + kStep);
+      if constexpr (!kBuffered) load(own, own_q, begin, true);
+      if constexpr (kBuffered) load(next, next_q, begin + kStep, more);
+      if constexpr (kEarly) {
+#pragma unroll
+        for (int u = 0; u < Ahead; ++u) {
+          own[u].keep_here();
+          if constexpr (HasQ) own_q[u].keep_here();
+        }
+      }
       FixedSum sum;
 #pragma unroll
       for (int u = 0; u < Ahead; ++u) {

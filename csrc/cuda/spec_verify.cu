@@ -13,6 +13,25 @@ namespace {
 
 constexpr int kFewAhead = 2;  // groups in flight per warp where blocks are few
 
+// What a sequence's last token is drawn from if it stops at a position; known before any law is.
+template <class T>
+struct StoppingRow {
+  RowView<T> p, q;
+  int one_hot;  // the drafted token where it is all that q has, else -1
+  int64_t slot;
+
+  StoppingRow() = default;
+  __device__ StoppingRow(const VerifyArgs& args, int64_t sequence, const Rows& rows, int64_t k,
+                         const Draft& d)
+      : p(target_row<T>(args, rows.drafts >= 0 ? rows.first + k : 0)),
+        q(nullptr, 0),
+        one_hot(d.valid && args.draft == nullptr ? static_cast<int>(d.token) : -1),
+        slot(sequence * (args.max_drafts + 1) + k) {
+    if (d.valid && args.draft != nullptr) q = draft_row<T>(args, sequence, k);
+    keep_here(p.data), keep_here(q.data);
+  }
+};
+
 // Where a sequence stops, and how its last token is drawn. Found by the first warp of each block.
 template <class T, bool Logits, int Ahead>
 struct Stop {
@@ -31,21 +50,16 @@ struct Stop {
   uint32_t num_kept;  // tokens of the row in a list, from which to draw; 0: there is none
 
   // By a lane of each block, once what stops is known.
-  __device__ __forceinline__ void open_row(const VerifyArgs& args, int64_t sequence, const RowLaw& p_law,
-                                           const RowLaw& q_law, int64_t draft_token) {
-    const RowView<T> no_row(nullptr, 0);
-    const bool has_row = rows.drafts >= 0, has_q = has_draft && args.draft != nullptr;
-    weights.p = target_row<T>(args, has_row ? rows.first + accepted : 0);
-    weights.q = has_q ? draft_row<T>(args, sequence, accepted) : no_row;
+  __device__ __forceinline__ void open_row(const RowScratch& scratch, const StoppingRow<T>& row,
+                                           const RowLaw& p_law, const RowLaw& q_law,
+                                           const int64_t* target_to_draft) {
+    weights.p = row.p, weights.q = row.q;
     weights.p_law = p_law, weights.q_law = q_law;
-    weights.map = args.target_to_draft;
-    weights.one_hot = has_draft && !has_q ? static_cast<int>(draft_token) : -1;
-    weights.group_keys = nullptr;
-    if (Logits && p_law.cutoff != minus_infinity()) {
-      const RowScratch scratch = scratch_of(args);
-      weights.group_keys =
-          scratch.group_keys + (sequence * (args.max_drafts + 1) + accepted) * scratch.num_groups;
-    }
+    weights.map = target_to_draft;
+    weights.one_hot = row.one_hot;
+    weights.group_keys = Logits && p_law.cutoff != minus_infinity()
+                             ? scratch.group_keys + row.slot * scratch.num_groups
+                             : nullptr;
     weights.find_common(bad);
   }
 };
@@ -81,8 +95,8 @@ __device__ __forceinline__ void write_drafts(const VerifyArgs& args, const Team&
 // warp gathers values, the next two find the noise of the drafts and of the token, the fourth looks at
 // the parameters, and whoever is free joins the laws. Then the first one judges.
 template <class T, bool Logits, int Ahead>
-__device__ __forceinline__ void find_stop(const VerifyArgs& args, Stop<T, Logits, Ahead>& stop,
-                                          LawTable& table, const Team& team) {
+__device__ __forceinline__ void find_stop(const VerifyArgs& args, const RowScratch& scratch,
+                                          Stop<T, Logits, Ahead>& stop, LawTable& table, const Team& team) {
   const int64_t columns = args.max_drafts + 1;
   Rows rows{};
   uint32_t status = 0;
@@ -96,10 +110,12 @@ __device__ __forceinline__ void find_stop(const VerifyArgs& args, Stop<T, Logits
   for (int64_t first = 0;; first += 32) {
     const int64_t k = first + team.lane;
     Draft d{};
+    StoppingRow<T> row;
     if (team.warp == 0) {
       const int64_t token = draft_token(args, team.task, k);  // in the same round trip as cu_rows
       if (first == 0) rows = rows_of(args, team.task, status);
       d = gather_values<T>(args, team.task, rows, k, token);
+      row = {args, team.task, rows, k <= rows.drafts ? k : 0, d};
     } else if (team.warp < 3 && k < columns) {
       const bool of_draft = team.warp == 1;
       uint32_t bits = 0;
@@ -110,12 +126,12 @@ __device__ __forceinline__ void find_stop(const VerifyArgs& args, Stop<T, Logits
       stop.noise_status[team.warp - 1][team.lane] = bits;
     }
     if constexpr (Logits) {
+      const int64_t some = columns - first < 32 ? columns - first : 32;
+      fill_laws(args, scratch, table, team.task, first, static_cast<int>(some), s.slope);
       if (first == 0) {
         if (needs_laws(args)) wait_for_previous_kernel();
         let_next_kernel_start();
       }
-      const int64_t some = columns - first < 32 ? columns - first : 32;
-      fill_laws(args, table, team.task, first, static_cast<int>(some), s.slope);
     }
     __syncthreads();
     if (team.warp == 0) {
@@ -132,13 +148,13 @@ __device__ __forceinline__ void find_stop(const VerifyArgs& args, Stop<T, Logits
         stop.rows = rows, stop.accepted = here < 32 ? first + here : -1;
         stop.has_draft = v.has_draft, stop.bad = v.bad;
         // Where q is stored as probabilities, more of its row is looked at for NaN.
-        const bool listed = Logits && scratch_of(args).has_kept && args.target_is_logits &&
+        const bool listed = Logits && scratch.has_kept && args.target_is_logits &&
                             (args.draft == nullptr || args.draft_is_logits) && k <= rows.drafts;
         stop.num_kept = listed ? table.num_kept[team.lane] : 0;
         if (here < 32) stop.status |= status;
         if (here < 32 && judges) {
           stop.status |= stop.noise_status[1][team.lane];
-          stop.open_row(args, team.task, v.p_law, v.q_law, d.token);
+          stop.open_row(scratch, row, v.p_law, v.q_law, args.target_to_draft);
         }
       }
     }
@@ -149,8 +165,8 @@ __device__ __forceinline__ void find_stop(const VerifyArgs& args, Stop<T, Logits
 
 // The same without drafts, from a row of logits.
 template <class T, bool Logits, int Ahead>
-__device__ __forceinline__ void find_only_row(const VerifyArgs& args, Stop<T, Logits, Ahead>& stop,
-                                              const Team& team) {
+__device__ __forceinline__ void find_only_row(const VerifyArgs& args, const RowScratch& scratch,
+                                              Stop<T, Logits, Ahead>& stop, const Team& team) {
   uint32_t status = 0, noise_status = 0;
   const Parameters s = parameters_of(args.parameters, team.task, args.vocab, status);
   const Rows rows = rows_of(args, team.task, status);
@@ -161,13 +177,12 @@ __device__ __forceinline__ void find_only_row(const VerifyArgs& args, Stop<T, Lo
   RowLaw law = stored_law();
   int token = -1;
   if (rows.drafts >= 0 && !s.greedy) {
-    const RowScratch scratch = scratch_of(args);
     if (s.truncates()) {
       const LawAndToken found = law_of_row<true>(scratch, team.task, row, s, fraction, nullptr);
       law = found.law, token = found.token;
     } else {
       const float2* const strips = scratch.strips + team.task * kMaxStrips;
-      law = join_strips(strips, static_cast<int>(args.vocab), s.slope, team.lane).law;
+      law = join_strips(strips_of_lane(strips, static_cast<int>(args.vocab), team.lane), s.slope).law;
     }
   }
   if (threadIdx.x == 0) {
@@ -180,7 +195,7 @@ __device__ __forceinline__ void find_only_row(const VerifyArgs& args, Stop<T, Lo
     if (token >= 0) {
       stop.weights.p = row, stop.weights.p_law = law;
     } else if (rows.drafts >= 0 && !s.greedy) {
-      stop.open_row(args, team.task, law, law, -1);
+      stop.open_row(scratch, {args, team.task, rows, 0, {}}, law, law, args.target_to_draft);
     }
   }
   __syncthreads();
@@ -215,8 +230,9 @@ __device__ __noinline__ Greedy walk_greedily(const VerifyArgs& args, Shared& sha
 }
 
 template <bool IsRow, class T, bool Logits, int Ahead>
-__device__ __forceinline__ Ending end_sampled(const VerifyArgs& args, Shared& shared,
-                                              Stop<T, Logits, Ahead>& stop, Team& team, uint32_t& status) {
+__device__ __forceinline__ Ending end_sampled(const VerifyArgs& args, const RowScratch& scratch,
+                                              Shared& shared, Stop<T, Logits, Ahead>& stop, Team& team,
+                                              uint32_t& status) {
   auto& weights = stop.weights;
   const auto noise = [&] { return stop.fractions[1][stop.accepted % 32]; };
   Ending out;
@@ -227,7 +243,7 @@ __device__ __forceinline__ Ending end_sampled(const VerifyArgs& args, Shared& sh
     if (team.rank != 0) return out;
     __shared__ KeptShared kept_shared;
     const int64_t slot = team.task * (args.max_drafts + 1) + stop.accepted;
-    const Kept* const kept = scratch_of(args).kept + slot * kMaxKept;
+    const Kept* const kept = scratch.kept + slot * kMaxKept;
     KeptToken found;
 #pragma unroll 1
     for (bool takes = stop.has_draft;; takes = false) {
@@ -244,7 +260,7 @@ __device__ __forceinline__ Ending end_sampled(const VerifyArgs& args, Shared& sh
       out.token = kNowhere;
       if (Logits && !has_draft) {
         const int64_t slot = team.task * (args.max_drafts + 1) + stop.accepted;
-        const float2* const strips = scratch_of(args).strips + slot * kMaxStrips;
+        const float2* const strips = scratch.strips + slot * kMaxStrips;
         out.token = find_by_strips<T>(shared, team, weights, weights.p_law, strips, noise());
       }
       if (out.token == kNowhere) {
@@ -289,7 +305,8 @@ enum class Given { kProbabilities, kLogits, kRows };
 // grid (sequences, blocks of a team)
 template <class T, Given G, int Ahead>
 __global__ void __launch_bounds__(kThreads, Ahead > 1 ? 1 : 2)
-    spec_verify_kernel(const __grid_constant__ VerifyArgs args, TeamShape shape) {
+    spec_verify_kernel(const __grid_constant__ VerifyArgs args, TeamShape shape,
+                       const __grid_constant__ RowScratch scratch) {
   __shared__ Shared shared;
   __shared__ LawTable table;
   constexpr bool kLogits = G != Given::kProbabilities;
@@ -300,9 +317,9 @@ __global__ void __launch_bounds__(kThreads, Ahead > 1 ? 1 : 2)
   if (!kLogits || !needs_laws(args)) wait_for_previous_kernel();
   if constexpr (!kLogits) let_next_kernel_start();
   if constexpr (G == Given::kRows) {
-    find_only_row(args, stop, team);
+    find_only_row(args, scratch, stop, team);
   } else {
-    find_stop(args, stop, table, team);
+    find_stop(args, scratch, stop, table, team);
   }
   team.wait();
   const int64_t b = team.task, columns = args.max_drafts + 1;
@@ -316,7 +333,7 @@ __global__ void __launch_bounds__(kThreads, Ahead > 1 ? 1 : 2)
     ending = {greedy.token, 0.0f, {greedy.top, 0.0f, 1.0f, greedy.top}, true, true};
     accepted = greedy.accepted, status |= greedy.status;
   } else {
-    ending = end_sampled<G == Given::kRows>(args, shared, stop, team, status);
+    ending = end_sampled<G == Given::kRows>(args, scratch, shared, stop, team, status);
   }
   if (args.probs != nullptr && accepted >= 0)
     write_probs(args, team, target_row<T>(args, stop.rows.first + accepted), ending.law,
@@ -352,13 +369,14 @@ cudaError_t launch_spec_verify(const VerifyArgs& args, cudaStream_t stream) {
   cudaError_t error = device.read();
   if (error != cudaSuccess) return error;
   const TeamShape shape = team_for(args, device);
+  const RowScratch scratch = scratch_of(args);
   visit_real(args.value_type, [&]<class T>(T) {
     const auto launch = [&]<Given G>() {
       // One block on a multiprocessor has room for more in flight.
       constexpr int kFew = G == Given::kRows ? 1 : kFewAhead;
       return args.num_sequences * shape.ranks <= device.multiprocessors
-                 ? launch_teams(spec_verify_kernel<T, G, kFew>, args, shape, device, stream)
-                 : launch_teams(spec_verify_kernel<T, G, 1>, args, shape, device, stream);
+                 ? launch_teams(spec_verify_kernel<T, G, kFew>, args, shape, device, stream, scratch)
+                 : launch_teams(spec_verify_kernel<T, G, 1>, args, shape, device, stream, scratch);
     };
     if (args.max_drafts == 0 && args.target_is_logits) {
       error = launch.template operator()<Given::kRows>();

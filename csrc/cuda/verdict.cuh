@@ -20,12 +20,12 @@ struct LawTable {
   uint32_t num_kept[32];
 };
 
-// Fills the table for `count` positions from `first` on, a row per warp.
-__device__ __forceinline__ void fill_laws(const VerifyArgs& args, LawTable& table, int64_t sequence,
-                                          int64_t first, int count, float slope) {
+// Fills the table for `count` positions from `first` on, a row per warp; each knows where it lies before it
+// waits for the kernel that writes it.
+__device__ __forceinline__ void fill_laws(const VerifyArgs& args, const RowScratch& scratch, LawTable& table,
+                                          int64_t sequence, int64_t first, int count, float slope) {
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
   const int num_warps = static_cast<int>(blockDim.x) / 32;
-  const RowScratch scratch = scratch_of(args);
   const int64_t slot = sequence * (args.max_drafts + 1) + first;
   const bool stored = laws_are_stored(args), drafts = args.draft && args.draft_is_logits && !args.draft_lse;
   // The first warp has drafts to look at: it comes last.
@@ -34,11 +34,16 @@ __device__ __forceinline__ void fill_laws(const VerifyArgs& args, LawTable& tabl
     const int is_draft = i >= count, k = is_draft ? i - count : i;
     if (!(is_draft ? drafts : args.target_is_logits)) continue;
     const int64_t own = (is_draft ? scratch.slots : 0) + slot + k;
-    const RowLaw law =
-        stored ? scratch.laws[own]
-               : join_strips(scratch.strips + own * kMaxStrips,
-                             static_cast<int>(is_draft ? args.draft_vocab : args.vocab), slope, lane)
-                     .law;
+    const float2* strips = scratch.strips + own * kMaxStrips;
+    keep_here(strips);
+    wait_for_previous_kernel();
+    RowLaw law;
+    if (stored) {
+      law = scratch.laws[own];
+    } else {
+      const int length = static_cast<int>(is_draft ? args.draft_vocab : args.vocab);
+      law = join_strips(strips_of_lane(strips, length, lane), slope).law;
+    }
     if (lane != 0) continue;
     table.laws[is_draft][k] = law;
     if (scratch.has_kept && !is_draft) table.num_kept[k] = scratch.num_kept[own];
