@@ -17,9 +17,10 @@ struct Choice {
 };
 
 // Clusters of so many blocks that fit on the device at once, one block a multiprocessor: 30 of four and 15 of
-// eight on an H200's 132, whose parts have 16 or 18 each.
+// eight on an H200's 132, whose parts have 16 or 18 each, and of three at least 32.
 int clusters_at_once(int multiprocessors, int ranks) {
-  return ranks <= 2 ? multiprocessors / ranks : multiprocessors * 10 / (11 * ranks);
+  if (ranks == 3) return multiprocessors / 4;
+  return ranks < 3 ? multiprocessors / ranks : multiprocessors * 10 / (11 * ranks);
 }
 
 void consider(Choice& best, const GemmPackedArgs& args, int multiprocessors, int tokens, int mates,
@@ -32,16 +33,18 @@ void consider(Choice& best, const GemmPackedArgs& args, int multiprocessors, int
   const int64_t tiles = int64_t{s.row_sets} * s.token_tiles;
   s.steps = static_cast<int>(padded_cols(args.k) / kTileCols);
   const int most = clusters_at_once(multiprocessors, s.ranks());
-  if (tiles > 1 << 30 || most == 0 || tokens / parts < kStoreTokens ||
+  if (tiles > 1 << 30 || most == 0 || s.ranks() == 6 ||  // few clusters of six would fit
       (parts > 1 && (tiles > most || s.steps < 8 * parts)))
     return;
   s.tiles = static_cast<int>(tiles);
   s.clusters = s.tiles < most ? s.tiles : most;
   const int turns = (s.tiles + s.clusters - 1) / s.clusters;
-  // Measured on an H200: clocks of a step, of a tile's end; bytes come from the L2 at 28 a clock.
-  const double work = 500 + 2.6 * tokens, copies = (128.0 * tokens / mates + 4608) / 28;
-  const double clocks = turns * ((work > copies ? work : copies) * s.steps / parts + 600 + 4 * tokens) +
-                        300 * (mates - 1) + 300 * (parts - 1);
+  // Measured on an H200: clocks of a step, of a tile's end, of parts that meet; bytes come from the L2 at 28
+  // a clock. Parts are whole slots, of four steps for most types.
+  const double work = 420 + 2.6 * tokens, copies = (128.0 * tokens / mates + 4608) / 28;
+  const int steps = (s.slots(4) + parts - 1) / parts * 4;
+  const double clocks = turns * ((work > copies ? work : copies) * steps + 600 + 4 * tokens) +
+                        300 * (mates - 1) + 2600 * (parts - 1);
   if (clocks < best.clocks) best = {tokens, s, clocks};
 }
 
@@ -59,7 +62,8 @@ cudaError_t launch_wgmma_packed(const GemmPackedArgs& args, cudaStream_t stream)
   } else {
     for (const int tokens : {256, 128, 64})
       for (const int mates : {2, 1})
-        for (const int parts : {1, 2, 4}) consider(best, args, device.multiprocessors, tokens, mates, parts);
+        for (const int parts : {1, 2, 3, 4})
+          consider(best, args, device.multiprocessors, tokens, mates, parts);
   }
   using namespace packed_wgmma;
   const bool half = args.type == Real::kFloat16;

@@ -19,8 +19,12 @@ struct Tile {
   using L = PackedLayout<F>;
   // Three warps of four more copy.
   static constexpr int kMultipliers = kRowGroups * kGroupThreads, kThreads = kMultipliers + kGroupThreads;
-  static constexpr int kMultiplierRegisters = 232, kCopierRegisters = 40;
-  static constexpr int kFragments = 4;  // that are kept, of steps of 16 columns
+  // What follows depends on the type as measured; ptxas schedules what it likes.
+  static constexpr bool kWide = Tokens == 256 || F::kOffset;
+  static constexpr int kMultiplierRegisters = kWide ? 232 : 224, kCopierRegisters = kWide ? 40 : 56;
+  // Fragments of 16 columns that are multiplied in one go; steps whose activations share a barrier.
+  static constexpr int kBatch = Tokens == 256 && L::kLowBits != 8 ? 4 : 2;
+  static constexpr int kTogether = Tokens == 64 || (Tokens == 128 && L::kHighBits == 0) ? 2 : 1;
   static constexpr int kTokens = Tokens, kSumTokens = Tokens < 128 ? Tokens : 128;  // of one wgmma
   static constexpr int kSums = Tokens / kSumTokens;
   // Weights arrive in slots of whole records.
@@ -35,15 +39,16 @@ struct Tile {
   // Shared memory: activations [place][token][64], swizzled; y on its way out [row group][token][64 rows],
   // the same; slots.
   static constexpr int kPlaces = Tokens == 256 ? 4 : Tokens == 128 && L::kLowBits == 8 ? 6 : 8;
-  static_assert(kPlaces % kSlotSteps == 0);
+  static_assert(kPlaces % kSlotSteps == 0 && kSlotSteps % kTogether == 0);
   static constexpr int kPlaceBytes = Tokens * 128;
   static constexpr int kOutAt = kPlaces * kPlaceBytes, kOutBytes = 16384;  // or 64 sums
   static constexpr int kSlotsAt = kOutAt + kRowGroups * kOutBytes;
   static constexpr int kFit = (kSharedBytes - 1024 - 256 - kSlotsAt) / kSlotBytes,
                        kSlots = kFit < 6 ? kFit : 6;
   static_assert(kSlots >= 2);
-  static constexpr int kBarriersAt = kSlotsAt + kSlots * kSlotBytes;
-  static constexpr int kBytes = 1024 + kBarriersAt + 16 * (kPlaces + kSlots);
+  static constexpr int kBarriersAt = kSlotsAt + kSlots * kSlotBytes, kFirstSlotBarrier = kPlaces / kTogether,
+                       kBarriers = kFirstSlotBarrier + kSlots;
+  static constexpr int kBytes = 1024 + kBarriersAt + 16 * kBarriers;
   static_assert(kBytes <= kSharedBytes && kPlaces * kPlaceBytes >= Tokens * kRows * 4);  // sums go there
 };
 
@@ -62,20 +67,22 @@ struct Ring {
   }
 };
 
-// Whether a phase with this parity has ended, asked by a whole warp: the vote tells the compiler that its
-// threads stay together, else descriptors leave the uniform registers.
-__device__ __forceinline__ bool mbarrier_over(uint32_t barrier, uint32_t parity) {
+// Whether a phase with this parity has ended, without waiting.
+__device__ __forceinline__ uint32_t mbarrier_over(uint32_t barrier, uint32_t parity) {
   uint32_t done;
   asm volatile(
       "{ .reg .pred done; mbarrier.test_wait.parity.shared.b64 done, [%1], %2; selp.u32 %0, 1, 0, done; }"
       : "=r"(done)
       : "r"(barrier), "r"(parity)
       : "memory");
-  return __all_sync(~0u, done != 0);
+  return done;
 }
-__device__ __forceinline__ void mbarrier_wait_together(uint32_t barrier, uint32_t parity) {
-  while (!mbarrier_over(barrier, parity)) {
-  }
+// As mbarrier_wait, by a whole warp that may have asked before: the vote tells the compiler that its threads
+// stay together, else descriptors leave the uniform registers. An answer takes long; the vote comes no
+// earlier than `behind`, a word that is never all ones, is known.
+__device__ __forceinline__ void mbarrier_wait_together(uint32_t barrier, uint32_t parity, uint32_t over,
+                                                       uint32_t behind) {
+  while (!__all_sync(~0u, over != 0 && behind != ~0u)) over = mbarrier_over(barrier, parity), behind = 0;
 }
 
 // What a block is in its cluster, and the tile that the cluster is at:
@@ -133,17 +140,20 @@ __device__ __forceinline__ void expect_copies(const CUtensorMap& map) {
 template <class P>
 __device__ __forceinline__ void copy_activations(const GemmPackedArgs& args, const Schedule& s,
                                                  const CUtensorMap& x, uint32_t smem) {
-  Ring<P::kPlaces> ring{smem + P::kBarriersAt};
+  Ring<P::kFirstSlotBarrier> ring{smem + P::kBarriersAt};
   for (Walk at(s, args.routes, s.slots(P::kSlotSteps)); at.valid(); at.next()) {
     const int share = P::kTokens / s.mates, row = at.first_row(P::kTokens) + at.mate * share;
     const int blocks = ((1 << s.mates) - 1) << at.part * s.mates;
     const int last = 128 * at.last_slot * P::kSlotSteps;  // zeros behind k
     const uint32_t to = smem + at.mate * share * 128;
 #pragma unroll 1
-    for (int col = 128 * at.first_slot * P::kSlotSteps; col < last; col += 128, ring.step()) {
+    for (int col = 128 * at.first_slot * P::kSlotSteps; col < last; col += 128 * P::kTogether, ring.step()) {
       mbarrier_wait(ring.empty(), ring.turn ^ 1);
-      mbarrier_arrive_expecting(ring.full(), P::kPlaceBytes);
-      copy_tile(to + ring.place * P::kPlaceBytes, x, col, row, ring.full(), blocks);
+      mbarrier_arrive_expecting(ring.full(), P::kTogether * P::kPlaceBytes);
+#pragma unroll
+      for (int i = 0; i < P::kTogether; ++i)
+        copy_tile(to + (ring.place * P::kTogether + i) * P::kPlaceBytes, x, col + 128 * i, row, ring.full(),
+                  blocks);
     }
   }
 }
@@ -174,37 +184,52 @@ __device__ __forceinline__ void copy_pieces(uint32_t to, bytes_ptr strip, int64_
 // Each of two warps copies the weights of a row group. Bytes go where they are in the strip, less what lies
 // before the slot.
 template <class P>
-__device__ __forceinline__ void copy_weights(const GemmPackedArgs& args, const Schedule& s, uint32_t smem,
-                                             int group) {
+struct WeightCopies {
   using L = typename P::L;
-  Ring<P::kSlots> ring{smem + P::kBarriersAt + 16 * P::kPlaces};
-  const int64_t strip_bytes = L::strip_bytes(args.k);
-  const auto strips = static_cast<int>(num_strips(args.n));
-  for (Walk at(s, args.routes, s.slots(P::kSlotSteps)); at.valid(); at.next()) {
+  const GemmPackedArgs& args;
+  const Schedule& s;
+  uint32_t smem;
+  int group;
+
+  __device__ __forceinline__ void copy(const Walk& at, int slot, int place) const {
+    const int64_t strip_bytes = L::strip_bytes(args.k);
+    const auto strips = static_cast<int>(num_strips(args.n));
     int strip = at.row_tile * kStrips + group * kPanelStrips;
-    const bool there = strip < strips;
+    if (strip >= strips) return;
     if (args.routes.groups != nullptr) strip += args.routes.groups[at.token_tile].expert * strips;
+    const int step = slot * P::kSlotSteps, count = min(s.steps - step, P::kSlotSteps);
+    const int records = count * kTileCols / L::kSpan, record = step * kTileCols / L::kSpan;
+    bytes_ptr from = args.packed + strip * strip_bytes;
+    uint32_t to = smem + P::kSlotsAt + place * P::kSlotBytes + group * kPanelStrips * P::kStripBytes;
 #pragma unroll 1
-    for (int slot = at.first_slot; slot < at.last_slot; ++slot, ring.step()) {
-      const int step = slot * P::kSlotSteps, count = min(s.steps - step, P::kSlotSteps);
-      const int records = count * kTileCols / L::kSpan, record = step * kTileCols / L::kSpan;
-      mbarrier_wait(ring.empty(), ring.turn ^ 1);
-      bytes_ptr from = args.packed + strip * strip_bytes;
-      uint32_t to = smem + P::kSlotsAt + ring.place * P::kSlotBytes + group * kPanelStrips * P::kStripBytes;
-      if (there) {
-#pragma unroll 1
-        for (int i = 0; i < kPanelStrips; ++i, from += strip_bytes, to += P::kStripBytes) {
-          copy_run<P::kHighAt>(to, from + int64_t{step} * L::kLowTile, count * L::kLowTile);
-          if constexpr (L::kHighBits > 0)
-            copy_run<P::kHeadsAt - P::kHighAt>(to + P::kHighAt,
-                                               from + L::high_at(args.k) + int64_t{step} * L::kHighTile,
-                                               count * L::kHighTile);
-          copy_pieces<P, 0>(to + P::kHeadsAt, from, args.k, record, records);
-        }
-      }
-      mbarrier_arrive_after_copies(ring.full());
+    for (int i = 0; i < kPanelStrips; ++i, from += strip_bytes, to += P::kStripBytes) {
+      copy_run<P::kHighAt>(to, from + int64_t{step} * L::kLowTile, count * L::kLowTile);
+      if constexpr (L::kHighBits > 0)
+        copy_run<P::kHeadsAt - P::kHighAt>(
+            to + P::kHighAt, from + L::high_at(args.k) + int64_t{step} * L::kHighTile, count * L::kHighTile);
+      copy_pieces<P, 0>(to + P::kHeadsAt, from, args.k, record, records);
     }
   }
-}
+  // The first slot may be copied before barriers are there.
+  __device__ __forceinline__ void copy_first() const {
+    const Walk at(s, args.routes, s.slots(P::kSlotSteps));
+    if (at.valid()) copy(at, at.first_slot, 0);
+  }
+  __device__ __forceinline__ void copy_others() const {
+    Ring<P::kSlots> ring{smem + P::kBarriersAt + 16 * P::kFirstSlotBarrier};
+    bool is_first = true;
+    for (Walk at(s, args.routes, s.slots(P::kSlotSteps)); at.valid(); at.next()) {
+#pragma unroll 1
+      for (int slot = at.first_slot; slot < at.last_slot; ++slot, ring.step()) {
+        if (!is_first) {
+          mbarrier_wait(ring.empty(), ring.turn ^ 1);
+          copy(at, slot, ring.place);
+        }
+        is_first = false;
+        mbarrier_arrive_after_copies(ring.full());
+      }
+    }
+  }
+};
 
 }  // namespace quantgemm::packed_wgmma
