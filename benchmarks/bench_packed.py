@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """The packed layout on the GPU: packing and unpacking, products beside the time that reading takes.
 
-    python benchmarks/bench_packed.py [--part pack,types,tokens,moe] [--out benchmarks/results]
+    python benchmarks/bench_packed.py [--part pack,types,tokens,int8,moe] [--out benchmarks/results]
 
 Weights are cold (copies rotate past the L2) and calls are replays of a CUDA graph. `read_us` is a
 kernel that reads as many bytes and does nothing with them, in a graph of the same run.
@@ -24,6 +24,8 @@ from quantgemm.formats import FORMATS, Format, format_by_name
 
 SHAPES = [(4096, 4096), (14336, 4096), (28672, 8192), (4096, 14336), (1024, 4096)]
 TOKENS = [1, 2, 4, 8, 16, 32, 64, 128, 512, 4096]
+INT8_SHAPES = [(4096, 4096), (14336, 4096), (28672, 8192)]
+INT8_TOKENS = [512, 1024, 2048, 4096]
 MOE_SHAPES = [(128, 8, 768, 2048), (128, 8, 1536, 4096), (8, 2, 14336, 4096)]  # experts, top, n, k
 MOE_TOKENS = [1, 2, 4, 8, 16, 64, 256, 1024, 4096]
 ROTATED_BYTES = 250e6
@@ -142,6 +144,29 @@ def tokens(types: Sequence[str], read: Callable[[torch.Tensor], None] | None) ->
     return rows
 
 
+def in_int8(types: Sequence[str]) -> Rows:
+    """Microseconds of `int8` and `auto`; cuBLAS with bfloat16; torch._int_mm without scales."""
+    rows: Rows = []
+    for n, k in INT8_SHAPES:
+        dense = [torch.randn(n, k, device="cuda").bfloat16() for _ in range(dense_copies(n, k))]
+        codes = [torch.randint(-127, 128, (n, k), device="cuda", dtype=torch.int8) for _ in dense]
+        for m in INT8_TOKENS:
+            x = torch.randn(m, k, device="cuda").bfloat16()
+            q = torch.randint(-127, 128, (m, k), device="cuda", dtype=torch.int8)
+            row: dict[str, Any] = {"n": n, "k": k, "m": m}
+            row["cuBLAS"] = timed(lambda w, x=x: x @ w.T, dense)
+            row["_int_mm"] = timed(lambda w, q=q: torch._int_mm(q, w.T), codes)
+            for name in types:
+                fmt = format_by_name(name)
+                copies = packed_copies(fmt, n, k)
+                row[name] = timed(product(x, fmt, n, k, "int8"), copies)
+                row[f"{name} auto"] = timed(product(x, fmt, n, k), copies)
+            row["x_cuBLAS"] = row["cuBLAS"] / row[types[0]]
+            rows.append(row)
+        del dense, codes
+    return rows
+
+
 def experts_of_m(
     fmt: Format,
     packed: torch.Tensor,
@@ -194,7 +219,7 @@ def experts(types: Sequence[str], read: Callable[[torch.Tensor], None] | None) -
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--part", default="pack,types,tokens,moe", help="which tables")
+    parser.add_argument("--part", default="pack,types,tokens,int8,moe", help="which tables")
     parser.add_argument("--types", default="Q4_0,Q8_0,Q4_K,Q6_K", help="for packing and tokens")
     parser.add_argument("--out", default="", help=f"also save here, e.g. {RESULTS}")
     options = parser.parse_args()
@@ -214,6 +239,7 @@ def main() -> int:
         "pack": lambda: packing(types, bandwidth),
         "types": lambda: every_type(14336, 4096, read),
         "tokens": lambda: tokens(types, read),
+        "int8": lambda: in_int8(types),
         "moe": lambda: experts(["Q4_K"], read),
     }
     for part in parts:

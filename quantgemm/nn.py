@@ -195,6 +195,7 @@ class QuantLinear(QuantModule):
 
     bias: Parameter | None
     is_packed = False
+    precision: str | None = None  # of packed products, as `pack` was told
 
     def __init__(
         self,
@@ -224,7 +225,8 @@ class QuantLinear(QuantModule):
                 check_packed(self.format, self.algo)
             sizes = self.out_features, self.in_features
             inside = bias if bias is not None and bias.dtype == x.dtype else None
-            y = ops.gemm_packed(x, self.weight, self._type_id, *sizes, inside)
+            algo = "auto" if self.precision is None else "auto_int8"
+            y = ops.gemm_packed(x, self.weight, self._type_id, *sizes, inside, algo)
             bias = bias if inside is None else None
         else:
             y = ops.gemm(x, self.weight, self._type_id, self.algo)
@@ -290,25 +292,32 @@ class QuantLinear(QuantModule):
         layer = cls.from_blocks(blocks, fmt.type_id, linear.bias, algo)
         return layer.train(linear.training)
 
-    def pack(self) -> QuantLinear:
+    def pack(self, precision: str | None = None) -> QuantLinear:
         """Puts the bytes in place into the layout of `ops.gemm_packed`; only that copy is kept.
 
         Not every type has one, and algo must be ``"auto"``. `.to()` and the like unpack a layer on
         the CPU; `state_dict` has the rows as they were, unpacked for it. A weight that is shared
         with an embedding stays one there: this layer then has bytes of its own. accelerate's
         offloading puts rows where packed bytes are expected: unpack first.
+
+        precision: ``"int8"`` lets products of many tokens round x and the weights to int8
+        (``auto_int8`` of `ops.gemm_packed`), an error on a GPU that has no such products; None
+        keeps them as they are.
         """
+        if precision not in (None, "int8"):
+            raise ValueError(f"precision: expected 'int8' or None, got {precision!r}")
         if not self.is_packed:
             check_packed(self.format, self.algo)
             self._set_blocks(_frozen(ops.pack(self.weight, self._type_id)))
             self.is_packed = True
+        self.precision = precision
         return self
 
     def unpack(self) -> QuantLinear:
         """Puts the rows back."""
         if self.is_packed:
             self._set_blocks(_frozen(self.blocks))
-            self.is_packed = False
+            self.is_packed, self.precision = False, None
         return self
 
     @property
