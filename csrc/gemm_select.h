@@ -182,8 +182,9 @@ inline MoeChoice select_moe(const PackedProblem& p, int64_t experts) {
 
 inline std::string able_packed_gemms(const PackedProblem& p) {
   std::string names = "auto";
-  for (const PackedAlgo algo : kPackedAlgos)
-    if (packed_obstacle(algo, p) == nullptr) names += std::string(", ") + name_of(algo);
+  for (const PackedAlgo algo : kPackedAlgos)  // that do not round
+    if (algo != PackedAlgo::kInt8 && packed_obstacle(algo, p) == nullptr)
+      names += std::string(", ") + name_of(algo);
   return names;
 }
 

@@ -347,7 +347,7 @@ def test_errors_name_the_argument() -> None:
          lambda: ops.gemm_packed(x, packed, 2, 3, 64, None, "gemv")),
         (NotImplementedError, "wgmma cannot serve this product: .*; these can: auto$",
          lambda: ops.gemm_packed(x, packed, 2, 3, 64, None, "wgmma")),
-        (ValueError, "algo: expected one of auto, gemv, mma, wgmma, got 'fast'",
+        (ValueError, "algo: expected one of auto, auto_int8, gemv, mma, wgmma, int8, got 'fast'",
          lambda: ops.gemm_packed(x, packed, 2, 3, 64, None, "fast")),
     ]  # fmt: skip
     for error, message, call in cases:
