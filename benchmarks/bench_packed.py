@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """The packed layout on the GPU: packing and unpacking, products beside the time that reading takes.
 
-    python benchmarks/bench_packed.py [--part pack,types,tokens,moe,chain,heatmap] [--types Q4_K]
-                                      [--shapes 4096x4096] [--out benchmarks/results]
+    python benchmarks/bench_packed.py [--part pack,types,tokens,int8,moe,chain,heatmap]
+                                      [--types Q4_K] [--shapes 4096x4096] [--out benchmarks/results]
 
 Weights are cold (copies rotate past the L2) and calls are replays of a CUDA graph. `read_us` is a
 kernel that reads as many bytes and does nothing with them, in a graph of the same run.
@@ -27,6 +27,8 @@ from quantgemm.formats import FORMATS, Format, format_by_name
 
 SHAPES = [(4096, 4096), (14336, 4096), (28672, 8192), (4096, 14336), (1024, 4096)]
 TOKENS = [1, 2, 4, 8, 16, 32, 64, 128, 512, 4096]
+INT8_SHAPES = [(4096, 4096), (14336, 4096), (28672, 8192)]
+INT8_TOKENS = [512, 1024, 2048, 4096]
 MOE_SHAPES = [(128, 8, 768, 2048), (128, 8, 1536, 4096), (8, 2, 14336, 4096)]  # experts, top, n, k
 MOE_TOKENS = [1, 2, 4, 8, 16, 64, 256, 1024, 4096]
 # A layer of Llama 3 8B: its matrices [n, k] in the order in which a token meets them.
@@ -41,7 +43,7 @@ LAYER = {
 }
 LAYERS = 4  # one after the other, so that weights are cold
 BYTES_PER_SECOND = 4.45e12  # of one kernel that reads much, on an H200
-PARTS = ("pack", "types", "tokens", "moe", "chain", "heatmap")
+PARTS = ("pack", "types", "tokens", "int8", "moe", "chain", "heatmap")
 CHAIN_TYPES = ["Q4_K", "Q4_0"]
 TYPES = "Q4_0,Q8_0,Q4_K,Q6_K"
 ROTATED_BYTES = 250e6
@@ -162,6 +164,29 @@ def tokens(types: Sequence[str], read: Callable[[torch.Tensor], None] | None) ->
                 row[f"m={m}"] = timed(product(x, fmt, n, k), copies)
             row["x_read"] = row["m=1"] / row["read_us"]
             rows.append(row)
+    return rows
+
+
+def in_int8(types: Sequence[str]) -> Rows:
+    """Microseconds of `int8` and `auto`; cuBLAS with bfloat16; torch._int_mm without scales."""
+    rows: Rows = []
+    for n, k in INT8_SHAPES:
+        dense = [torch.randn(n, k, device="cuda").bfloat16() for _ in range(dense_copies(n, k))]
+        codes = [torch.randint(-127, 128, (n, k), device="cuda", dtype=torch.int8) for _ in dense]
+        for m in INT8_TOKENS:
+            x = torch.randn(m, k, device="cuda").bfloat16()
+            q = torch.randint(-127, 128, (m, k), device="cuda", dtype=torch.int8)
+            row: dict[str, Any] = {"n": n, "k": k, "m": m}
+            row["cuBLAS"] = timed(lambda w, x=x: x @ w.T, dense)
+            row["_int_mm"] = timed(lambda w, q=q: torch._int_mm(q, w.T), codes)
+            for name in types:
+                fmt = format_by_name(name)
+                copies = packed_copies(fmt, n, k)
+                row[name] = timed(product(x, fmt, n, k, "int8"), copies)
+                row[f"{name} auto"] = timed(product(x, fmt, n, k), copies)
+            row["x_cuBLAS"] = row["cuBLAS"] / row[types[0]]
+            rows.append(row)
+        del dense, codes
     return rows
 
 
@@ -337,6 +362,7 @@ def main() -> int:
         "pack": lambda: packing(types, bandwidth),
         "types": lambda: every_type(14336, 4096, read),
         "tokens": lambda: tokens(types, read),
+        "int8": lambda: in_int8(types),
         "moe": lambda: experts(["Q4_K"], read),
         "chain": lambda: chain(options.types.split(",") if options.types else CHAIN_TYPES, read),
         "heatmap": lambda: heatmap(all_types, shapes, GpuClock(read)),

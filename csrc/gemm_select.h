@@ -86,13 +86,15 @@ inline GemmChoice select_gemm(const GemmProblem& p, bool may_round) {
 }
 
 // ---- packed weights (formats/packed.h) on a GPU ----
-enum class PackedAlgo { kGemv, kMma, kWgmma };
-inline constexpr PackedAlgo kPackedAlgos[] = {PackedAlgo::kGemv, PackedAlgo::kMma, PackedAlgo::kWgmma};
+enum class PackedAlgo { kGemv, kMma, kWgmma, kInt8 };
+inline constexpr PackedAlgo kPackedAlgos[] = {PackedAlgo::kGemv, PackedAlgo::kMma, PackedAlgo::kWgmma,
+                                              PackedAlgo::kInt8};
 inline const char* name_of(PackedAlgo algo) {
   switch (algo) {
     case PackedAlgo::kGemv: return "gemv";
     case PackedAlgo::kMma: return "mma";
     case PackedAlgo::kWgmma: return "wgmma";
+    case PackedAlgo::kInt8: return "int8";
   }
   return "";
 }
@@ -102,6 +104,7 @@ inline const char* reason_for(PackedAlgo algo) {
     case PackedAlgo::kGemv: return "few tokens: weights are read once, as fast as memory gives them";
     case PackedAlgo::kMma: return "tensor cores, activations kept as they are";
     case PackedAlgo::kWgmma: return "Hopper's tensor cores, activations kept as they are";
+    case PackedAlgo::kInt8: return "many tokens: int8 tensor cores pay for rounding x and w";
   }
   return "";
 }
@@ -117,10 +120,19 @@ struct PackedProblem {
   int64_t m, n, k;
   Real type;  // of x and y
   int arch;   // 10 · compute capability; 0 = the CPU
+  bool experts = false;
 };
 
 // Why an algorithm cannot serve a problem; null if it can.
 inline const char* packed_obstacle(PackedAlgo algo, const PackedProblem& p) {
+  if (algo == PackedAlgo::kInt8) {  // the CPU has one to compare with
+    if (p.experts) return "experts have no int8 product";
+    if (p.arch != 0 && p.arch != 90) return "wgmma needs compute capability 9.0";
+    if (p.arch != 0 && !kHasWgmma) return "this build has no machine code for 9.0a";
+    if (p.k == 0) return "there are no columns to round";
+    if (std::max({p.m, p.n, p.k}) >= int64_t{1} << 30) return "the copy engine counts bytes in 32 bits";
+    return nullptr;
+  }
   if (p.arch == 0) return "the CPU has no tensor cores";
   if (algo == PackedAlgo::kWgmma) {
     if (p.arch != 90) return "wgmma needs compute capability 9.0";
@@ -131,8 +143,11 @@ inline const char* packed_obstacle(PackedAlgo algo, const PackedProblem& p) {
   }
   return nullptr;
 }
+// Whether int8 products are faster: weights are rounded anew by each, which fewer tokens do not pay for.
+inline bool many_for_int8(const PackedProblem& p) { return p.m >= 2048 && p.n >= 1024; }
 // Thresholds of m as measured on an H200 (docs/performance.md).
-inline PackedAlgo select_packed_gemm(const PackedProblem& p) {
+inline PackedAlgo select_packed_gemm(const PackedProblem& p, bool may_round = false) {
+  if (may_round && many_for_int8(p)) return PackedAlgo::kInt8;
   if (p.m <= 8) return PackedAlgo::kGemv;
   if (packed_obstacle(PackedAlgo::kWgmma, p) == nullptr) return PackedAlgo::kWgmma;
   return PackedAlgo::kMma;
@@ -167,8 +182,9 @@ inline MoeChoice select_moe(const PackedProblem& p, int64_t experts) {
 
 inline std::string able_packed_gemms(const PackedProblem& p) {
   std::string names = "auto";
-  for (const PackedAlgo algo : kPackedAlgos)
-    if (packed_obstacle(algo, p) == nullptr) names += std::string(", ") + name_of(algo);
+  for (const PackedAlgo algo : kPackedAlgos)  // that do not round
+    if (algo != PackedAlgo::kInt8 && packed_obstacle(algo, p) == nullptr)
+      names += std::string(", ") + name_of(algo);
   return names;
 }
 

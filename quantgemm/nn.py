@@ -263,6 +263,7 @@ class QuantLinear(PackedModule):
     """
 
     bias: Parameter | None
+    precision: str | None = None  # of packed products, as `pack` was told
 
     def __init__(
         self,
@@ -292,7 +293,8 @@ class QuantLinear(PackedModule):
                 check_packed(self.format, self.algo)
             sizes = self.out_features, self.in_features
             inside = bias if bias is not None and bias.dtype == x.dtype else None
-            y = ops.gemm_packed(x, self.weight, self._type_id, *sizes, inside)
+            algo = "auto" if self.precision is None else "auto_int8"
+            y = ops.gemm_packed(x, self.weight, self._type_id, *sizes, inside, algo)
             bias = bias if inside is None else None
         else:
             y = ops.gemm(x, self.weight, self._type_id, self.algo)
@@ -357,6 +359,25 @@ class QuantLinear(PackedModule):
         blocks = _quantize("linear", linear.weight, fmt, importance)
         layer = cls.from_blocks(blocks, fmt.type_id, linear.bias, algo)
         return layer.train(linear.training)
+
+    def pack(self, precision: str | None = None) -> QuantLinear:
+        """As of every layer that can be packed: `PackedModule.pack`.
+
+        precision: ``"int8"`` lets products of many tokens round x and the weights to int8
+        (``auto_int8`` of `ops.gemm_packed`), an error on a GPU that has no such products; None
+        keeps them as they are.
+        """
+        if precision not in (None, "int8"):
+            raise ValueError(f"precision: expected 'int8' or None, got {precision!r}")
+        super().pack()
+        self.precision = precision
+        return self
+
+    def unpack(self) -> QuantLinear:
+        """Puts the rows back."""
+        super().unpack()
+        self.precision = None
+        return self
 
     def explain(self, m: int, dtype: torch.dtype = torch.bfloat16) -> GemmPlan:
         """Which algorithm multiplies m rows of this dtype on the layer's device, and why."""

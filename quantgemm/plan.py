@@ -26,7 +26,8 @@ class GemmPlan:
 
     algo: the rung of the ladder; reason: why this one; available: all that could serve;
     obstacles: ``{algo: why not}`` of the others; rounds_activations: whether x becomes int8 with a
-    scale per 32 values; device: ``"cpu"`` or ``"sm_90"``.
+    scale per 32 values, or per 256 with ``int8``, which rounds weights so too; device: ``"cpu"`` or
+    ``"sm_90"``.
     """
 
     m: int
@@ -43,6 +44,8 @@ class GemmPlan:
 
     def __str__(self) -> str:
         rounding = "rounded to int8 per 32" if self.rounds_activations else "kept as they are"
+        if self.algo == "int8":
+            rounding = "rounded to int8 per 256, as are weights"
         lines = [
             f"{self.qtype} product, m={self.m} n={self.n} k={self.k}, {self.dtype}, {self.device}",
             f"  {self.algo}: {self.reason}",
@@ -68,7 +71,8 @@ def explain_gemm(
     qtype: a ggml id or name; device: as torch spells it, or an architecture such as ``"sm_90"``
     whether or not this machine has one; None is the current GPU where the package can use one,
     else the CPU. An algorithm that cannot serve is an error, as it is in `ops.gemm`. packed: what
-    `ops.gemm_packed` would do with the rows packed, where algo must be ``"auto"``.
+    `ops.gemm_packed` would do with the rows packed, where algo must be ``"auto"``, or, to allow
+    int8 products, ``"auto_int8"`` or ``"int8"``.
     """
     for name, size in {"m": m, "n": n, "k": k}.items():
         if size < 0:
@@ -77,7 +81,9 @@ def explain_gemm(
         raise TypeError(
             f"dtype: expected torch.float32, torch.float16 or torch.bfloat16, got {dtype}"
         )
-    check_algo(algo)
+    in_int8 = packed and algo in ("auto_int8", "int8")
+    if not in_int8:
+        check_algo(algo)
     fmt = as_format(qtype)
     try:
         fmt.row_bytes(k)
@@ -85,20 +91,23 @@ def explain_gemm(
         raise ValueError(f"k: {error}") from None
     arch = _architecture(device)
     if packed:
-        check_packed(fmt, algo)
-        choice = _C.select_packed_gemm(m, n, k, _DTYPES[dtype], arch)
+        check_packed(fmt, "auto" if in_int8 else algo)
+        choice = _C.select_packed_gemm(m, n, k, _DTYPES[dtype], arch, algo == "auto_int8")
     else:
         may_round = algo == "auto_q8"
         choice = _C.select_gemm(m, n, k, fmt.type_id, _DTYPES[dtype], arch, may_round)
     available = tuple(name for name, why in choice["obstacles"].items() if why is None)
     obstacles = {name: why for name, why in choice["obstacles"].items() if why is not None}
     chosen, reason = choice["algo"], choice["reason"]
-    if algo not in ("auto", "auto_q8"):
-        if algo in obstacles:
-            raise NotImplementedError(
-                f"algo: {algo} cannot serve this product: {obstacles[algo]}; "
-                f"these can: {', '.join(available)}"
-            )
+    wanted = "int8" if in_int8 else algo
+    if wanted in obstacles:
+        raise NotImplementedError(
+            f"algo: {algo} cannot serve this product: {obstacles[wanted]}; "
+            f"these can: {', '.join(available)}"
+        )
+    if algo == "auto_int8" and chosen != "int8":
+        reason += "; int8 products would not be faster"
+    if algo not in ("auto", "auto_q8", "auto_int8"):
         chosen, reason = algo, "asked for by name"
     return GemmPlan(
         m=m,

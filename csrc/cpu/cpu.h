@@ -24,6 +24,11 @@ void gemm_cpu(const GemmArgs& args, GemmAlgo algo, const GemmRange& range);
 void pack_cpu(const PackArgs& args, int64_t first_strip, int64_t last_strip);
 void unpack_cpu(const PackArgs& args, int64_t first_strip, int64_t last_strip);
 
+// A row to int8_product.h's codes and scales; one number of y of two such rows.
+void round_to_int8_cpu(const float* x, int64_t k, int8_t* codes, float* scales);
+float int8_product_cpu(const int8_t* x, const float* x_scales, const int8_t* w, const float* w_scales,
+                       int64_t k);
+
 void embedding_cpu(const EmbeddingArgs& args, int64_t first_id, int64_t last_id);
 void rms_norm_cpu(const RmsNormArgs& args, int64_t first_row, int64_t last_row);
 void rotary_cpu(const RotaryArgs& args, int64_t first_token, int64_t last_token);  // of all sequences

@@ -28,6 +28,8 @@ __global__ void __launch_bounds__(kThreads) finish_kernel(const __grid_constant_
   }
 }
 
+}  // namespace
+
 cudaError_t launch_finish(const GemmPackedArgs& args, cudaStream_t stream) {
   Device device;
   const cudaError_t status = device.read();
@@ -40,8 +42,6 @@ cudaError_t launch_finish(const GemmPackedArgs& args, cudaStream_t stream) {
              [&]<class T>(T) { launched = cudaLaunchKernelEx(&launch.config, finish_kernel<T>, args); });
   return launched;
 }
-
-}  // namespace
 
 cudaError_t launch_wgmma_and_finish(const GemmPackedArgs& args, cudaStream_t stream) {
   GemmPackedArgs product = args;

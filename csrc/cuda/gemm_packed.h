@@ -3,6 +3,11 @@
 #pragma once
 #include "launch.h"
 
+namespace quantgemm {
+// y += residual, or y *= silu(gate) if there is up.
+cudaError_t launch_finish(const GemmPackedArgs& args, cudaStream_t stream);
+}  // namespace quantgemm
+
 namespace quantgemm::packed_gemm {
 
 cudaError_t launch_f32_8(const GemmPackedArgs& args, cudaStream_t stream);

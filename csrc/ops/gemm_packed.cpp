@@ -8,21 +8,26 @@
 #include <vector>
 
 #include "../cpu/cpu.h"
+#include "../int8_product.h"
 #include "ops.h"
+#ifdef QG_WITH_CUDA
+#include "../cuda/gemm_packed_int8.h"
+#endif
 
 namespace quantgemm {
 
 PackedAlgo check_packed_algo(const std::string& name, const PackedProblem& problem) {
   if (name == "auto") return select_packed_gemm(problem);
-  std::string known = "auto";
+  const bool may_round = name == "auto_int8" && !problem.experts;
+  std::string known = problem.experts ? "auto" : "auto, auto_int8";
   for (const PackedAlgo algo : kPackedAlgos) {
     known += concat(", ", name_of(algo));
-    if (name != name_of(algo)) continue;
+    if (name != name_of(algo) && !(may_round && algo == PackedAlgo::kInt8)) continue;
     const char* obstacle = packed_obstacle(algo, problem);
     check_implemented(obstacle == nullptr, "algo: ", name,
                       " cannot serve this product: ", obstacle == nullptr ? "" : obstacle,
                       "; these can: ", able_packed_gemms(problem));
-    return algo;
+    return may_round ? select_packed_gemm(problem, true) : algo;
   }
   check_value(false, "algo: expected one of ", known, ", got '", name, "'");
   return PackedAlgo::kGemv;
@@ -34,8 +39,14 @@ cudaError_t launch_gemm_packed(const std::pair<PackedAlgo, GemmPackedArgs>& job,
     case PackedAlgo::kGemv: return launch_gemv_packed(job.second, stream);
     case PackedAlgo::kMma: return launch_mma_packed(job.second, stream);
     case PackedAlgo::kWgmma: return launch_wgmma_and_finish(job.second, stream);
+    case PackedAlgo::kInt8: break;  // wants memory
   }
   return cudaErrorInvalidValue;
+}
+
+static cudaError_t launch_gemm_packed_int8(const std::pair<GemmPackedArgs, uint8_t*>& job,
+                                           cudaStream_t stream) {
+  return launch_int8_packed(job.first, job.second, stream);
 }
 #endif
 
@@ -64,14 +75,45 @@ static void multiply_once(const GemmPackedArgs& args, const PackedShape& shape) 
   });
 }
 
-void multiply_packed_on_cpu(const GemmPackedArgs& args, const PackedShape& shape) {
+// The same in int8.
+static void multiply_in_int8(const GemmPackedArgs& args, const PackedShape& shape) {
+  const int64_t groups = Int8Layout(args.m, args.n, args.k).groups;
+  std::vector<int8_t> x(static_cast<size_t>(args.m * args.k));
+  std::vector<float> x_scales(static_cast<size_t>(args.m * groups));
+  torch::stable::parallel_for(0, args.m, 32768 / args.k + 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      round_to_int8_cpu(static_cast<const float*>(args.x) + i * args.k, args.k, x.data() + i * args.k,
+                        x_scales.data() + i * groups);
+  });
+  const int64_t strips = (args.n + kStripRows - 1) / kStripRows, blocks = args.k / shape.elems;
+  torch::stable::parallel_for(0, strips, 1, [&](int64_t begin, int64_t end) {
+    std::vector<uint8_t> rows(static_cast<size_t>(kStripRows * shape.row_bytes) + 64);
+    std::vector<float> weights(static_cast<size_t>(args.k)), scales(static_cast<size_t>(groups));
+    std::vector<int8_t> codes(static_cast<size_t>(args.k));
+    for (int64_t s = begin; s < end; ++s) {
+      const int64_t first = s * kStripRows, count = std::min<int64_t>(args.n - first, kStripRows);
+      unpack_cpu({args.packed + s * shape.strip_bytes, rows.data(), count, args.k, args.qtype}, 0, 1);
+      for (int64_t j = 0; j < count; ++j) {
+        const uint8_t* row = rows.data() + j * shape.row_bytes;
+        dequantize_cpu({row, weights.data(), blocks, args.qtype, Real::kFloat32}, 0, blocks);
+        round_to_int8_cpu(weights.data(), args.k, codes.data(), scales.data());
+        for (int64_t i = 0; i < args.m; ++i)
+          static_cast<float*>(args.y)[i * args.n + first + j] = int8_product_cpu(
+              x.data() + i * args.k, x_scales.data() + i * groups, codes.data(), scales.data(), args.k);
+      }
+    }
+  });
+}
+
+void multiply_packed_on_cpu(const GemmPackedArgs& args, const PackedShape& shape, bool in_int8) {
+  const auto multiply = in_int8 ? multiply_in_int8 : multiply_once;
   GemmPackedArgs part = args;
   if (args.up_at != 0) {
     part.y = args.gate;
-    multiply_once(part, shape);
+    multiply(part, shape);
     part.y = args.y, part.packed += args.up_at;
   }
-  multiply_once(part, shape);
+  multiply(part, shape);
 }
 
 static void finish_on_cpu(const GemmPackedArgs& args, const float* gate) {
@@ -134,7 +176,8 @@ Tensor product(const char* op, const Tensor& x, const Tensor& packed_weights, co
   if (bias) added = as_numbers(*bias);
   if (residual) carried = as_numbers(*residual);
   Tensor y = new_output(op, rows, sizes, rows.scalar_type());
-  if (up && (!x.is_cuda() || chosen == PackedAlgo::kWgmma))
+  const bool in_int8 = chosen == PackedAlgo::kInt8;
+  if (up && (!x.is_cuda() || chosen == PackedAlgo::kWgmma || in_int8))
     gate = new_output(op, rows, sizes, rows.scalar_type());
   GemmPackedArgs args{rows.const_data_ptr(),
                       strips.const_data_ptr<uint8_t>(),
@@ -162,6 +205,12 @@ Tensor product(const char* op, const Tensor& x, const Tensor& packed_weights, co
 
   // run
   if (m == 0 || n == 0) return widen ? torch::stable::to(y, x.scalar_type()) : y;
+  if (x.is_cuda() && in_int8) {
+    Tensor scratch = new_output(op, rows, {Int8Layout(m, n, k).bytes()}, ScalarType::Byte);
+    [[maybe_unused]] const std::pair job{args, scratch.mutable_data_ptr<uint8_t>()};
+    QG_RUN_ON_GPU(gemm_packed_int8, rows, job);
+    return y;
+  }
   if (x.is_cuda()) {
     [[maybe_unused]] const std::pair job{chosen, args};
     QG_RUN_ON_GPU(gemm_packed, rows, job);
@@ -169,7 +218,7 @@ Tensor product(const char* op, const Tensor& x, const Tensor& packed_weights, co
   }
   if (k == 0) torch::stable::zero_(y);
   if (k == 0 && gate) torch::stable::zero_(*gate);
-  if (k > 0) multiply_packed_on_cpu(args, shape);
+  if (k > 0) multiply_packed_on_cpu(args, shape, in_int8);
   finish_on_cpu(args, static_cast<const float*>(args.gate));
   return widen ? torch::stable::to(y, x.scalar_type()) : y;
 }

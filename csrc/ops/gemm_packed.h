@@ -18,6 +18,6 @@ cudaError_t launch_gemm_packed(const std::pair<PackedAlgo, GemmPackedArgs>& job,
 inline float silu_on_cpu(float x) { return x / (1.0f + std::exp(-x)); }
 
 // x and y are float32 here; without bias. With up, x · wᵀ goes to args.gate and x · upᵀ to y.
-void multiply_packed_on_cpu(const GemmPackedArgs& args, const PackedShape& shape);
+void multiply_packed_on_cpu(const GemmPackedArgs& args, const PackedShape& shape, bool in_int8 = false);
 
 }  // namespace quantgemm

@@ -156,16 +156,20 @@ py::dict choose_gemm(int64_t m, int64_t n, int64_t k, int64_t qtype, const std::
 }
 
 // The same for packed weights. The CPU has one way, without a name.
-py::dict choose_packed_gemm(int64_t m, int64_t n, int64_t k, const std::string& dtype, int arch) {
+py::dict choose_packed_gemm(int64_t m, int64_t n, int64_t k, const std::string& dtype, int arch,
+                            bool may_round) {
   const PackedProblem problem{m, n, k, real_named(dtype), arch};
   py::dict result, obstacles;
   for (const PackedAlgo algo : kPackedAlgos)
     obstacles[name_of(algo)] = text_or_none(packed_obstacle(algo, problem));
-  const PackedAlgo chosen = select_packed_gemm(problem);
-  result["algo"] = arch == 0 ? "auto" : name_of(chosen);
-  result["reason"] = arch == 0 ? "strips are decoded to float32, row by row" : reason_for(chosen);
+  const PackedAlgo chosen = select_packed_gemm(problem, may_round);
+  const bool nameless = arch == 0 && chosen != PackedAlgo::kInt8;
+  py::list rounding;
+  rounding.append(name_of(PackedAlgo::kInt8));
+  result["algo"] = nameless ? "auto" : name_of(chosen);
+  result["reason"] = nameless ? "strips are decoded to float32, row by row" : reason_for(chosen);
   result["obstacles"] = obstacles;
-  result["rounding"] = py::list();
+  result["rounding"] = rounding;
   return result;
 }
 

@@ -119,7 +119,7 @@ Tensor moe_gemm(Tensor x, Tensor packed_weights, int64_t qtype, int64_t n, int64
     check_value(up->size(0) == experts, "up: expected ", experts, " experts as packed, got ", up->size(0));
     check_value(!bias.has_value(), "bias: expected none beside up");
   }
-  const PackedProblem problem{slots, n, k, type, architecture_of(x)};
+  const PackedProblem problem{slots, n, k, type, architecture_of(x), true};
   const MoeChoice choice = algo == "auto" ? select_moe(problem, experts)
                                           : moe_choice_of(check_packed_algo(algo, problem), problem, experts);
 
