@@ -6,129 +6,17 @@
 // next kernel's ring fills meanwhile. How work is divided does not depend on the tokens, so rows of y are
 // the same in any batch; panels, runs of columns whose activations fit in shared memory, are eight tokens'.
 #pragma once
-#include "dependent_launch.cuh"
-#include "gemv_packed_batch.cuh"
+#include "gemv_packed_stage.cuh"
 #include "launch.h"
-#include "packed_pieces.cuh"
 
 namespace quantgemm::packed_gemv {
 
 using packed_gemm::Pieces;
 
-struct Split : packed_gemm::Split {
-  int staged;      // panels whose activations are in shared memory at a time
-  int each, more;  // strips of a block, and blocks that have one more
-};
-
-template <PackableFormat F, class X, int Tokens>
-struct Plan {
-  using B = Batch<F>;
-  using Eight = Plan<F, X, 8>;
-  static constexpr int kTokens = Tokens, kPlannedTokens = 8, kMostStrips = 64, kFewestBatches = 4;
-  // Two blocks of a multiprocessor, with activations beside the rings.
-  static constexpr int kMostRings = 104448;
-#ifdef QG_WARPS
-  static constexpr int kWarps = QG_WARPS;
-#else
-  static constexpr int kWarps = 32 * B::kBytes <= 102400 ? 16 : 28 * B::kBytes <= kMostRings ? 14 : 12;
-#endif
-  static constexpr int kThreads = 32 * kWarps;
-#ifdef QG_RING
-  static constexpr int kRing = Tokens == 1 ? QG_RING : 2;
-#else
-  static constexpr int kDeepRings = 90112;
-  static constexpr int kRing = 3 * kWarps * B::kBytes > kDeepRings ? 2 : kDeepRings / (kWarps * B::kBytes);
-#endif
-  static constexpr int kBlocks =
-      Tokens == 1 && kWarps * kRing * B::kBytes <= kMostRings ? 2 : 1;  // of a multiprocessor
-  static constexpr int kSums = B::kCols / B::kSumCols;                  // of a batch
-  static constexpr int kRingBytes = kRing * B::kBytes;                  // of a warp
-  // Shared memory of a batch of activations, and of a strip's sums, per token.
-  static constexpr int kBatchBytes = 2 * B::kCols, kSumBytes = 4 * kSums, kStripBytes = 4 * kStripRows;
-};
-
-// Where shared memory is divided.
-template <class P>
-struct Shared {
-  uint8_t *ring, *x;      // [warps][kRing][slot]; [tokens][batches][8][4] uint4, x_pitch apart
-  float *starts, *slots;  // [batches][kSums][kTokens]; [panels][strips + warps − 1][tokens][16 rows]
-  int2* ends;             // [panels][strips]: warps of a strip's first and last batch
-
-  static __host__ __device__ int batches(const Split& split) {
-    const int panel = split.panel_tiles / P::B::kTiles;
-    return panel * (split.panels < split.staged ? split.panels : split.staged);
-  }
-  // Half of what all banks hold remains: two tokens that are read together lie in different banks.
-  static __host__ __device__ int x_pitch(const Split& split) { return batches(split) * P::kBatchBytes + 64; }
-  static __host__ __device__ int64_t bytes(const Split& split, int strips) {
-    return int64_t{P::kWarps} * P::kRingBytes + int64_t{split.columns} * x_pitch(split) +
-           batches(split) * P::kSumBytes * P::kTokens +
-           int64_t{split.panels} * (8 * strips + (strips + P::kWarps - 1) * P::kStripBytes * split.columns);
-  }
-  __device__ Shared(uint4* base, const Split& split, int strips) {
-    ring = reinterpret_cast<uint8_t*>(base);
-    x = ring + P::kWarps * P::kRingBytes;
-    starts = reinterpret_cast<float*>(x + split.columns * x_pitch(split));
-    slots = starts + batches(split) * P::kSums * P::kTokens;
-    ends =
-        reinterpret_cast<int2*>(slots + split.panels * (strips + P::kWarps - 1) * split.columns * kStripRows);
-  }
-  __device__ float* slot(const Split& split, int strips, int panel, int strip, int warp) const {
-    return slots + (panel * (strips + P::kWarps - 1) + strip + warp) * split.columns * kStripRows;
-  }
-};
-
-// Activations of `panels` panels from `first` on, and zeros behind k. Four lanes hold a run of 32 columns.
-// row_of(token) is a token's row of x.
-template <class P, int Bias, class X, class RowOf>
-__device__ __forceinline__ void stage(const Shared<P>& shared, const X* x, int64_t k, const Split& split,
-                                      int first, int tokens, const RowOf& row_of) {
-  constexpr int kAtOnce = 4;  // loads under way: of a token's columns, or of tokens
-  constexpr int kNext = P::kTokens == 1 ? P::kThreads : 0, kNextToken = P::kTokens == 1 ? 0 : 1;
-  const int tiles = (split.tiles + 3) / 4 * 4 - first * split.panel_tiles;
-  const int lanes = 8 * min(tiles, split.staged * split.panel_tiles), pitch = Shared<P>::x_pitch(split);
-  const int64_t first_col = int64_t{first} * split.panel_tiles * kTileCols;
-#pragma unroll 1
-  for (int base = threadIdx.x; base - static_cast<int>(threadIdx.x % 32) < lanes;
-       base += kNext == 0 ? P::kThreads : kAtOnce * kNext)
-#pragma unroll 1
-    for (int base_token = 0; base_token < tokens; base_token += kNext == 0 ? kAtOnce : 1) {
-      uint32_t words[kAtOnce][4] = {};
-#pragma unroll
-      for (int j = 0; j < kAtOnce; ++j) {
-        const int i = base + j * kNext, token = base_token + j * kNextToken;
-        const int64_t col = first_col + 8 * (i & ~3);
-        if (i >= lanes || token >= tokens || col >= k) continue;
-        const X* from = x + row_of(token) * k + col + 2 * (i % 4);
-#pragma unroll
-        for (int w = 0; w < 4; ++w) words[j][w] = *reinterpret_cast<const uint32_t*>(from + 8 * w);
-      }
-#pragma unroll
-      for (int j = 0; j < kAtOnce; ++j) {
-        const int i = base + j * kNext, token = base_token + j * kNextToken;
-        const auto sum_of = [&](int w) { return packed_gemm::sum_of_pair(words[j][w], X{}); };
-        float early = sum_of(0) + sum_of(1), late = sum_of(2) + sum_of(3);
-        if constexpr (P::B::kSumCols == 32) early += late;
-#pragma unroll
-        for (int bit = 1; bit < 4; bit *= 2) {
-          early += __shfl_xor_sync(~0u, early, bit);
-          if constexpr (P::B::kSumCols == 16) late += __shfl_xor_sync(~0u, late, bit);
-        }
-        if (i >= lanes || token >= tokens) continue;
-        *reinterpret_cast<uint4*>(shared.x + token * pitch + i * 16) =
-            make_uint4(words[j][0], words[j][1], words[j][2], words[j][3]);
-        constexpr float kStart = Bias == 0 ? 1.0f : -1.0f * Bias;
-        float* starts = shared.starts + i / 4 * (32 / P::B::kSumCols) * P::kTokens + token;
-        if (i % 4 == 0) *starts = kStart * early;
-        if (P::B::kSumCols == 16 && i % 4 == 0) starts[P::kTokens] = kStart * late;
-      }
-    }
-}
-
-// A warp's way through its batches: panel by panel, strip by strip.
+// A warp's way through its batches, panel by panel, strip by strip, a run of a strip's at a time.
 template <class P>
 struct Cursor {
-  int panel = -1, left = 0, strip, batch, batches;
+  int panel = -1, left = 0, strip, batch;  // left in the panel
 
   // Of `strips · batches` units of a panel, warp w takes those from first_of(w) to first_of(w + 1) − 1.
   static __device__ __forceinline__ int first_of(int units, int w) { return units * w / P::kWarps; }
@@ -139,39 +27,65 @@ struct Cursor {
   __device__ __forceinline__ void next_panel(const Split& split, int strips) {
     while (left == 0 && ++panel < split.panels) {
       const int warp = threadIdx.x / 32;
-      batches = batches_of(split, panel);
-      const int begin = first_of(strips * batches, warp);
+      const int batches = batches_of(split, panel), begin = first_of(strips * batches, warp);
       left = first_of(strips * batches, warp + 1) - begin;
       strip = begin / batches, batch = begin % batches;
     }
   }
-  __device__ __forceinline__ bool ends_sum() const { return left == 1 || batch + 1 == batches; }
-  // True if the next batch does not lie behind this one.
-  __device__ __forceinline__ bool advance(const Split& split, int strips) {
-    const bool end = ++batch == batches, last = --left == 0;
-    if (end) batch = 0, ++strip;
-    if (last) next_panel(split, strips);
-    return end || last;
+  __device__ __forceinline__ int tile(const Split& split) const {
+    return panel * split.panel_tiles + batch * P::B::kTiles;
+  }
+  __device__ __forceinline__ int run(const Split& split) const {
+    return min(left, batches_of(split, panel) - batch);
+  }
+  __device__ __forceinline__ void skip_run(const Split& split, int strips) {
+    left -= run(split), batch = 0, ++strip;
+    if (left == 0) next_panel(split, strips);
   }
 };
 
-// What the warps left of a strip, in the order of panels and warps.
+// The slots of warps that have nothing to do, in the middle of a strip. Panels from `first` on.
 template <class P>
-__device__ __forceinline__ float sum_of_slots(const Shared<P>& shared, const Split& split, int strips,
-                                              int strip, int within) {
-  float total = 0;
+__device__ __forceinline__ void clear_slots(const Shared<P>& shared, const Split& split, int strips,
+                                            int first) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 #pragma unroll 1
-  for (int panel = 0; panel < split.panels; ++panel) {
-    const int units = strips * Cursor<P>::batches_of(split, panel);
+  for (int panel = first; panel < min(first + split.staged, split.panels); ++panel) {
+    const int batches = Cursor<P>::batches_of(split, panel), units = strips * batches;
+    const int begin = Cursor<P>::first_of(units, warp);
+    if (units >= P::kWarps || begin < Cursor<P>::first_of(units, warp + 1)) continue;
+    float* const slot = shared.slot(split, strips, panel - first, begin / batches, warp);
+    for (int i = lane; i < split.columns * kStripRows; i += 32) slot[i] = 0;
+  }
+}
+
+// total and what the warps left of a strip, in the order of panels, from `first` on, and of warps.
+template <class P>
+__device__ __forceinline__ float add_slots(float total, const Shared<P>& shared, const Split& split,
+                                           int strips, int first, int strip, int within) {
+  const int count = min(split.panels - first, split.staged);
+#pragma unroll 1
+  for (int panel = 0; panel < count; ++panel) {
     const int2 ends = shared.ends[panel * strips + strip];
+    const float* const slots = shared.slot(split, strips, panel, strip, 0) + within;
     float sum = 0;
-#pragma unroll 1
-    for (int w = ends.x; w <= ends.y; ++w)
-      if (Cursor<P>::first_of(units, w) < Cursor<P>::first_of(units, w + 1))
-        sum += shared.slot(split, strips, panel, strip, w)[within];
+#pragma unroll
+    for (int w = 0; w < P::kWarps; ++w)  // all loads at once
+      sum += w >= ends.x && w <= ends.y ? slots[w * split.columns * kStripRows] : 0.0f;
     total += sum;
   }
   return total;
+}
+
+// Until the oldest of a ring's copies is there.
+template <class P>
+__device__ __forceinline__ void wait_for_slot(int ring) {
+  if (P::kDeepRing == 2 || ring == 2)
+    cp_async_wait<1>();
+  else if (ring == P::kRing)
+    cp_async_wait<P::kRing - 1>();
+  else
+    cp_async_wait<P::kDeepRing - 1>();
 }
 
 template <PackableFormat F, class X, int Tokens>
@@ -196,9 +110,8 @@ __global__ void __launch_bounds__(Plan<F, X, Tokens>::kThreads, Plan<F, X, Token
     let_next_kernel_start();
     pieces.begin(args.routes, split);
   }
-  const uint8_t* const ring = reinterpret_cast<const uint8_t*>(memory) + warp * P::kRingBytes;
+  const uint8_t* const ring = reinterpret_cast<const uint8_t*>(memory) + warp * split.ring * B::kBytes;
   const uint32_t ring_address = shared_address(ring);
-  Copier<F> copier(args.k);
 #pragma unroll 1
   do {
     if (routed) {
@@ -219,61 +132,72 @@ __global__ void __launch_bounds__(Plan<F, X, Tokens>::kThreads, Plan<F, X, Token
     Cursor<P> now, ahead;
     now.next_panel(split, strips);
     ahead = now;
-    int tiles_ahead = 0;
+    Copier<F> copier{};
+    int run_ahead = 0, tiles_ahead = 0;
     const auto aim = [&] {
       if (ahead.panel >= split.panels) return;
-      const int tile = ahead.panel * split.panel_tiles + ahead.batch * B::kTiles;
-      copier.aim(strip_at(ahead.strip), args.k, tile / B::kTiles);
-      tiles_ahead = split.tiles - tile;
+      copier.aim(strip_at(ahead.strip), args.k, ahead.tile(split) / B::kTiles);
+      run_ahead = ahead.run(split), tiles_ahead = split.tiles - ahead.tile(split);
     };
     const auto fetch = [&](int at) {
-      if (ahead.panel < split.panels) {
+      if (run_ahead > 0) {
         copier.copy(ring_address + at, tiles_ahead);
         tiles_ahead -= B::kTiles;
-        if (ahead.advance(split, strips)) aim();
+        if (--run_ahead == 0) {
+          ahead.skip_run(split, strips);
+          aim();
+        }
       }
       cp_async_commit();
     };
     aim();
+    const int ring_end = split.ring * B::kBytes;
 #pragma unroll 1
-    for (int at = 0; at < P::kRingBytes; at += B::kBytes) fetch(at);
+    for (int at = 0; at < ring_end; at += B::kBytes) fetch(at);
     if (!routed) wait_for_previous_kernel();
 
     const int tokens = routed ? pieces.tokens : split.columns;
     float sums[Tokens][4] = {};
-    int at = 0, began = now.batch;
+    int at = 0;
 #pragma unroll 1
     for (int first = 0; first < split.panels; first += split.staged) {
-      if (first > 0) __syncthreads();  // the activations before these are used
-      stage<P, kBias>(shared, x, args.k, split, first, tokens, row_of_x);
+      clear_slots(shared, split, strips, first);
+      stage<P, kBias>(shared, x, args.k, split, first, tokens, row_of_x, !routed && first == 0);
       __syncthreads();
-      if (!routed && first == 0) let_next_kernel_start();  // whose copies would have been in our way
       const int end = min(first + split.staged, split.panels);
       const int token = Tokens == 1 ? 0 : min(lane / 4, split.columns - 1);  // of others nobody takes the sum
       const uint8_t* const own_x = shared.x + token * Shared<P>::x_pitch(split) + lane % 4 * 16;
 #pragma unroll 1
       while (now.panel < end) {
-        cp_async_wait<P::kRing - 1>();
-        __syncwarp();
-        const int batch = (now.panel - first) * (split.panel_tiles / B::kTiles) + now.batch;
-        multiply<F, X, Tokens>(sums, ring + at, own_x + batch * P::kBatchBytes,
-                               shared.starts + batch * P::kSums * Tokens);
-        __syncwarp();
-        fetch(at);
-        if (now.ends_sum()) {
-          finish<Tokens>(sums, shared.slot(split, strips, now.panel, now.strip, warp), split.columns);
-          int2& ends = shared.ends[now.panel * strips + now.strip];
-          if (lane == 0 && began == 0) ends.x = warp;
-          if (lane == 0 && now.batch + 1 == now.batches) ends.y = warp;
-          now.advance(split, strips);
-          began = now.batch;
-        } else {
-          now.advance(split, strips);
+        const int batch = now.tile(split) / B::kTiles - first * (split.panel_tiles / B::kTiles);
+        const uint8_t* x_at = own_x + batch * P::kBatchBytes;
+        const float* starts = shared.starts + batch * P::kSums * Tokens;
+        const int run = now.run(split);
+#pragma unroll 1
+        for (int i = 0; i < run; ++i, x_at += P::kBatchBytes, starts += P::kSums * Tokens) {
+          wait_for_slot<P>(split.ring);
+          __syncwarp();
+          multiply<F, X, Tokens>(sums, ring + at, x_at, starts);
+          __syncwarp();
+          fetch(at);
+          at = at + B::kBytes == ring_end ? 0 : at + B::kBytes;
         }
-        at = at + B::kBytes == P::kRingBytes ? 0 : at + B::kBytes;
+        finish<Tokens>(sums, shared.slot(split, strips, now.panel - first, now.strip, warp), split.columns);
+        int2& ends = shared.ends[(now.panel - first) * strips + now.strip];
+        if (lane == 0 && now.batch == 0) ends.x = warp;
+        if (lane == 0 && now.batch + run == Cursor<P>::batches_of(split, now.panel)) ends.y = warp;
+        now.skip_run(split, strips);
       }
+      __syncthreads();
+      if (end == split.panels && first == 0) break;
+#pragma unroll 1
+      for (int i = threadIdx.x; i < strips * split.columns * kStripRows; i += P::kThreads) {
+        const int strip = i / (split.columns * kStripRows), within = i % (split.columns * kStripRows);
+        const float before = first == 0 ? 0.0f : shared.totals[i];
+        shared.totals[i] = add_slots(before, shared, split, strips, first, strip, within);
+      }
+      __syncthreads();  // the slots are read, the activations used
     }
-    __syncthreads();
 
 #pragma unroll 1
     for (int i = threadIdx.x; i < (strips >> gated) * Tokens * kStripRows; i += P::kThreads) {
@@ -284,7 +208,9 @@ __global__ void __launch_bounds__(Plan<F, X, Tokens>::kThreads, Plan<F, X, Token
 #pragma unroll 1
       for (int strip = own << gated; strip < (own + 1) << gated; ++strip) {
         if (strip > own << gated) factor = silu(sum);
-        sum = sum_of_slots(shared, split, strips, strip, token * kStripRows + row);
+        const int within = token * kStripRows + row;
+        sum = split.panels <= split.staged ? add_slots(0, shared, split, strips, 0, strip, within)
+                                           : shared.totals[strip * split.columns * kStripRows + within];
         if (sum != sum)
           sum = packed_gemm::dot_decoded<F>(strip_at(strip), row, x + row_of_x(token) * args.k, args.k);
       }
@@ -310,7 +236,7 @@ __global__ void __launch_bounds__(Plan<F, X, Tokens>::kThreads, Plan<F, X, Token
 template <class P>
 bool plan(Split& split, int strips, int limit) {
   Split eight = split;
-  eight.columns = P::kPlannedTokens, eight.staged = 1;
+  eight.columns = P::kPlannedTokens, eight.staged = 1, eight.ring = 2;
   const int batches = (split.tiles + P::B::kTiles - 1) / P::B::kTiles;
   for (int panels = batches > 0 ? 1 : 0; panels <= batches; ++panels) {
     const int each = panels > 0 ? (batches + panels - 1) / panels : 0;
@@ -346,6 +272,9 @@ cudaError_t launch(const GemmPackedArgs& args, const Device& device, cudaStream_
   }
   if (blocks == 0) return cudaErrorNotSupported;
   split.each = split.strips / blocks, split.more = split.strips % blocks;
+  const bool long_work = int64_t{split.each} * P::B::L::strip_bytes(args.k) << gated >= P::kLongWork;
+  split.ring = long_work ? P::kDeepRing : P::kRing;
+  if (Shared<P>::bytes(split, strips) > limit) split.ring = 2;
   split.pieces_at = static_cast<int>((Shared<P>::bytes(split, strips) + 15) / 16 * 16);
   const int bytes = split.pieces_at + pieces_bytes;
 

@@ -28,29 +28,34 @@ template <PackableFormat F>
 struct Copier {
   using B = Batch<F>;
   using L = PackedLayout<F>;
-  int64_t head_at = 0;  // of the lane's piece of heads, from the strip's begin
-  int head_step = 0, head_record = 0, lane_at;
   bytes_ptr low, high, heads;
 
-  __device__ __forceinline__ explicit Copier(int64_t k) {
-    const int lane = threadIdx.x % 32;
-    lane_at = 16 * lane;
+  // Of the lane's chunk of heads: the begin of its piece, the piece's size, and its place in it.
+  struct HeadChunk {
+    int first = 0, size = L::piece_bytes(0), at;
+    __device__ __forceinline__ HeadChunk() {
+      at = static_cast<int>(threadIdx.x % 32);
 #pragma unroll
-    for (int first = 0; first < L::kRecordBytes; first += L::piece_bytes(first)) {
-      const int size = L::piece_bytes(first), chunk = lane - first * B::kRecords;
-      if (first > 0 && chunk < 0) continue;
-      head_at = L::piece_at(k, first) + 16 * chunk;
-      head_step = B::kRecords * kStripRows * size, head_record = chunk / size;
+      for (int next = size; next < L::kRecordBytes; next += L::piece_bytes(next))
+        if (static_cast<int>(threadIdx.x % 32) >= next * B::kRecords)
+          first = next, size = L::piece_bytes(next);
+      at -= first * B::kRecords;
     }
-  }
+    __device__ __forceinline__ int step() const { return B::kRecords * kStripRows * size; }
+  };
   __device__ __forceinline__ void aim(bytes_ptr strip, int64_t k, int batch) {
+    const HeadChunk chunk;
+    const int lane_at = 16 * static_cast<int>(threadIdx.x % 32);
     low = strip + lane_at + int64_t{batch} * B::kHighAt;
     high = strip + lane_at + L::high_at(k) + int64_t{batch} * (B::kHeadsAt - B::kHighAt);
-    heads = strip + head_at + int64_t{batch} * head_step;
+    heads = strip + L::heads_at(k) + L::spans(k) * kStripRows * chunk.first + 16 * chunk.at +
+            int64_t{batch} * chunk.step();
   }
   // The next batch. What is behind the strip's last tile, `left` from here, becomes zero: its scales must be
   // finite.
   __device__ __forceinline__ void copy(uint32_t slot, int left) {
+    const HeadChunk chunk;
+    const int lane_at = 16 * static_cast<int>(threadIdx.x % 32);
     slot += lane_at;
     if (left >= B::kTiles) {
 #pragma unroll
@@ -68,9 +73,9 @@ struct Copier {
       for (int i = 0; i < L::kHighBits; ++i)
         cp_async16(slot + B::kHighAt + 512 * i, high + 512 * i, valid(i, L::kHighTile));
       if (lane_at < 16 * B::kHeadChunks)
-        cp_async16(slot + B::kHeadsAt, heads, head_record * L::kSpan < left * kTileCols ? 16 : 0);
+        cp_async16(slot + B::kHeadsAt, heads, chunk.at / chunk.size * L::kSpan < left * kTileCols ? 16 : 0);
     }
-    low += B::kHighAt, heads += head_step;
+    low += B::kHighAt, heads += chunk.step();
     if constexpr (L::kHighBits > 0) high += B::kHeadsAt - B::kHighAt;
   }
 };
