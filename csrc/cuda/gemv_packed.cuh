@@ -94,7 +94,7 @@ __global__ void __launch_bounds__(Plan<F, X, Tokens>::kThreads, Plan<F, X, Token
   using P = Plan<F, X, Tokens>;
   using B = typename P::B;
   using L = PackedLayout<F>;
-  constexpr int kBias = PackedFragment<F, X, false>::kBias;
+  constexpr int kBias = Fragment<F, X>::kBias;
   extern __shared__ uint4 memory[];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int64_t strip_bytes = L::strip_bytes(args.k);
@@ -166,6 +166,7 @@ __global__ void __launch_bounds__(Plan<F, X, Tokens>::kThreads, Plan<F, X, Token
       __syncthreads();
       const int end = min(first + split.staged, split.panels);
       const int token = Tokens == 1 ? 0 : min(lane / 4, split.columns - 1);  // of others nobody takes the sum
+      const uint8_t* const zeros = shared.x + Shared<P>::x_pitch(split) - P::kBatchBytes;  // one token's
       const uint8_t* const own_x = shared.x + token * Shared<P>::x_pitch(split) + lane % 4 * 16;
 #pragma unroll 1
       while (now.panel < end) {
@@ -177,7 +178,7 @@ __global__ void __launch_bounds__(Plan<F, X, Tokens>::kThreads, Plan<F, X, Token
         for (int i = 0; i < run; ++i, x_at += P::kBatchBytes, starts += P::kSums * Tokens) {
           wait_for_slot<P>(split.ring);
           __syncwarp();
-          multiply<F, X, Tokens>(sums, ring + at, x_at, starts);
+          multiply<F, X, Tokens>(sums, ring + at, x_at, zeros, starts);
           __syncwarp();
           fetch(at);
           at = at + B::kBytes == ring_end ? 0 : at + B::kBytes;

@@ -141,12 +141,16 @@ struct OwnAffines {
     record.load(slot + B::kHeadsAt, (u * 8 + 2 * c) * B::kSumCols / L::kSpan);
     constexpr float kOffsetFactor = Bias == 0 ? 1.0f : -1.0f / Bias;  // offsets meet − bias · Σ x
     static_assert(!F::kOffset || (Bias & (Bias - 1)) == 0);           // exact
-    if constexpr (TwoLevelFormat<F>) {
+    if constexpr (TwoLevelFormat<F> || ByteScales<F>) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const HeadBlock<F> block(record, 0, half);
         const Affine factors = F::factors(block.bytes);
-        const uint64_t scales = F::scale_codes(block.bytes, u);
+        uint64_t scales;
+        if constexpr (TwoLevelFormat<F>)
+          scales = F::scale_codes(block.bytes, u);
+        else
+          scales = F::scale_bytes(block.bytes, u);
         const uint32_t four = static_cast<uint32_t>(c < 2 ? scales : scales >> 32);
         uint32_t four_offsets = 0;
         if constexpr (F::kOffset) {
@@ -189,15 +193,40 @@ struct OwnAffines {
   }
 };
 
+// The A fragment of a step. Four-bit floats are 16-bit ones but for their exponent: a power of two.
+template <PackableFormat F, class T>
+struct Fragment : PackedFragment<F, T, false> {};
+template <PackableFormat F, class T>
+  requires MiniFloats<F>
+struct Fragment<F, T> {
+  static constexpr int kBias = 0;
+  static constexpr bool kHalf = std::is_same_v<T, Half>;
+  static constexpr int kAt = kHalf ? 9 : 6;  // of the lowest bit
+
+  static __device__ __forceinline__ void make(const SlotTile<F>& tile, int, int s, uint32_t (&a)[4]) {
+    using Low = PackedField<4>;
+    const uint32_t word = tile.low[0][Low::word(s, 0)];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const uint32_t sign = shift_right(word, 4 * j - 12) & 0x80008000u;
+      a[j] = masked_or(shift_right(word, 4 * j - kAt), 0x00070007u << kAt, sign);
+      if constexpr (kHalf)
+        asm("fma.rn.f16x2 %0, %0, %1, %2;" : "+r"(a[j]) : "r"(0x78007800u), "r"(0x80008000u));
+      else
+        asm("fma.rn.bf16x2 %0, %0, %1, %2;" : "+r"(a[j]) : "r"(0x7f007f00u), "r"(0x80008000u));
+    }
+  }
+};
+
 // A batch's activations as B fragments: x is the lane's place among those of its token, [groups of 32][4]
-// uint4 of two steps; starts, − bias · Σ x of groups, [groups][Tokens].
+// uint4 of two steps, and `zeros` one of so many zeros; starts, − bias · Σ x of groups, [groups][Tokens].
 // sums[i]: one token: those of groups 2c and 2c + 1 of units (elements 0, 1), rows r and r + 8 (0, 2);
 // eight: of group i, tokens 2c and 2c + 1.
 template <PackableFormat F, class T, int Tokens>
 __device__ __forceinline__ void multiply(float (&sums)[Tokens][4], const uint8_t* slot, const uint8_t* x,
-                                         const float* starts) {
+                                         const uint8_t* zeros, const float* starts) {
   using B = Batch<F>;
-  using Fragment = PackedFragment<F, T, false>;
+  using Fragment = Fragment<F, T>;
   static_assert(Tokens == 1 || Tokens == 8);
   constexpr int kColumns = 8 / Tokens;  // groups in the columns of a product
   constexpr bool kStarts = Fragment::kBias != 0 || F::kOffset;
@@ -212,15 +241,15 @@ __device__ __forceinline__ void multiply(float (&sums)[Tokens][4], const uint8_t
 #pragma unroll
     for (int g = 0; g < 8; ++g) {
       const int column = g % kColumns, chain = 2 * column / kColumns;
+      const uint8_t* const from = kColumns == 1 || r == column ? x : zeros;
+      if constexpr (B::kSumSteps == 2) {
+        const uint4 v = *reinterpret_cast<const uint4*>(from + (u * 8 + g) * 64);
+        b[0] = v.x, b[1] = v.y, b[2] = v.z, b[3] = v.w;
+      } else {
+        const uint2 v = *reinterpret_cast<const uint2*>(from + (u * 8 + g) / 2 * 64 + g % 2 * 8);
+        b[0] = v.x, b[1] = v.y;
+      }
       if (column == 0) {
-        const int own = u * 8 + g + (Tokens == 1 ? r : 0);
-        if constexpr (B::kSumSteps == 2) {
-          const uint4 v = *reinterpret_cast<const uint4*>(x + own * 64);
-          b[0] = v.x, b[1] = v.y, b[2] = v.z, b[3] = v.w;
-        } else {
-          const uint2 v = *reinterpret_cast<const uint2*>(x + own / 2 * 64 + own % 2 * 8);
-          b[0] = v.x, b[1] = v.y;
-        }
         if constexpr (kStarts)
           start = *reinterpret_cast<const float2*>(starts + (u * 8 + g) * Tokens + 2 * c);
         const float2 v = Fragment::kBias != 0 ? start : make_float2(0, 0);
@@ -228,14 +257,13 @@ __device__ __forceinline__ void multiply(float (&sums)[Tokens][4], const uint8_t
         for (int i = 0; i < (kColumns > 1 ? 2 : 1); ++i)
           parts[i][0] = parts[i][2] = v.x, parts[i][1] = parts[i][3] = v.y;
       }
-      const bool mine = kColumns == 1 || r == column;
 #pragma unroll
       for (int i = 0; i < B::kSumSteps; ++i) {
         const int step = (u * 8 + g) * B::kSumSteps + i;
         if (step % 4 == 0) tile.load(slot, step / 4);
         uint32_t a[4];
         Fragment::make(tile, 0, step % 4, a);
-        mma_16x8x16(parts[chain], a, mine ? b[2 * i] : 0, mine ? b[2 * i + 1] : 0, T{});
+        mma_16x8x16(parts[chain], a, b[2 * i], b[2 * i + 1], T{});
       }
       if (column + 1 < kColumns) continue;
 #pragma unroll

@@ -48,8 +48,11 @@ struct Shared {
   static __host__ __device__ int batches(const Split& split) {
     return split.panel_tiles / P::B::kTiles * panels(split);
   }
-  // Half of what all banks hold remains: two tokens that are read together lie in different banks.
-  static __host__ __device__ int x_pitch(const Split& split) { return batches(split) * P::kBatchBytes + 64; }
+  // Half of what all banks hold remains: two tokens that are read together lie in different banks. One token
+  // has a batch of zeros behind it.
+  static __host__ __device__ int x_pitch(const Split& split) {
+    return batches(split) * P::kBatchBytes + (P::kTokens == 1 ? P::kBatchBytes : 64);
+  }
   static __host__ __device__ int64_t bytes(const Split& split, int strips) {
     return int64_t{split.ring} * P::kSlots + int64_t{split.columns} * x_pitch(split) +
            batches(split) * P::kSumBytes * P::kTokens +
@@ -78,6 +81,8 @@ __device__ __forceinline__ void stage(const Shared<P>& shared, const X* x, int64
   constexpr int kNext = P::kTokens == 1 ? P::kThreads : 0, kNextToken = P::kTokens == 1 ? 0 : 1;
   const int tiles = (split.tiles + 3) / 4 * 4 - first * split.panel_tiles;
   const int lanes = 8 * min(tiles, split.staged * split.panel_tiles), pitch = Shared<P>::x_pitch(split);
+  if (P::kTokens == 1 && threadIdx.x < P::kBatchBytes / 16)
+    *reinterpret_cast<uint4*>(shared.x + pitch - P::kBatchBytes + threadIdx.x * 16) = make_uint4(0, 0, 0, 0);
   const int64_t first_col = int64_t{first} * split.panel_tiles * kTileCols;
 #pragma unroll 1
   for (int base = threadIdx.x; base - static_cast<int>(threadIdx.x % 32) < lanes;
