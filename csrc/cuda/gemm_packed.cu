@@ -64,9 +64,11 @@ cudaError_t launch_gemv_packed(const GemmPackedArgs& args, cudaStream_t stream) 
   constexpr int64_t kTokens = 8;
   const bool half = args.type == Real::kFloat16, routed = args.routes.ids != nullptr;
   const auto launch = [&](const GemmPackedArgs& pass) {
-    if (pass.m == 1 && !routed)
-      return (half ? packed_gemv::launch_f16_1 : packed_gemv::launch_bf16_1)(pass, stream);
-    return (half ? packed_gemv::launch_f16_8 : packed_gemv::launch_bf16_8)(pass, stream);
+    const bool one = pass.m == 1 && !routed;
+    const auto gemv = one ? (half ? packed_gemv::launch_f16_1 : packed_gemv::launch_bf16_1)
+                          : (half ? packed_gemv::launch_f16_8 : packed_gemv::launch_bf16_8);
+    const cudaError_t status = gemv(pass, stream);  // its rings may be too large for small shared memory
+    return status == cudaErrorNotSupported ? launch_mma_packed(pass, stream) : status;
   };
   if (routed) return args.routes.tile <= kTokens ? launch(args) : cudaErrorNotSupported;  // groups are passes
   cudaError_t status = cudaSuccess;

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT
-// y[m, n] = x · wᵀ + bias for a few tokens, w packed: every weight goes from memory straight into the
-// registers of the lane whose tensor core fragment it is in. A thread block owns some strips of 16 rows;
-// its warps share their batches of tiles evenly, in order, so that a warp meets few strips and leaves one
-// sum of each in shared memory, and there is no barrier but at panels: runs of columns whose
+// y[m, n] = x · wᵀ + bias for some tokens, or a few of float32, w packed: every weight goes from memory
+// straight into the registers of the lane whose tensor core fragment it is in. A thread block owns some
+// strips of 16 rows; its warps share their batches of tiles evenly, in order, so that a warp meets few strips
+// and leaves one sum of each in shared memory, and there is no barrier but at panels: runs of columns whose
 // activations fit in shared memory, laid there as B fragments, with − kBias · Σ x of each group.
 // Products are of bare codes; float32 scales meet the sums of groups. Limit: reading the weights.
 #pragma once

@@ -2,9 +2,9 @@
 // y[m, n] = x · wᵀ + bias for up to eight tokens, w packed. Limit: reading the weights. A thread block owns
 // some strips of 16 rows; its warps share their batches of 256 columns evenly, in order, so that a warp meets
 // few strips and leaves one sum of each in shared memory. Each warp keeps copies of its next batches under
-// way in a ring of its own, from before the previous kernel ends. One token takes half a multiprocessor: the
-// next kernel's ring fills meanwhile. How work is divided does not depend on the tokens, so rows of y are
-// the same in any batch; panels, runs of columns whose activations fit in shared memory, are eight tokens'.
+// way in a ring of its own, from before the previous kernel ends. How work is divided does not depend on the
+// tokens, so rows of y are the same in any batch; panels, runs of columns whose activations fit in shared
+// memory, are those of eight tokens.
 #pragma once
 #include "gemv_packed_stage.cuh"
 #include "launch.h"
@@ -89,7 +89,7 @@ __device__ __forceinline__ void wait_for_slot(int ring) {
 }
 
 template <PackableFormat F, class X, int Tokens>
-__global__ void __launch_bounds__(Plan<F, X, Tokens>::kThreads, Plan<F, X, Tokens>::kBlocks)
+__global__ void __launch_bounds__(Plan<F, X, Tokens>::kThreads, 1)
     gemv_kernel(const __grid_constant__ GemmPackedArgs args, const __grid_constant__ Split split) {
   using P = Plan<F, X, Tokens>;
   using B = typename P::B;

@@ -21,15 +21,12 @@ struct Plan {
   using Eight = Plan<F, X, 8>;
   static constexpr int kTokens = Tokens, kPlannedTokens = 8, kMostStrips = 64, kFewestBatches = 4;
   static constexpr int kWarps = 32 * B::kBytes <= 110000 ? 16 : 12, kThreads = 32 * kWarps;
-  // Slots of a ring: so that two blocks fit a multiprocessor, with activations beside the rings, or, where
-  // the time between two kernels matters less, more.
-  static constexpr int kSlots = kWarps * B::kBytes;
-  static constexpr int kRing = Tokens > 1 || 90112 / kSlots < 2 ? 2 : 90112 / kSlots > 4 ? 4 : 90112 / kSlots;
-  static constexpr int kDeepRing =
-      Tokens == 1 && kRing < 4 && (kRing + 1) * kSlots < 165000 ? kRing + 1 : kRing;
-  static constexpr int kLongWork = 600000;                                         // bytes of a block
-  static constexpr int kBlocks = Tokens == 1 && kRing * kSlots <= 104448 ? 2 : 1;  // of a multiprocessor
-  static constexpr int kSums = B::kCols / B::kSumCols;                             // of a batch
+  // Slots of a ring. More bytes on their way cost time before the first product, and gain some in long work.
+  static constexpr int kSlots = kWarps * B::kBytes, kMany = 115000 / kSlots;
+  static constexpr int kRing = Tokens > 1 || kMany < 2 ? 2 : kMany > 4 ? 4 : kMany;
+  static constexpr int kDeepRing = Tokens == 1 && kRing == 2 && 3 * kSlots < 165000 ? 3 : kRing;
+  static constexpr int kLongWork = 400000;              // bytes of a block
+  static constexpr int kSums = B::kCols / B::kSumCols;  // of a batch
   // Shared memory of a batch of activations, and of a strip's sums, per token.
   static constexpr int kBatchBytes = 2 * B::kCols, kSumBytes = 4 * kSums, kStripBytes = 4 * kStripRows;
 };
@@ -45,6 +42,9 @@ struct Shared {
   static __host__ __device__ int panels(const Split& split) {
     return split.panels < split.staged ? split.panels : split.staged;
   }
+  static __host__ __device__ int total_floats(const Split& split, int strips) {
+    return split.panels > split.staged ? strips * split.columns * kStripRows : 0;
+  }
   static __host__ __device__ int batches(const Split& split) {
     return split.panel_tiles / P::B::kTiles * panels(split);
   }
@@ -57,7 +57,7 @@ struct Shared {
     return int64_t{split.ring} * P::kSlots + int64_t{split.columns} * x_pitch(split) +
            batches(split) * P::kSumBytes * P::kTokens +
            int64_t{panels(split)} * (8 * strips + (strips + P::kWarps - 1) * P::kStripBytes * split.columns) +
-           strips * P::kStripBytes * split.columns;
+           total_floats(split, strips) * 4;
   }
   __device__ Shared(uint4* base, const Split& split, int strips) {
     ring = reinterpret_cast<uint8_t*>(base);
@@ -65,7 +65,7 @@ struct Shared {
     starts = reinterpret_cast<float*>(x + split.columns * x_pitch(split));
     slots = starts + batches(split) * P::kSums * P::kTokens;
     totals = slots + panels(split) * (strips + P::kWarps - 1) * split.columns * kStripRows;
-    ends = reinterpret_cast<int2*>(totals + strips * split.columns * kStripRows);
+    ends = reinterpret_cast<int2*>(totals + total_floats(split, strips));
   }
   __device__ float* slot(const Split& split, int strips, int panel, int strip, int warp) const {
     return slots + (panel * (strips + P::kWarps - 1) + strip + warp) * split.columns * kStripRows;
