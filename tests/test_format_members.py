@@ -78,6 +78,23 @@ int main() {
         }
       }
     }
+    if constexpr (ByteScales<F>)
+      for (int trial = 0; trial < 500; ++trial) {
+        alignas(16) uint8_t block[512];
+        for (uint8_t& byte : block) byte = static_cast<uint8_t>(random());
+        block[F::kBytes - 1] = block[1] = 0x35;  // where d's exponent lies: no NaN
+        for (int g = 0; g < F::kElems / F::kGroup; ++g) {
+          const uint64_t eight = F::scale_bytes(block, g / 8) >> (8 * (g % 8));
+          const float scale = F::factors(block).scale * static_cast<int8_t>(eight & 0xff);
+          ++checked, wrong += scale != F::affine(block, g).scale;
+        }
+      }
+    if constexpr (MiniFloats<F>)
+      for (int code = 0; code < 16; ++code) {  // sign, two bits of exponent, one more
+        const int e = code >> 1 & 3, one = code & 1, twice = e == 0 ? one : (2 + one) << (e - 1);
+        const int level = byte_at(F::levels(static_cast<uint32_t>(code)), 0);
+        ++checked, wrong += level != (code & 8 ? -twice : twice);
+      }
     if (checked > 0) std::printf("%s %d\\n", F::kName, wrong);
   });
 }
@@ -95,6 +112,6 @@ def test_tables_and_strided_codes(tmp_path: Path) -> None:
     assert built.returncode == 0, built.stderr[-2000:]
     lines = subprocess.run([program], capture_output=True, text=True, check=True).stdout.split("\n")
     wrong = dict(line.split() for line in lines if line)
-    known = "IQ1_S IQ1_M IQ2_XXS IQ2_XS IQ2_S IQ3_XXS IQ3_S Q1_0 Q2_0"
+    known = "IQ1_S IQ1_M IQ2_XXS IQ2_XS IQ2_S IQ3_XXS IQ3_S Q1_0 Q2_0 Q3_K IQ4_XS MXFP4 NVFP4"
     assert set(known.split()) <= set(wrong)
     assert set(wrong.values()) == {"0"}, wrong

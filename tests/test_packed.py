@@ -216,14 +216,14 @@ def test_infinite_and_nan_activations(fmt: Format, device: str) -> None:
 
 
 @pytest.mark.cuda
-def test_gemv_rows_do_not_depend_on_the_batch() -> None:
-    fmt = FORMATS[QType.Q4_K]
-    for n, k in ((300, 4096), (64, 14336)):
+@by_name
+def test_gemv_rows_do_not_depend_on_the_batch(fmt: Format) -> None:
+    for n, k in ((300, 4096), (64, 14336), (40, 1024 + fmt.block_elems)):
         packed = ops.pack(random_weights(fmt, n, k, "cuda")[0], fmt.type_id)
-        for dtype in (torch.float32, torch.float16):
+        for dtype in (torch.float32, torch.float16, torch.bfloat16):
             x = random_x(8, k, dtype=dtype, device="cuda")
             whole = ops.gemm_packed(x, packed, fmt.type_id, n, k, None, "gemv")
-            for i, m in ((0, 1), (2, 3), (3, 5)):
+            for i, m in ((0, 1), (2, 3), (3, 5), (7, 1)):
                 part = ops.gemm_packed(x[i : i + m], packed, fmt.type_id, n, k, None, "gemv")
                 assert torch.equal(part, whole[i : i + m])
             again = ops.gemm_packed(x, packed, fmt.type_id, n, k, None, "gemv")

@@ -5,6 +5,7 @@
 
 #include "dependent_launch.cuh"
 #include "expert_routes.cuh"
+#include "gemv_packed.h"
 
 namespace quantgemm {
 namespace {
@@ -57,13 +58,31 @@ cudaError_t launch_wgmma_and_finish(const GemmPackedArgs& args, cudaStream_t str
   return status != cudaSuccess || finished ? status : launch_finish(args, stream);
 }
 
+// Any m, in passes of eight tokens.
 cudaError_t launch_gemv_packed(const GemmPackedArgs& args, cudaStream_t stream) {
-  switch (args.type) {
-    case Real::kFloat32: return packed_gemm::launch_f32_8(args, stream);
-    case Real::kFloat16: return packed_gemm::launch_f16_8(args, stream);
-    case Real::kBFloat16: return packed_gemm::launch_bf16_8(args, stream);
+  if (args.type == Real::kFloat32) return packed_gemm::launch_f32_8(args, stream);
+  constexpr int64_t kTokens = 8;
+  const bool half = args.type == Real::kFloat16, routed = args.routes.ids != nullptr;
+  const auto launch = [&](const GemmPackedArgs& pass) {
+    const bool one = pass.m == 1 && !routed;
+    const auto gemv = one ? (half ? packed_gemv::launch_f16_1 : packed_gemv::launch_bf16_1)
+                          : (half ? packed_gemv::launch_f16_8 : packed_gemv::launch_bf16_8);
+    const cudaError_t status = gemv(pass, stream);  // its rings may be too large for small shared memory
+    return status == cudaErrorNotSupported ? launch_mma_packed(pass, stream) : status;
+  };
+  if (routed) return args.routes.tile <= kTokens ? launch(args) : cudaErrorNotSupported;  // groups are passes
+  cudaError_t status = cudaSuccess;
+  for (int64_t token = 0; token < args.m && status == cudaSuccess; token += kTokens) {
+    const auto at = [&](const void* rows, int64_t cols) {
+      return rows == nullptr ? nullptr : static_cast<const uint8_t*>(rows) + 2 * token * cols;
+    };
+    GemmPackedArgs pass = args;
+    pass.m = args.m - token < kTokens ? args.m - token : kTokens;
+    pass.x = at(args.x, args.k), pass.residual = at(args.residual, args.n);
+    pass.y = static_cast<uint8_t*>(args.y) + 2 * token * args.n;
+    status = launch(pass);
   }
-  return cudaErrorInvalidValue;
+  return status;
 }
 
 cudaError_t launch_mma_packed(const GemmPackedArgs& args, cudaStream_t stream) {

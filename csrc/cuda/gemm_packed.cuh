@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT
-// y[m, n] = x · wᵀ + bias for a few tokens, w packed: every weight goes from memory straight into the
-// registers of the lane whose tensor core fragment it is in. A thread block owns some strips of 16 rows;
-// its warps share their batches of tiles evenly, in order, so that a warp meets few strips and leaves one
-// sum of each in shared memory, and there is no barrier but at panels: runs of columns whose
+// y[m, n] = x · wᵀ + bias for some tokens, or a few of float32, w packed: every weight goes from memory
+// straight into the registers of the lane whose tensor core fragment it is in. A thread block owns some
+// strips of 16 rows; its warps share their batches of tiles evenly, in order, so that a warp meets few strips
+// and leaves one sum of each in shared memory, and there is no barrier but at panels: runs of columns whose
 // activations fit in shared memory, laid there as B fragments, with − kBias · Σ x of each group.
 // Products are of bare codes; float32 scales meet the sums of groups. Limit: reading the weights.
 #pragma once
@@ -125,15 +125,6 @@ __device__ __forceinline__ float sum_of_slots(const Shared<P>& shared, const Spl
   for (int w = first; w <= last; ++w)
     if (units * w / P::kWarps < units * (w + 1) / P::kWarps)
       sum += shared.slots[(strip + w) * split.columns * kStripRows + within];
-  return sum;
-}
-
-// One output from decoded weights. Infinity less infinity, where the bias is taken back, is not what the
-// weights say: a sum that came out as NaN is computed again this way.
-template <PackableFormat F, class X>
-__device__ __noinline__ float dot_decoded(bytes_ptr strip, int row, const X* x, int64_t k) {
-  float sum = 0;
-  for (int64_t e = 0; e < k; ++e) sum += to_float(x[e]) * packed_weight<F>(strip, k, row, e);
   return sum;
 }
 

@@ -11,8 +11,6 @@ cudaError_t launch_finish(const GemmPackedArgs& args, cudaStream_t stream);
 namespace quantgemm::packed_gemm {
 
 cudaError_t launch_f32_8(const GemmPackedArgs& args, cudaStream_t stream);
-cudaError_t launch_f16_8(const GemmPackedArgs& args, cudaStream_t stream);
-cudaError_t launch_bf16_8(const GemmPackedArgs& args, cudaStream_t stream);
 cudaError_t launch_f16_16(const GemmPackedArgs& args, cudaStream_t stream);
 cudaError_t launch_bf16_16(const GemmPackedArgs& args, cudaStream_t stream);
 cudaError_t launch_f32_32(const GemmPackedArgs& args, cudaStream_t stream);

@@ -126,4 +126,13 @@ __device__ __forceinline__ void stage(const Shared<P>& shared, const X* x, int64
   }
 }
 
+// One output from decoded weights. Infinity less infinity, where the bias is taken back, is not what the
+// weights say: a sum that came out as NaN is computed again this way.
+template <PackableFormat F, class X>
+__device__ __noinline__ float dot_decoded(bytes_ptr strip, int row, const X* x, int64_t k) {
+  float sum = 0;
+  for (int64_t e = 0; e < k; ++e) sum += to_float(x[e]) * packed_weight<F>(strip, k, row, e);
+  return sum;
+}
+
 }  // namespace quantgemm::packed_gemm

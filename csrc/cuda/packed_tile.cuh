@@ -114,7 +114,8 @@ struct HeadBlock {
   using L = PackedLayout<F>;
   alignas(16) uint8_t bytes[(F::kBytes + 15) / 16 * 16];
 
-  __device__ __forceinline__ HeadBlock(const PackedBatch<F>& batch, int col, int half) {
+  template <class Batch>
+  __device__ __forceinline__ HeadBlock(const Batch& batch, int col, int half) {
     constexpr int kUnit = PackedBatch<F>::kUnit;
     using Unit = std::conditional_t<kUnit == 4, uint32_t, std::conditional_t<kUnit == 2, uint16_t, uint8_t>>;
 #pragma unroll
@@ -210,8 +211,8 @@ struct PackedFragment {
   static constexpr bool kTakenBack = kAdded != 0 && (Exact || (kHalf && kBytes));
   static constexpr int kBias = kTakenBack ? 0 : kAdded;
 
-  static __device__ __forceinline__ void make(const PackedBatch<F>& batch, int tile, int s,
-                                              uint32_t (&a)[4]) {
+  template <class Batch>
+  static __device__ __forceinline__ void make(const Batch& batch, int tile, int s, uint32_t (&a)[4]) {
     if constexpr (kBytes) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {

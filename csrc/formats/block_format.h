@@ -122,6 +122,17 @@ concept TwoLevelFormat = BlockFormat<F> && requires(bytes_ptr block, int i) {
   { F::scale_codes(block, i) } -> std::same_as<uint64_t>;
 };
 
+// The same where only a lane that wants one or two of the eight gains by it.
+template <class F>
+concept ByteScales = BlockFormat<F> && !F::kOffset && requires(bytes_ptr block, int i) {
+  { F::factors(block) } -> std::same_as<Affine>;
+  { F::scale_bytes(block, i) } -> std::same_as<uint64_t>;
+};
+
+// Levels that are twice a float of four bits, sign, two of exponent and one more, may say so.
+template <class F>
+concept MiniFloats = LevelFormat<F> && requires { requires F::kMiniFloat; };
+
 // Where a code is exactly kCodeBits bits and all other bits are whole bytes, the head (scales, offsets),
 // a format may say so and gets a packed form (packed.h). Base class of such a format: its head is
 // the bytes from HeadAt on. place(block, i, four) is the way back from stored_codes: it ORs the codes

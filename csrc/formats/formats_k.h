@@ -44,6 +44,15 @@ struct Q3_K : Packs<3, 96> {
               high = (scales[8 + (g & 3)] >> (2 * (g >> 2))) & 3;
     return {half_to_float(load<uint16_t, 2>(b + 108)) * static_cast<float>((low | high << 4) - 32), 0};
   }
+  QG_HD static Affine factors(bytes_ptr b) { return {half_to_float(load<uint16_t, 2>(b + 108)), 0}; }
+  QG_HD static uint64_t scale_bytes(bytes_ptr b, int i) {
+    const uint32_t pairs = load<uint32_t, 2>(b + 104) >> (4 * i);
+    const auto scale = [&](int word) {
+      const uint32_t low = (load<uint32_t, 2>(b + 96 + 4 * word) >> (4 * i)) & 0x0f0f0f0fu;
+      return sub_bytes(low | ((pairs >> (2 * word)) & 0x03030303u) << 4, broadcast_byte(32));
+    };
+    return scale(0) | static_cast<uint64_t>(scale(1)) << 32;
+  }
   QG_HD static uint32_t codes(bytes_ptr b, int i) {
     const uint32_t third = (load<uint32_t, 2>(b + 4 * (i & 7)) >> (i >> 3)) & 0x01010101u;
     return planes_of_128<2>(b + 32, i) | (third << 2);
@@ -154,6 +163,18 @@ struct IQ4_XS : Packs<4> {
   QG_HD static Affine affine(bytes_ptr b, int g) {
     const int low = (b[4 + (g >> 1)] >> (4 * (g & 1))) & 15, high = (load<uint16_t, 2>(b + 2) >> (2 * g)) & 3;
     return {half_to_float(load<uint16_t, 2>(b)) * static_cast<float>((low | high << 4) - 32), 0};
+  }
+  QG_HD static Affine factors(bytes_ptr b) { return {half_to_float(load<uint16_t, 2>(b)), 0}; }
+  QG_HD static uint64_t scale_bytes(bytes_ptr b, int) {
+    const uint32_t pairs = load<uint16_t, 2>(b + 2);
+    const auto scale = [&](int word) {  // nibbles of two bytes, and pairs of bits, to a byte each
+      const uint32_t two = load<uint16_t, 2>(b + 4 + 2 * word), apart = (two & 0xffu) | (two & 0xff00u) << 8;
+      const uint32_t low = (apart & 0x000f000fu) | (apart & 0x00f000f0u) << 4;
+      const uint32_t four = pairs >> (8 * word), spread = (four & 15u) | (four & 0xf0u) << 12;
+      const uint32_t high = (spread & 0x00030003u) | (spread & 0x000c000cu) << 6;
+      return sub_bytes(low | high << 4, broadcast_byte(32));
+    };
+    return scale(0) | static_cast<uint64_t>(scale(1)) << 32;
   }
   QG_HD static uint32_t nibbles(bytes_ptr b, int i) { return nibbles_of_32<8>(b + 8 + 16 * (i >> 3), i & 7); }
   QG_HD static uint32_t levels(uint32_t four) { return iq4_levels(four); }

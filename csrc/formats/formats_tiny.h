@@ -15,7 +15,7 @@ QG_HD uint32_t fp4_levels_doubled(uint32_t nibbles) {
 struct MXFP4 : Packs<4> {
   static constexpr int kType = 39, kElems = 32, kBytes = 17, kGroup = 32, kLargest = 12;
   static constexpr const char* kName = "MXFP4";
-  static constexpr bool kOffset = false;
+  static constexpr bool kOffset = false, kMiniFloat = true;
   QG_HD static Affine affine(bytes_ptr b, int) {
     const uint32_t e = b[0];  // e < 2 would be exponent fields −1 and 0: float32 subnormals
     return {bit_cast<float>(e < 2 ? 0x00200000u << e : (e - 1) << 23), 0};
@@ -31,7 +31,7 @@ struct MXFP4 : Packs<4> {
 struct NVFP4 : Packs<4> {
   static constexpr int kType = 40, kElems = 64, kBytes = 36, kGroup = 16, kLargest = 12;
   static constexpr const char* kName = "NVFP4";
-  static constexpr bool kOffset = false;
+  static constexpr bool kOffset = false, kMiniFloat = true;
   QG_HD static Affine affine(bytes_ptr b, int g) {
     const uint32_t e4m3 = b[g], magnitude = e4m3 & 0x7f;
     // In float position the byte is the value times 2^-120; half of it undoes the doubled levels.
