@@ -12,6 +12,15 @@ namespace {
 
 constexpr int kThreads = kPackThreads;
 
+template <class Real16, int Channels, bool IsValue, PageKind Kind>
+struct PagePacker {
+  using type = SparsePacker<Real16, Channels, IsValue, Kind>;
+};
+template <class Real16, int Channels, bool IsValue>
+struct PagePacker<Real16, Channels, IsValue, PageKind::kDense> {
+  using type = DensePacker<Real16, Channels, IsValue>;
+};
+
 // Less the means, in float.
 template <class Real16>
 __device__ __forceinline__ uint32_t centred(uint32_t pair, uint32_t mean, Real16) {
@@ -50,11 +59,12 @@ struct Appending {
     return position < before ? recent(position)[i] : added(position - before, i);
   }
 
-  // The 64 tokens from a position on, where they are before anything has moved.
-  __device__ __forceinline__ void pack_dense(void* room, int64_t first, int bits, uint8_t* page) const {
-    using Packer = DensePacker<Real16, Channels>;
+  // Packs the 64 tokens from a position on, where they are before anything has moved.
+  template <PageKind Kind>
+  __device__ __forceinline__ void pack(void* room, int64_t first, PageFormat format, uint8_t* page) const {
+    using Packer = PagePacker<Real16, Channels, IsValue, Kind>::type;
     const int thread = static_cast<int>(threadIdx.x);
-    Packer packer{*static_cast<typename Packer::Room*>(room), page, thread};
+    Packer packer{*static_cast<typename Packer::Room*>(room), format, page, thread};
     constexpr int kEach = kPageTokens * kVectors / kThreads;
     if (first >= before && args.cache.means == nullptr) {  // a prompt's
       const auto* from = static_cast<const uint4*>(IsValue ? args.values : args.keys) +
@@ -69,29 +79,19 @@ struct Appending {
       for (int i = thread; i < kPageTokens * kVectors; i += kThreads)
         packer.put(i, vector(first + i / kVectors, i % kVectors));
     }
-    packer.template run<IsValue>(bits);
-  }
-  __device__ __forceinline__ void pack_sparse(void* room, int64_t first, PageFormat format,
-                                              uint8_t* page) const {
-    const int thread = static_cast<int>(threadIdx.x), token = thread / 2, half = thread % 2;
-    uint32_t pairs[Channels / 4];
-#pragma unroll
-    for (int i = 0; i < kVectors / 2; ++i) {
-      const uint4 v = vector(first + token, 2 * i + half);
-      pairs[4 * i] = v.x, pairs[4 * i + 1] = v.y, pairs[4 * i + 2] = v.z, pairs[4 * i + 3] = v.w;
-    }
-    using Packer = SparsePacker<Real16, Channels, IsValue>;
-    Packer{*static_cast<typename Packer::Room*>(room), format, page, thread}.run(pairs);
+    __syncthreads();  // x
+    packer.run();
   }
 };
 
 // Grid: (pages that may become full and blocks that store, sequences · heads, keys or values, or the latter
 // alone). Both steps in one launch only where no new token takes the slot of one that is being packed: one
 // token at a time.
-template <class Real16, int Channels, bool IsValue, bool IsDense>
+template <class Real16, int Channels, bool IsValue, PageKind Kind>
 __device__ __forceinline__ void append(const KvAppendArgs& args, void* room, int pages) {
   const KvCacheArgs& c = args.cache;
-  const int64_t row = blockIdx.y, sequence = row / c.heads,
+  const unsigned head = blockIdx.y % static_cast<unsigned>(c.heads);
+  const int64_t row = blockIdx.y, sequence = blockIdx.y / static_cast<unsigned>(c.heads),
                 before = c.lens[sequence] < 0 ? 0 : c.lens[sequence];
   int64_t count = args.counts != nullptr ? args.counts[sequence] : args.count;
   count = count < 0 ? 0 : (count < args.count ? count : args.count);
@@ -120,36 +120,33 @@ __device__ __forceinline__ void append(const KvAppendArgs& args, void* room, int
   if (page < 0 || page >= c.num_pages) return;
   const PageFormat format = IsValue ? c.value_format : c.key_format;
   const int64_t bytes = IsValue ? value_page_bytes(Channels, format) : key_page_bytes(Channels, format);
-  uint8_t* to = (IsValue ? c.value_pages : c.key_pages) + (page * c.heads + row % c.heads) * bytes;
+  uint8_t* to = (IsValue ? c.value_pages : c.key_pages) + (page * c.heads + head) * bytes;
   const int64_t first = c.sinks + index * kPageTokens;
-  if constexpr (IsDense)
-    appending.pack_dense(room, first, format.bits, to);
-  else
-    appending.pack_sparse(room, first, format, to);
+  appending.template pack<Kind>(room, first, format, to);
 }
 
-template <class Real16, int Channels>
-union SparseRoom {
-  typename SparsePacker<Real16, Channels, false>::Room keys;
-  typename SparsePacker<Real16, Channels, true>::Room values;
+template <class Real16, int Channels, PageKind Kind>
+union PackRoom {
+  typename PagePacker<Real16, Channels, false, Kind>::type::Room keys;
+  typename PagePacker<Real16, Channels, true, Kind>::type::Room values;
 };
 
 // Of a multiprocessor: as many as registers are there for without many spills.
-template <int Channels, bool IsDense>
-constexpr int kBlocks = IsDense ? 7 : (Channels == 64 ? 8 : (Channels == 128 ? 5 : 2));
+template <int Channels, PageKind Kind>
+constexpr int kBlocks = Kind == PageKind::kDense ? 7 : (Channels == 256 ? 3 : 8);
+template <>
+constexpr int kBlocks<128, PageKind::kBitmap> = 6;
 
-template <class Real16, int Channels, bool IsDense>
-__global__ void __launch_bounds__(kThreads, kBlocks<Channels, IsDense>)
+template <class Real16, int Channels, PageKind Kind>
+__global__ void __launch_bounds__(kThreads, kBlocks<Channels, Kind>)
     append_kernel(KvAppendArgs args, int pages, unsigned first_side) {
-  using Room =
-      std::conditional_t<IsDense, typename DensePacker<Real16, Channels>::Room, SparseRoom<Real16, Channels>>;
-  __shared__ alignas(16) uint8_t room[sizeof(Room)];
+  __shared__ alignas(16) uint8_t room[sizeof(PackRoom<Real16, Channels, Kind>)];
   wait_for_previous_kernel();
   let_next_kernel_start();
   if (first_side + blockIdx.z == 0)
-    append<Real16, Channels, false, IsDense>(args, room, pages);
+    append<Real16, Channels, false, Kind>(args, room, pages);
   else
-    append<Real16, Channels, true, IsDense>(args, room, pages);
+    append<Real16, Channels, true, Kind>(args, room, pages);
 }
 
 }  // namespace
@@ -162,22 +159,28 @@ cudaError_t launch_sparse_kv_append(const KvAppendArgs& args, cudaStream_t strea
                                 PageKind kind) {
     const dim3 grid(static_cast<unsigned>(pages + stores), static_cast<unsigned>(c.batch * c.heads), sides);
     const DependentLaunch launch(grid, kThreads, device, stream);
-    const auto launch_kind = [&](auto channels, auto dense) {
-      const auto kernel = c.type == Real::kFloat16 ? append_kernel<Half, channels.value, dense.value>
-                                                   : append_kernel<BFloat16, channels.value, dense.value>;
+    const auto launch_kind = [&](auto channels, auto kind) {
+      const auto kernel = c.type == Real::kFloat16 ? append_kernel<Half, channels.value, kind.value>
+                                                   : append_kernel<BFloat16, channels.value, kind.value>;
       if (status == cudaSuccess)
         status = cudaLaunchKernelEx(&launch.config, kernel, args, static_cast<int>(pages), first_side);
     };
     const auto launch_of = [&](auto channels) {
-      kind == PageKind::kDense ? launch_kind(channels, std::true_type{})
-                               : launch_kind(channels, std::false_type{});
+      const auto of = [&]<PageKind Kind>() {
+        launch_kind(channels, std::integral_constant<PageKind, Kind>{});
+      };
+      switch (kind) {
+        case PageKind::kDense: of.template operator()<PageKind::kDense>(); break;
+        case PageKind::kBitmap: of.template operator()<PageKind::kBitmap>(); break;
+        case PageKind::kFourOfEight: of.template operator()<PageKind::kFourOfEight>(); break;
+      }
     };
     if (c.channels == 64) launch_of(std::integral_constant<int, 64>{});
     if (c.channels == 128) launch_of(std::integral_constant<int, 128>{});
     if (c.channels == 256) launch_of(std::integral_constant<int, 256>{});
   };
   const PageKind key_kind = c.key_format.kind, value_kind = c.value_format.kind;
-  const bool alike = (key_kind == PageKind::kDense) == (value_kind == PageKind::kDense);
+  const bool alike = key_kind == value_kind;
   const auto launch = [&](int64_t pages, int64_t stores) {
     launch_sides(pages, stores, 0, alike ? 2 : 1, key_kind);
     if (!alike) launch_sides(pages, stores, 1, 1, value_kind);

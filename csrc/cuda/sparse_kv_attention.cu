@@ -170,7 +170,11 @@ int64_t attention_shared(const KvCacheArgs& c, int warps) {
   return bytes > sums ? bytes : sums;
 }
 
+// Keys and values of one kind have kernels of their own.
+static bool is_mixed(const KvCacheArgs& c) { return c.key_format.kind != c.value_format.kind; }
+
 int64_t sparse_kv_attention_split(const KvAttentionArgs& args) {
+  if (is_mixed(args.cache)) return sparse_kv_attention_mixed_split(args);
   return attention_cut(args, current_device()).split;
 }
 
@@ -179,16 +183,19 @@ cudaError_t launch_sparse_kv_attention(const KvAttentionArgs& args, cudaStream_t
   Device device;
   cudaError_t status = device.read();
   if (status != cudaSuccess) return status;
-  const int warps = attention_cut(args, device).warps;
-  status = cudaErrorNotSupported;
-  if (c.key_format.kind == c.value_format.kind) {
+  if (is_mixed(c)) {
+    status = launch_sparse_kv_attention_mixed(args, stream);  // parts, even if there is only one
+  } else {
+    const int warps = attention_cut(args, device).warps;
+    status = cudaErrorNotSupported;
     switch (c.key_format.kind) {
       case PageKind::kDense: status = launch_kind<DenseCodes>(args, warps, stream); break;
       case PageKind::kBitmap: status = launch_kind<BitmapCodes>(args, warps, stream); break;
       case PageKind::kFourOfEight: status = launch_kind<FourOfEightCodes>(args, warps, stream); break;
     }
+    if (args.split == 1) return status;
   }
-  if (status != cudaSuccess || args.split == 1) return status;
+  if (status != cudaSuccess) return status;
   const bool is_few = args.split <= kFewParts;
   const DependentLaunch launch(static_cast<unsigned>(c.batch * c.heads * args.groups),
                                is_few ? static_cast<int>(c.channels) : kMergeThreads, device, stream,

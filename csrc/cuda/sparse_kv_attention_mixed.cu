@@ -36,23 +36,6 @@ struct Room {
         all(tiles + kWarps * 32 * c.channels) {}
 };
 
-// Matrices of 8 × 16 bytes; lane i gives the address of row i % 8 of matrix i / 8.
-// PTX ISA 9.7.14.5.15 (ldmatrix), sm_75.
-template <bool Transposed>
-__device__ __forceinline__ void load_matrices(uint32_t (&words)[4], const uint4* row) {
-  const uint32_t address = shared_address(row);
-  if constexpr (Transposed)
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
-                 : "r"(address)
-                 : "memory");
-  else
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
-                 : "r"(address)
-                 : "memory");
-}
-
 template <class Real16, int Channels>
 struct MixedWarp {
   static constexpr int kSteps = Channels / 16;
@@ -298,41 +281,6 @@ __global__ void __launch_bounds__(kThreads, most_blocks(Channels))
   }
 }
 
-// One block of as many threads as channels per query head: out = Σ parts of the context, each with its own
-// maximum (in powers of 2).
-template <class Real16>
-__global__ void merge_mixed_kernel(KvAttentionArgs args) {
-  const KvCacheArgs& c = args.cache;
-  const int channels = static_cast<int>(c.channels), split = static_cast<int>(args.split);
-  const int d = static_cast<int>(threadIdx.x), lane = d % 32;
-  const int64_t head = blockIdx.x, part = gridDim.x * int64_t{channels + 2};
-  const float* parts = args.partial + head * (channels + 2);
-  const auto mean_of = [&](bool value, int i) {
-    const int64_t row = (value ? c.batch * c.heads : 0) + head / args.groups;
-    return c.means == nullptr ? 0.0f : to_float(static_cast<const Real16*>(c.means)[row * channels + i]);
-  };
-  wait_for_previous_kernel();
-  let_next_kernel_start();
-  float top = -INFINITY, mass = 0.0f, sum = 0.0f;
-  for (int s = lane; s < split; s += 32) top = fmaxf(top, parts[s * part + channels]);
-  for (int step = 1; step < 32; step *= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, step));
-#pragma unroll 8
-  for (int s = 0; s < split; ++s) {
-    const float own = parts[s * part + channels], factor = own == -INFINITY ? 0.0f : fast_exp2(own - top);
-    mass += factor * parts[s * part + channels + 1], sum += factor * parts[s * part + d];
-  }
-  store1(static_cast<Real16*>(args.out) + head * channels + d,
-         mass == 0.0f ? 0.0f : sum / mass + mean_of(true, d));
-  if (d >= 32) return;
-  // What the keys are less by is the same for all tokens, so the weights do not know of it.
-  float logit = 0.0f;
-  for (int i = lane; c.means != nullptr && i < channels; i += 32)
-    logit += to_float(static_cast<const Real16*>(args.query)[head * channels + i]) * mean_of(false, i);
-  for (int step = 1; step < 32; step *= 2) logit += __shfl_xor_sync(~0u, logit, step);
-  if (lane == 0)
-    args.lse[head] = mass == 0.0f ? -INFINITY : (top + log2f(mass)) / kLog2e + logit * args.scale;
-}
-
 }  // namespace
 
 int64_t sparse_kv_attention_mixed_split(const KvAttentionArgs& args) {
@@ -368,11 +316,7 @@ cudaError_t launch_sparse_kv_attention_mixed(const KvAttentionArgs& args, cudaSt
   if (c.channels == 64) launch(std::integral_constant<int, 64>{});
   if (c.channels == 128) launch(std::integral_constant<int, 128>{});
   if (c.channels == 256) launch(std::integral_constant<int, 256>{});
-  if (status != cudaSuccess) return status;
-  const DependentLaunch second(static_cast<unsigned>(c.batch * c.heads * args.groups),
-                               static_cast<int>(c.channels), device, stream);
-  const auto merge = c.type == Real::kFloat16 ? merge_mixed_kernel<Half> : merge_mixed_kernel<BFloat16>;
-  return cudaLaunchKernelEx(&second.config, merge, args);
+  return status;
 }
 
 }  // namespace quantgemm

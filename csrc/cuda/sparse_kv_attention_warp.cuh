@@ -198,6 +198,31 @@ struct AttentionWarp {
     second[0] = multiply_halves(x.z, v.y), second[1] = multiply_halves(x.w, v.w);
   }
 
+  static __device__ __forceinline__ int kept_plane_bit(SparseElement e) {
+    const PlanePlace place = four_of_eight_place(e, e.i, Channels, Values::kBits, true);
+    return 32 * place.word + place.bit;
+  }
+  // Tokens whose scale is NaN: what they keep is, and nothing else. Their weights become zero.
+  __device__ __forceinline__ void set_apart_nans(const uint8_t* values, uint32_t (&weights)[4][2]) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      uint32_t& w = weights[i / 2][i % 2];
+      w &= __heq2_mask(bit_cast<__half2>(w), bit_cast<__half2>(w));
+    }
+    const auto* scales = reinterpret_cast<const uint16_t*>(
+        values + codes_bytes<Values, Channels>(args.cache.value_format.keep));
+#pragma unroll 1
+    for (int token = 0; token < kPageTokens; ++token) {
+      if ((scales[sparse_value_scale_place(token)] & 0x7fff) <= 0x7c00) continue;
+#pragma unroll
+      for (int y = 0; y < 2 * kSteps; ++y) {
+        const SparseElement e = sparse_value_element(token, channel(y, lane / 4));
+        const int bit = Values::kKind == PageKind::kBitmap ? bitmap_value_place(e) : kept_plane_bit(e);
+        if (values[bit / 8] >> bit % 8 & 1) out[y / 2][y % 2 * 2] = out[y / 2][y % 2 * 2 + 1] = NAN;
+      }
+    }
+  }
+
   // The page that is on its way here; then the next one is, or none (-1). Its keys come as soon as these
   // have been multiplied, its values after these.
   __device__ __forceinline__ void add_page(int next) {
@@ -231,6 +256,12 @@ struct AttentionWarp {
     for (int s = 0; s < 4; s += 2) {
       const uint4 w = make_uint4(weights[s][0], weights[s][1], weights[s + 1][0], weights[s + 1][1]);
       multiply_scales(weights[s], weights[s + 1], w, fits + 32 * s);
+    }
+    if constexpr (kSparseValues) {
+      auto sum = bit_cast<__half2>(weights[0][0]);  // NaN if one of them is
+#pragma unroll
+      for (int i = 1; i < 8; ++i) sum = __hadd2(sum, bit_cast<__half2>(weights[i / 2][i % 2]));
+      if (__any_sync(~0u, !__hbeq2(sum, sum))) set_apart_nans(values, weights);
     }
     add_shifts<Values>(shifts, fits + 2 * kPageTokens, weights);
     constexpr bool kSameTable = std::is_same_v<Keys, Values>;

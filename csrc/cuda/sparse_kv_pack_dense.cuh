@@ -7,6 +7,7 @@
 
 #include "../kv_page.h"
 #include "memory.cuh"
+#include "ptx.cuh"
 
 namespace quantgemm {
 
@@ -29,7 +30,7 @@ struct ExtremePairs {
   }
 };
 
-template <class Real16, int Channels>
+template <class Real16, int Channels, bool IsValue>
 struct DensePacker {
   static constexpr int kStride = Channels + 8;  // of tokens: 16-byte pieces in other banks
   static constexpr int kVectors = Channels / 8, kWords = kStride / 2;
@@ -37,9 +38,13 @@ struct DensePacker {
   struct Room {
     alignas(16) uint16_t x[kPageTokens * kStride];
     float2 coders[Channels < kPageTokens ? kPageTokens : Channels];  // PageCoder's inverse and lift
-    ExtremePairs<Real16> parts[kParts][kPairs];
+    union {
+      ExtremePairs<Real16> parts[kParts][kPairs];
+      int ranges[Channels < kPageTokens ? kPageTokens : Channels];
+    };
   };
   Room& room;
+  PageFormat format;
   uint8_t* page;
   int thread;
 
@@ -48,11 +53,8 @@ struct DensePacker {
     *reinterpret_cast<uint4*>(room.x + i / kVectors * kStride + i % kVectors * 8) = v;
   }
 
-  template <bool IsValue>
-  __device__ __forceinline__ void run(int bits) {
-    __syncthreads();  // x
-    bits == 2 ? run_bits<2, IsValue>() : run_bits<4, IsValue>();
-  }
+  // x is there, and all threads know it.
+  __device__ __forceinline__ void run() { format.bits == 2 ? run_bits<2>() : run_bits<4>(); }
 
  private:
   __device__ __forceinline__ uint32_t word(int token, int pair) const {
@@ -65,7 +67,7 @@ struct DensePacker {
     return to_float(Real16{static_cast<uint16_t>(pair >> 16 * i)});
   }
 
-  template <int Bits, bool IsValue>
+  template <int Bits>
   __device__ __forceinline__ void run_bits() {
     if constexpr (IsValue) {
       // Two lanes have a token, 16 lanes apart.
@@ -80,7 +82,9 @@ struct DensePacker {
       }
       own.add(own.lo >> 16 | own.lo << 16, own.hi >> 16 | own.hi << 16);
       own.add(__shfl_xor_sync(~0u, own.lo, 16), __shfl_xor_sync(~0u, own.hi, 16));
-      fit_column<Bits, true, 2>(token, part, own.half(0));
+      const int columns[1] = {part == 0 ? token : -1};
+      float2 extremes[1] = {own.half(0)};
+      fit_columns<Bits>(columns, extremes);
     } else {
       for (int item = thread; item < kParts * kPairs; item += kPackThreads) {
         constexpr int kTokens = kPageTokens / kParts;
@@ -94,147 +98,125 @@ struct DensePacker {
         room.parts[item / kPairs][pair] = own;
       }
       __syncthreads();  // parts
-      constexpr int kLanes = Channels == 64 ? 2 : 1;
-      for (int first = 0; first < Channels * kLanes; first += kPackThreads) {
-        const int channel = kLanes == 2 ? thread / 32 * 16 + thread % 16 : first + thread;
+      constexpr int kEach = Channels > kPackThreads ? Channels / kPackThreads : 1;
+      int columns[kEach];
+      float2 extremes[kEach];
+#pragma unroll
+      for (int n = 0; n < kEach; ++n) {
+        const int channel = thread + n * kPackThreads;
+        columns[n] = channel < Channels ? channel : -1;
+        if (columns[n] < 0) continue;
         ExtremePairs<Real16> all = room.parts[0][channel / 2];
 #pragma unroll
         for (int i = 1; i < kParts; ++i)
           all.add(room.parts[i][channel / 2].lo, room.parts[i][channel / 2].hi);
-        fit_column<Bits, false, kLanes>(channel, kLanes == 2 ? thread / 16 % 2 : 0, all.half(channel % 2));
+        extremes[n] = all.half(channel % 2);
       }
+      fit_columns<Bits>(columns, extremes);
     }
     __syncthreads();  // coders
-    IsValue ? pack_values<Bits>() : pack_keys<Bits>();
-  }
-
-  // Lanes lanes, 16 apart, know a column's extremes.
-  template <int Bits, bool IsValue, int Lanes>
-  __device__ __forceinline__ void fit_column(int k, int part, float2 extremes) {
-    constexpr int kRows = IsValue ? Channels : kPageTokens, kColumns = IsValue ? kPageTokens : Channels;
-    const auto x = [&](int row) { return IsValue ? at(k, row) : at(row, k); };
-    float lo = extremes.x, hi = extremes.y;
-    if (lo == 0.0f) {  // of zeros the first, for its sign
-      int row = 0;
-      while (x(row) != 0.0f) ++row;
-      lo = x(row);
-    }
-    if (lo != lo || hi != hi) lo = hi = bit_cast<float>(0x7fc00000u);
-    PageFit fit;
-    if constexpr (Bits == 4)
-      fit = fit_page_range(lo, hi, Bits);
+    if constexpr (IsValue)
+      pack_values<Bits>();
     else
-      fit = narrowed_fit<IsValue, Lanes>(k, part, lo, hi);
-    if (part != 0) return;
-    const PageCoder coder(fit, Bits);
-    room.coders[k] = make_float2(coder.inverse, coder.lift);
-    auto* stored = reinterpret_cast<uint16_t*>(page + page_codes_bytes(Channels, Bits));
-    stored[fit_place(k)] = fit.scale, stored[kColumns + fit_place(k)] = fit.shift;
-    static_assert(kRows % (8 * Lanes) == 0);
+      pack_keys<Bits>();
   }
 
-  // fit_page_group: all its ranges in one pass. With levels at middle ± step/2, ± 3/2 step the squared error
-  // is a sum of d² - 2·step·|d| - step·||d| - step| and a constant. It is only compared, and where rounding
-  // could decide, the warp does it again as the definition says.
-  template <bool IsValue, int Lanes>
-  __device__ __forceinline__ PageFit narrowed_fit(int k, int part, float lo, float hi) {
-    constexpr int kRows = IsValue ? Channels : kPageTokens, kRanges = 6, kEach = kRows / Lanes;
-    const float centre = 0.5f * lo + 0.5f * hi;
-    PageFit fits[kRanges];
-    float middle[kRanges], step[kRanges], sizes[kRanges], rests[kRanges], sum = 0.0f, most = 0.0f;
+  // Of this thread's columns (-1: none).
+  template <int Bits, int Each>
+  __device__ __forceinline__ void fit_columns(const int (&columns)[Each], float2 (&extremes)[Each]) {
+    constexpr int kColumns = IsValue ? kPageTokens : Channels;
 #pragma unroll
-    for (int i = 0; i < kRanges; ++i) {
-      const float cut = rounded_product(0.045f * static_cast<float>(i), hi - lo);
-      fits[i] = fit_page_range(lo + cut, hi - cut, 2);
-      const float scale = half_to_float(fits[i].scale), shift = half_to_float(fits[i].shift);
-      step[i] = 0.25f * scale, middle[i] = (shift + 0.375f) * scale - centre;
-      most = fmaxf(most, fabsf(shift));
-      sizes[i] = rests[i] = 0.0f;
-    }
-    const auto tree = [](const float (&v)[8]) {
-      return ((fabsf(v[0]) + fabsf(v[1])) + (fabsf(v[2]) + fabsf(v[3]))) +
-             ((fabsf(v[4]) + fabsf(v[5])) + (fabsf(v[6]) + fabsf(v[7])));
-    };
-#pragma unroll 1
-    for (int row = part * kEach; row < (part + 1) * kEach; row += 8) {
-      float v[8];
-      if constexpr (IsValue) {
-        const uint4 four = *reinterpret_cast<const uint4*>(room.x + k * kStride + row);
-        const uint32_t pairs[4] = {four.x, four.y, four.z, four.w};
-#pragma unroll
-        for (int i = 0; i < 8; ++i) v[i] = half_of(pairs[i / 2], i % 2) - centre;
-      } else {
-#pragma unroll
-        for (int i = 0; i < 8; ++i) v[i] = at(row + i, k) - centre;
+    for (int n = 0; n < Each; ++n) {
+      const int k = columns[n];
+      if (k < 0) continue;
+      float &lo = extremes[n].x, &hi = extremes[n].y;
+      if (lo == 0.0f) {  // of zeros the first, for its sign
+        int row = 0;
+        while ((IsValue ? at(k, row) : at(row, k)) != 0.0f) ++row;
+        lo = IsValue ? at(k, row) : at(row, k);
       }
-      sum += ((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7]));
+      if (lo != lo || hi != hi) lo = hi = bit_cast<float>(0x7fc00000u);
+      const RangeGrid grid(lo, hi);
+      if (Bits == 2) room.coders[k] = make_float2(grid.inverse, -grid.middle);
+    }
+    if constexpr (Bits == 2) {
+      __syncthreads();  // grids
+      constexpr int kTiles = kColumns / 16;
+#pragma unroll 1
+      for (int tile = thread / 32; tile < kTiles; tile += kPackThreads / 32) choose_ranges(tile);
+      __syncthreads();  // ranges
+    }
+#pragma unroll
+    for (int n = 0; n < Each; ++n) {
+      const int k = columns[n];
+      if (k < 0) continue;
+      const float lo = extremes[n].x, hi = extremes[n].y;
+      const float cut = Bits == 2 ? range_cut(room.ranges[k], lo, hi) : 0.0f;
+      const bool is_cut = Bits == 2 && room.coders[k].x > 0.0f;
+      const PageFit fit = fit_page_range(is_cut ? lo + cut : lo, is_cut ? hi - cut : hi, Bits);
+      const PageCoder coder(fit, Bits);
+      room.coders[k] = make_float2(coder.inverse, coder.lift);
+      auto* stored = reinterpret_cast<uint16_t*>(page + page_codes_bytes(Channels, Bits));
+      stored[fit_place(k)] = fit.scale, stored[kColumns + fit_place(k)] = fit.shift;
+    }
+  }
+
+  // fit_page_group's ranges of 16 columns by a warp: tensor cores add what is beyond each step, in whole
+  // numbers above 1.5 · 2^23, whose lowest bits they are. Lane 4r + c has values of columns r and r + 8.
+  __device__ __forceinline__ void choose_ranges(int tile) {
+    constexpr int kRows = IsValue ? Channels : kPageTokens;
+    constexpr float kMagic = 12582912.0f;
+    const int lane = thread % 32;
+    const float2 grids[2] = {room.coders[16 * tile + lane / 4], room.coders[16 * tile + lane / 4 + 8]};
+    float sums[kRanges + 1][4];
+#pragma unroll
+    for (int n = 0; n <= kRanges; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) sums[n][i] = kMagic;
+    constexpr uint32_t kOnes = 0x3c003c00u;
+#pragma unroll 1
+    for (int row = 0; row < kRows; row += 16) {
+      const int m = lane / 8;  // this lane has the address of a row of matrix m
+      const uint16_t* from = IsValue
+                                 ? room.x + (16 * tile + lane % 16) * kStride + row + m / 2 * 8
+                                 : room.x + (row + lane % 8 + m / 2 * 8) * kStride + 16 * tile + m % 2 * 8;
+      uint32_t values[4], units[4];
+      load_matrices<!IsValue>(values, from);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float2 grid = grids[i % 2];
+        const auto distance = [&](int half) { return fmaf(half_of(values[i], half), grid.x, grid.y); };
+        const auto pair = bit_cast<__half2>(pack_pair(distance(0), distance(1), Half{}));
+        // Halves from 1024 to 2048 are whole.
+        units[i] = bit_cast<uint32_t>(__hadd2(__habs2(pair), __float2half2_rn(kRangeUnits)));
+      }
+      mma_16x8x16(sums[kRanges], units, kOnes, kOnes, Half{});
 #pragma unroll
       for (int n = 0; n < kRanges; ++n) {
-        float d[8], rest[8];
+        uint32_t beyond[4];
 #pragma unroll
-        for (int i = 0; i < 8; ++i) d[i] = v[i] - middle[n], rest[i] = fabsf(d[i]) - step[n];
-        sizes[n] += tree(d), rests[n] += tree(rest);
+        for (int i = 0; i < 4; ++i)
+          beyond[i] = bit_cast<uint32_t>(
+              __hfma2_relu(bit_cast<__half2>(units[i]), bit_cast<__half2>(kOnes),
+                           __float2half2_rn(-static_cast<float>(kRangeUnits + range_step(n)))));
+        mma_16x8x16(sums[n], beyond, kOnes, kOnes, Half{});
       }
     }
-    if constexpr (Lanes == 2) {
-      const auto add = [](float& x) { x += __shfl_xor_sync(~0u, x, 16); };
-      add(sum);
-#pragma unroll
-      for (int n = 0; n < kRanges; ++n) add(sizes[n]), add(rests[n]);
-    }
-    constexpr float kCount = kRows;
-    const auto error = [&](int n) {  // less what all have
-      return middle[n] * (kCount * middle[n] - 2.0f * sum) +
-             step[n] * ((1.25f * kCount * step[n] - 2.0f * sizes[n]) - rests[n]);
+    // Lanes 4r and 4r + 1 have a column each.
+    const auto whole = [&](int n) {
+      return bit_cast<int>(lane % 2 == 0 ? sums[n][0] : sums[n][2]) - bit_cast<int>(kMagic);
     };
-    // Bounds of what rounding does to these sums, and to the levels far from zero.
-    const float doubt = 3.0f * step[0] * sizes[0] * (2.5e-6f + 1e-6f * most);
-    PageFit best = fits[0];
-    float best_error = error(0);
-    bool in_doubt = !(hi - lo < 1e30f), stopped = false;
+    const int sum = whole(kRanges) - kRows * kRangeUnits;
+    int best = 0, error = range_error(0, kRows, sum, whole(0));
+    bool is_better = true;
 #pragma unroll
     for (int n = 1; n < kRanges; ++n) {
-      stopped |= fits[n].scale == fits[n - 1].scale && fits[n].shift == fits[n - 1].shift;
-      const float own = error(n), less = best_error - own;
-      in_doubt |= !stopped && !(fabsf(less) > doubt);
-      stopped |= !(less > 0.0f);
-      if (!stopped) best = fits[n];
-      best_error = own;
+      const int own = range_error(n, kRows, sum, whole(n));
+      is_better &= own < error;
+      if (is_better) best = n;
+      error = own;
     }
-    for (uint32_t lanes = __ballot_sync(~0u, in_doubt && part == 0); lanes != 0; lanes &= lanes - 1) {
-      const int lane = __ffs(static_cast<int>(lanes)) - 1;
-      const PageFit fit = ordered_fit<IsValue>(__shfl_sync(~0u, k, lane), __shfl_sync(~0u, lo, lane),
-                                               __shfl_sync(~0u, hi, lane));
-      if (thread % 32 == lane) best = fit;
-    }
-    return best;
-  }
-
-  // fit_page_group by a warp: the errors of single values side by side, their sum in order.
-  template <bool IsValue>
-  __device__ __noinline__ PageFit ordered_fit(int k, float lo, float hi) const {
-    constexpr int kEach = (IsValue ? Channels : kPageTokens) / 32;
-    PageFit best = {};
-    float best_error = -1.0f;
-    for (int step = 0; step < 6; ++step) {
-      const float cut = rounded_product(0.045f * static_cast<float>(step), hi - lo);
-      const PageFit fit = fit_page_range(lo + cut, hi - cut, 2);
-      const PageCoder coder(fit, 2);
-      float errors[kEach], error = 0.0f;
-#pragma unroll
-      for (int n = 0; n < kEach; ++n) {
-        const int row = n * 32 + thread % 32;
-        const float v = IsValue ? at(k, row) : at(row, k), d = v - coder.value(coder.code(v));
-        errors[n] = rounded_product(d, d);
-      }
-#pragma unroll
-      for (int n = 0; n < kEach; ++n)
-#pragma unroll 8
-        for (int i = 0; i < 32; ++i) error += __shfl_sync(~0u, errors[n], i);
-      if (step > 0 && !(error < best_error)) break;
-      best = fit, best_error = error;
-    }
-    return best;
+    if (lane % 4 < 2) room.ranges[16 * tile + lane / 4 + lane % 2 * 8] = best;
   }
 
   // The code of two values in the halves of a word.

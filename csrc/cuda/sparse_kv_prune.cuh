@@ -37,9 +37,10 @@ template <int Words>
 struct Pruning {
   static constexpr int kUnits = Words / 16;
   static constexpr uint32_t kNoSigns = 0x7fff7fffu, kSigns = 0x80008000u;
-  uint32_t cutoff = 0;     // the keep-th largest magnitude
-  uint32_t equal[kUnits];  // this lane's values of that magnitude, word 16u + i in bits i and i + 16
-  int excess = 0;          // how many of the token's equal ones must go, the last ones
+  uint32_t cutoff = 0;       // the keep-th largest magnitude
+  uint32_t equal[kUnits];    // this lane's values of that magnitude, word 16u + i in bits i and i + 16
+  bool has_largest = false;  // a value of this lane with all of the upper five bits: infinity or NaN perhaps
+  int excess = 0;            // how many of the token's equal ones must go, the last ones
 
   // keep is at least 1.
   __device__ __forceinline__ void find(const uint32_t (&pairs)[Words], int keep) {
@@ -50,6 +51,7 @@ struct Pruning {
 #pragma unroll
       for (int i = 0; i < 16; ++i) planes[u][i] = pairs[16 * u + i];
       transpose_16x16(planes[u]);
+      has_largest |= (planes[u][14] & planes[u][13] & planes[u][12] & planes[u][11] & planes[u][10]) != 0;
     }
     const auto of_both = [](int count) { return count + __shfl_xor_sync(~0u, count, 1); };
 #pragma unroll
@@ -118,5 +120,58 @@ struct Pruning {
     return mask;
   }
 };
+
+// All but the four largest magnitudes of eight values become zero; of equal ones the first stay.
+inline __device__ __noinline__ uint4 first_four(uint4 values) {
+  uint32_t w[4] = {values.x, values.y, values.z, values.w};
+  int a[4], b[4];  // magnitude, then the first ones first
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    a[i] = static_cast<int>((w[i / 2] >> (16 * (i % 2)) & 0x7fffu) * 8u) + 7 - i;
+    b[i] = static_cast<int>((w[2 + i / 2] >> (16 * (i % 2)) & 0x7fffu) * 8u) + 3 - i;
+  }
+  int own[8];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) own[i] = a[i], own[4 + i] = b[i];
+  const auto sort = [](int (&v)[4]) {  // the largest first
+    const auto order = [&](int i, int j) {
+      const int larger = max(v[i], v[j]), smaller = min(v[i], v[j]);
+      v[i] = larger, v[j] = smaller;
+    };
+    order(0, 1), order(2, 3), order(0, 2), order(1, 3), order(1, 2);
+  };
+  sort(a), sort(b);
+  const int fourth = min(min(max(a[0], b[3]), max(a[1], b[2])), min(max(a[2], b[1]), max(a[3], b[0])));
+#pragma unroll
+  for (int i = 0; i < 4; ++i)
+    w[i] &= (own[2 * i] >= fourth ? 0xffffu : 0u) | (own[2 * i + 1] >= fourth ? 0xffff0000u : 0u);
+  return make_uint4(w[0], w[1], w[2], w[3]);
+}
+// The same, quick where the fourth is larger than the fifth: values side by side in pairs. Takes part in the
+// extremes of all fourths (in both halves) and of all magnitudes.
+__device__ __forceinline__ void keep_four(uint32_t* w, uint32_t& lowest_fourth, uint32_t& hi) {
+  uint32_t v[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) v[i] = w[i] & 0x7fff7fffu;
+  const auto order = [&](int i, int j) {
+    const uint32_t larger = __vmaxu2(v[i], v[j]);
+    v[j] = __vminu2(v[i], v[j]), v[i] = larger;
+  };
+  order(0, 1), order(2, 3), order(0, 2), order(1, 3), order(1, 2);  // even and odd ones by themselves
+  const auto other = [](uint32_t x) { return __byte_perm(x, x, 0x1032); };
+  const uint32_t third = other(v[3]), second = other(v[2]);
+  uint32_t fourth = __vminu2(__vmaxu2(v[0], third), __vmaxu2(v[1], second));
+  uint32_t fifth = __vmaxu2(__vminu2(v[0], third), __vminu2(v[1], second));
+  fourth = __vminu2(fourth, other(fourth)), fifth = __vmaxu2(fifth, other(fifth));
+  lowest_fourth = __vminu2(lowest_fourth, fourth), hi = __vmaxu2(hi, v[0]);
+  if ((fourth == fifth && fourth != 0) || fourth > 0x7c007c00u) {  // or no numbers, see Pruning
+    const uint4 kept = first_four(make_uint4(w[0], w[1], w[2], w[3]));
+    w[0] = kept.x, w[1] = kept.y, w[2] = kept.z, w[3] = kept.w;
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < 4; ++i)
+    w[i] &= __hgeu2_mask(__habs2(bit_cast<__half2>(w[i])), bit_cast<__half2>(fourth));
+}
 
 }  // namespace quantgemm

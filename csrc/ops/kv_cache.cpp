@@ -177,19 +177,13 @@ std::tuple<Tensor, Tensor> sparse_kv_attention(Tensor query, Tensor key_pages, T
   if (rows.is_cuda()) {
     OptTensor partial;
 #ifdef QG_WITH_CUDA
-    // Keys and values of one kind have kernels of their own.
-    const bool is_mixed = c.key_format.kind != c.value_format.kind;
     {
       const torch::stable::accelerator::DeviceGuard guard(rows.get_device());
-      args.split = is_mixed ? sparse_kv_attention_mixed_split(args) : sparse_kv_attention_split(args);
+      args.split = sparse_kv_attention_split(args);
     }
     partial = new_output("sparse_kv_attention", rows,
                          {args.split, c.batch, heads * args.tokens, c.channels + 2}, ScalarType::Float);
     args.partial = partial->mutable_data_ptr<float>();
-    if (is_mixed) {
-      QG_RUN_ON_GPU(sparse_kv_attention_mixed, rows, args);
-      return {out, lse};
-    }
 #endif
     QG_RUN_ON_GPU(sparse_kv_attention, rows, args);
   } else {

@@ -1,0 +1,173 @@
+// SPDX-License-Identifier: MIT
+// SparsePacker: bits and codes of a bitmap page (kv_sparse_page.h).
+#pragma once
+#include "sparse_kv_pack.cuh"
+
+namespace quantgemm {
+
+// A thread has of each word of its lane the byte of its warp.
+template <class Real16, int Channels, bool IsValue, PageKind Kind>
+template <int Bits>
+__device__ __forceinline__ void SparsePacker<Real16, Channels, IsValue, Kind>::pack_bitmap() {
+  const int warp = thread / 32, lane = thread % 32;
+  // Of lane % 16 as four bits: which bytes are to be taken, and behind that how many bits they become.
+  uint32_t selectors = 0;
+  int rank = 0;
+#pragma unroll
+  for (int i = 0; i < 4; ++i)
+    if (lane >> i & 1) selectors |= static_cast<uint32_t>(i) << 4 * rank++;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) selectors |= i >= rank ? 4u << 4 * i : 0u;
+  selectors |= static_cast<uint32_t>(rank * Bits) << 16;
+  const auto x_of = [&](int n) { return IsValue ? warp / 2 * 4 + warp % 2 + 2 * n : 2 * warp + n; };
+#pragma unroll 1
+  for (int j = 0; j < kBlocks; ++j) {
+#pragma unroll 1
+    for (int p = 0; p < 4; p += 2) {
+      uint32_t pairs[2][2][2];  // [n][even]
+#pragma unroll
+      for (int n = 0; n < 2; ++n)
+#pragma unroll
+        for (int even = 0; even < 2; ++even) {
+          const SparseOrigin o = origin(x_of(n), j, even);
+          const uint2 v = *reinterpret_cast<const uint2*>(room.x + o.token * kStride + o.channel + 2 * p);
+          pairs[n][even][0] = v.x, pairs[n][even][1] = v.y;
+        }
+      uint32_t masks[2], chunks[2];
+#pragma unroll
+      for (int o = 0; o < 2; ++o) chunk<Bits>(pairs, o, x_of, j, p, selectors, masks[o], chunks[o]);
+      // Words 2 · place and the next.
+      const int place = (2 * j + p / 2) * 32 + lane;
+      reinterpret_cast<uint16_t*>(room.bitmap.masks + place)[warp] =
+          static_cast<uint16_t>(masks[0] | masks[1] << 8);
+      auto* to = reinterpret_cast<uint32_t*>(room.bitmap.chunks + place * (Bits / 2));
+      if constexpr (Bits == 2)
+        to[warp] = chunks[0] | chunks[1] << 16;
+      else
+        to[warp] = chunks[0], to[4 + warp] = chunks[1];
+    }
+  }
+  __syncthreads();  // masks and chunks; x has been read
+  join_chunks<Bits>();
+}
+// Element pairs p of eight bits of a bitmap: the bits, and the codes of what is set.
+template <class Real16, int Channels, bool IsValue, PageKind Kind>
+template <int Bits, class XOf>
+__device__ __forceinline__ void SparsePacker<Real16, Channels, IsValue, Kind>::chunk(
+    const uint32_t (&pairs)[2][2][2], int o, XOf&& x_of, int j, int p, uint32_t selectors, uint32_t& mask,
+    uint32_t& codes_of_set) const {
+  uint32_t bits = 0, four[2];
+#pragma unroll
+  for (int n = 0; n < 2; ++n) {
+    const uint32_t a = pairs[n][0][o], b = pairs[n][1][o];
+    const int pair = p + o;
+    const SparseOrigin first = origin(x_of(n), j, 0), second = origin(x_of(n), j, 1);
+    const uint32_t at = IsValue ? 0x20100201u << 2 * n : 0x08040201u << 4 * n;
+    bits |= signs_by_turns(set_signs(a), set_signs(b)) & at;
+    if constexpr (Bits == 2) {
+      const uint32_t large =
+          signs_by_turns(large_signs(a, limits(first, pair)), large_signs(b, limits(second, pair)));
+      four[n] = chosen_bits(0x02020202u, signs_by_turns(a, b), large) & 0x03030303u;
+    } else {
+      four[n] = codes(a, factor(first, 2 * pair), factor(first, 2 * pair + 1)) +
+                codes(b, factor(second, 2 * pair), factor(second, 2 * pair + 1)) * 256u;
+    }
+  }
+  mask = bits * 0x01010101u >> 24;
+  if constexpr (IsValue) {
+    const uint32_t low = __byte_perm(four[0], four[1], 0x5410), high = __byte_perm(four[0], four[1], 0x7632);
+    four[0] = low, four[1] = high;
+  }
+  uint32_t packed[2], lengths = 0;
+#pragma unroll
+  for (int n = 0; n < 2; ++n) {
+    const uint32_t selector = __shfl_sync(~0u, selectors, static_cast<int>(mask >> 4 * n));
+    const uint32_t bytes = pick_bytes(four[n], 0u, selector);
+    if (n == 0) lengths = selector >> 16;
+    if constexpr (Bits == 2) {
+      packed[n] = bytes * 0x01041040u >> 24;
+    } else {
+      const uint32_t twos = bytes | bytes >> 4;
+      packed[n] = __byte_perm(twos, 0, 0x4420);
+    }
+  }
+  codes_of_set = packed[0] | packed[1] << lengths;
+}
+// The chunks one behind the other. A thread has neighbouring pairs of words.
+template <class Real16, int Channels, bool IsValue, PageKind Kind>
+template <int Bits>
+__device__ __forceinline__ void SparsePacker<Real16, Channels, IsValue, Kind>::join_chunks() {
+  constexpr int kEach = Channels > kPackThreads ? Channels / kPackThreads : 1;
+  constexpr int kChunks = Bits == 2 ? 4 : 8;
+  auto* codes = reinterpret_cast<uint32_t*>(room.x);
+#pragma unroll 1
+  for (int i = thread; i < kPageTokens * Channels * Bits / 128; i += kPackThreads)
+    reinterpret_cast<uint4*>(codes)[i] = uint4{};
+  uint32_t chunks[kEach][kChunks];
+  int lengths[kEach][kChunks], length = 0;
+#pragma unroll
+  for (int n = 0; n < kEach; ++n) {
+    const int pair = thread * kEach + n;
+    if (pair >= Channels) {
+#pragma unroll
+      for (int i = 0; i < kChunks; ++i) chunks[n][i] = 0, lengths[n][i] = 0;
+      continue;
+    }
+    const uint2 masks = room.bitmap.masks[pair];
+    const uint32_t words[2] = {__byte_perm(masks.x, masks.y, 0x6420), __byte_perm(masks.x, masks.y, 0x7531)};
+    reinterpret_cast<uint2*>(page)[pair] = make_uint2(words[0], words[1]);
+    if constexpr (Bits == 2) {
+      const uint4 v = room.bitmap.chunks[pair];
+      const uint32_t both[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {  // two to one
+        const uint32_t a = both[i % 2 * 2], b = both[i % 2 * 2 + 1], mask = words[i / 2] >> 16 * (i % 2);
+        const int first = 2 * __popc(mask & 0xffu);
+        chunks[n][i] = half_at(a, i / 2) | half_at(b, i / 2) << first;
+        lengths[n][i] = 2 * __popc(mask & 0xffffu);
+      }
+    } else {
+#pragma unroll
+      for (int w = 0; w < 2; ++w) {
+        const uint4 v = room.bitmap.chunks[2 * pair + w];
+        chunks[n][4 * w] = v.x, chunks[n][4 * w + 1] = v.y, chunks[n][4 * w + 2] = v.z;
+        chunks[n][4 * w + 3] = v.w;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) lengths[n][4 * w + i] = 4 * __popc(words[w] >> 8 * i & 0xffu);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kChunks; ++i) length += lengths[n][i];
+  }
+  // Where this thread's codes begin.
+  int bit = length;
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) {
+    const int other = __shfl_up_sync(~0u, bit, step);
+    if (thread % 32 >= step) bit += other;
+  }
+  if (thread % 32 == 31) room.before[thread / 32] = bit;
+  __syncthreads();  // before; codes are zero
+  bit -= length;
+#pragma unroll
+  for (int w = 0; w < kWarps - 1; ++w)
+    if (w < thread / 32) bit += room.before[w];
+  uint32_t word = 0, *to = codes + bit / 32;
+  bit %= 32;
+#pragma unroll
+  for (int n = 0; n < kEach * kChunks; ++n) {
+    const uint32_t own = chunks[n / kChunks][n % kChunks];
+    word |= own << bit;
+    const int next = bit + lengths[n / kChunks][n % kChunks];
+    if (next >= 32) atomicOr(to++, word), word = __funnelshift_l(own, 0u, bit);
+    bit = next % 32;
+  }
+  if (bit > 0) atomicOr(to, word);
+  __syncthreads();  // codes
+  auto* out = reinterpret_cast<uint4*>(page + bitmap_bytes(Channels));
+#pragma unroll 1
+  for (int i = thread; i < kPageTokens * format.keep * Bits / 128; i += kPackThreads)
+    out[i] = reinterpret_cast<const uint4*>(codes)[i];
+}
+
+}  // namespace quantgemm
