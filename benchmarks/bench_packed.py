@@ -20,13 +20,12 @@ from typing import Any
 import torch
 from common import RESULTS, copy_bandwidth, print_table, save, time_gpu
 from limits import SHAPES as HEAT_SHAPES
-from limits import Clock, fractions, parse_shapes, plot_heatmap, summary
+from limits import TOKENS, Clock, fractions, parse_shapes, plot_heatmap, summary
 
 from quantgemm import _C, ops
 from quantgemm.formats import FORMATS, Format, format_by_name
 
 SHAPES = [(4096, 4096), (14336, 4096), (28672, 8192), (4096, 14336), (1024, 4096)]
-TOKENS = [1, 2, 4, 8, 16, 32, 64, 128, 512, 4096]
 INT8_SHAPES = [(4096, 4096), (14336, 4096), (28672, 8192)]
 INT8_TOKENS = [512, 1024, 2048, 4096]
 MOE_SHAPES = [(128, 8, 768, 2048), (128, 8, 1536, 4096), (8, 2, 14336, 4096)]  # experts, top, n, k

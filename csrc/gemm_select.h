@@ -123,6 +123,8 @@ struct PackedProblem {
   bool experts = false;
 };
 
+constexpr int64_t kMostInt8Columns = 65535 * 1024;
+
 // Why an algorithm cannot serve a problem; null if it can.
 inline const char* packed_obstacle(PackedAlgo algo, const PackedProblem& p) {
   if (algo == PackedAlgo::kInt8) {  // the CPU has one to compare with
@@ -130,7 +132,8 @@ inline const char* packed_obstacle(PackedAlgo algo, const PackedProblem& p) {
     if (p.arch != 0 && p.arch != 90) return "wgmma needs compute capability 9.0";
     if (p.arch != 0 && !kHasWgmma) return "this build has no machine code for 9.0a";
     if (p.k == 0) return "there are no columns to round";
-    if (std::max({p.m, p.n, p.k}) >= int64_t{1} << 30) return "the copy engine counts bytes in 32 bits";
+    if (std::max(p.m, p.n) >= int64_t{1} << 30) return "the copy engine counts bytes in 32 bits";
+    if (p.k > kMostInt8Columns) return "a grid has no more than 65535 blocks along k";
     return nullptr;
   }
   if (p.arch == 0) return "the CPU has no tensor cores";
@@ -139,7 +142,7 @@ inline const char* packed_obstacle(PackedAlgo algo, const PackedProblem& p) {
     if (!kHasWgmma) return "this build has no machine code for 9.0a";
     if (p.type == Real::kFloat32) return "tensor cores would round float32 activations";
     if (p.k == 0) return "there are no columns to copy";
-    if (std::max({p.m, p.n, p.k}) >= int64_t{1} << 30) return "the copy engine counts bytes in 32 bits";
+    if (std::max({p.m, p.n, 2 * p.k}) >= int64_t{1} << 30) return "the copy engine counts bytes in 32 bits";
   }
   return nullptr;
 }
@@ -147,7 +150,8 @@ inline const char* packed_obstacle(PackedAlgo algo, const PackedProblem& p) {
 inline bool many_for_int8(const PackedProblem& p) { return p.m >= 2048 && p.n >= 1024; }
 // Thresholds of m as measured on an H200 (docs/performance.md).
 inline PackedAlgo select_packed_gemm(const PackedProblem& p, bool may_round = false) {
-  if (may_round && many_for_int8(p)) return PackedAlgo::kInt8;
+  if (may_round && many_for_int8(p) && packed_obstacle(PackedAlgo::kInt8, p) == nullptr)
+    return PackedAlgo::kInt8;
   if (p.m <= 8) return PackedAlgo::kGemv;
   if (packed_obstacle(PackedAlgo::kWgmma, p) == nullptr) return PackedAlgo::kWgmma;
   return PackedAlgo::kMma;

@@ -11,6 +11,7 @@ which asks nothing of the host; others, and all where gradients are wanted, expe
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, TypeAlias
 
 import torch
@@ -20,7 +21,7 @@ from torch.nn.functional import linear, silu
 from quantgemm import ops
 from quantgemm.gguf.tensor import GGUFTensor
 from quantgemm.nn import Device, PackedModule, check_blocks, check_sizes
-from quantgemm.plan import GemmPlan, as_format, can_pack, check_algo, explain_gemm
+from quantgemm.plan import GemmPlan, as_format, can_pack, check_algo, check_packed, explain_gemm
 
 __all__ = ["ExpertLinear", "QuantExpertLinear", "QuantExperts"]
 
@@ -146,19 +147,25 @@ class QuantExpertLinear(PackedModule):
     def forward(
         self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """weights: float32 ``[tokens, top]``, by which y is multiplied before it is rounded.
+        """weights: float32 ``[tokens, top]``, by which y is multiplied: before it is rounded where
+        the stack is packed and no gradients are wanted, else after.
 
         An id that is no expert's gives zeros.
         """
         if not torch.compiler.is_compiling():
             self._check_type()
+        if self.is_packed and self.algo != "auto":
+            check_packed(self.format, self.algo)
         sizes = self._type_id, self.out_features, self.in_features
         if self.is_packed and not needs_gradient(x, weights):
             return ops.moe_gemm(x, self.weight, *sizes, ids, weights)
+        check_routes(x, ids, weights)
 
         def product(rows: torch.Tensor, expert: torch.Tensor) -> torch.Tensor:
-            if self.is_packed:
-                return ops.gemm_packed(rows, expert, *sizes)
+            if (
+                self.is_packed
+            ):  # a launch, the copy, between that which gathered the expert and its reader
+                return ops.gemm_packed(rows.clone(), expert, *sizes)
             return ops.gemm(rows, expert, self._type_id, self.algo)
 
         known = (ids >= 0) & (ids < self.experts)
@@ -171,8 +178,13 @@ class QuantExpertLinear(PackedModule):
         pairs = tokens * top
         each = pairs // max(1, min(pairs, self.experts))
         sizes = each, self.out_features, self.in_features
-        place = self.weight.device
-        return explain_gemm(*sizes, self._type_id, place, dtype, self.algo, self.is_packed)
+        place, packed = self.weight.device, self.is_packed
+        plan = explain_gemm(*sizes, self._type_id, place, dtype, self.algo, packed)
+        if not packed:
+            return plan
+        available = tuple(algo for algo in plan.available if algo != "int8")
+        obstacles = {**plan.obstacles, "int8": "experts have no int8 products"}
+        return replace(plan, available=available, obstacles=obstacles)
 
     def _pack(self, blocks: torch.Tensor) -> torch.Tensor:
         if self.out_features % 64 == 0:  # whole groups of strips: one expert behind the other
@@ -261,6 +273,21 @@ class QuantExperts(torch.nn.Module):
 def stack_shape(stack: Stack) -> tuple[int, ...]:
     """``[experts, out_features, in_features]``."""
     return tuple(stack.weight_shape if isinstance(stack, QuantExpertLinear) else stack.weight.shape)
+
+
+def check_routes(x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor | None) -> None:
+    """As `ops.moe_gemm` checks what it is given."""
+    if ids.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"ids: expected int32 or int64, got {ids.dtype}")
+    if ids.dim() != 2:
+        raise ValueError(f"ids: expected [tokens, top], got {list(ids.shape)}")
+    if x.shape[:-1] not in (ids.shape, ids.shape[:1]):
+        tokens, top = ids.shape
+        raise ValueError(
+            f"x: expected [{tokens}, k] or [{tokens}, {top}, k] as ids has it, got {list(x.shape)}"
+        )
+    if weights is not None and weights.shape != ids.shape:
+        raise ValueError(f"weights: expected {list(ids.shape)}, got {list(weights.shape)}")
 
 
 def needs_gradient(*tensors: Any) -> bool:

@@ -293,8 +293,7 @@ class QuantLinear(PackedModule):
                 check_packed(self.format, self.algo)
             sizes = self.out_features, self.in_features
             inside = bias if bias is not None and bias.dtype == x.dtype else None
-            algo = "auto" if self.precision is None else "auto_int8"
-            y = ops.gemm_packed(x, self.weight, self._type_id, *sizes, inside, algo)
+            y = ops.gemm_packed(x, self.weight, self._type_id, *sizes, inside, self.packed_algo)
             bias = bias if inside is None else None
         else:
             y = ops.gemm(x, self.weight, self._type_id, self.algo)
@@ -364,8 +363,8 @@ class QuantLinear(PackedModule):
         """As of every layer that can be packed: `PackedModule.pack`.
 
         precision: ``"int8"`` lets products of many tokens round x and the weights to int8
-        (``auto_int8`` of `ops.gemm_packed`), an error on a GPU that has no such products; None
-        keeps them as they are.
+        (``auto_int8`` of `ops.gemm_packed`), an error on a GPU that has no such products; None does
+        not, also where an earlier call did. `unpack`, and so `.cpu()`, forgets it.
         """
         if precision not in (None, "int8"):
             raise ValueError(f"precision: expected 'int8' or None, got {precision!r}")
@@ -379,16 +378,23 @@ class QuantLinear(PackedModule):
         self.precision = None
         return self
 
+    @property
+    def packed_algo(self) -> str:
+        """What packed products ask `ops.gemm_packed` for."""
+        return "auto" if self.precision is None else f"auto_{self.precision}"
+
     def explain(self, m: int, dtype: torch.dtype = torch.bfloat16) -> GemmPlan:
         """Which algorithm multiplies m rows of this dtype on the layer's device, and why."""
         shape = (m, self.out_features, self.in_features)
         place, packed = self.weight.device, self.is_packed
-        return explain_gemm(*shape, self._type_id, place, dtype, self.algo, packed)
+        algo = self.packed_algo if packed and self.algo == "auto" else self.algo
+        return explain_gemm(*shape, self._type_id, place, dtype, algo, packed)
 
     def extra_repr(self) -> str:
         text = f"in_features={self.in_features}, out_features={self.out_features}, "
         text += f"bias={self.bias is not None}, {self._size_repr()}"
         text += ", packed" if self.is_packed else ""
+        text += f", precision={self.precision}" if self.precision else ""
         return text if self.algo == "auto" else f"{text}, algo={self.algo}"
 
 

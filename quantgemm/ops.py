@@ -271,8 +271,8 @@ def gemm_packed(
     ``int8`` rounds x, and the weights anew, to int8 with a scale per row and 256 columns, about 1 %
     of y on gaussian numbers (docs/performance.md): compute capability 9.0, and the CPU to compare
     with. y is rounded before residual is added. ``auto_int8`` takes it from 2048 tokens and 1024
-    outputs on, where it is faster, else what ``auto`` takes. A row of y does not depend on the
-    batch; NaN or infinity in x makes its row NaN. ``auto`` never rounds.
+    outputs on, else what ``auto`` takes, and is an error where ``int8`` is one. A row of y does not
+    depend on the batch; NaN or infinity in x makes its row NaN. ``auto`` never rounds.
 
     On sm_90 and newer the kernel starts to read `packed` before the one launched right before it
     has ended. Bytes from `pack` or a memory copy are complete by then; where another kernel of

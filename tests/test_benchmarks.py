@@ -83,7 +83,7 @@ def test_shapes(limits: Any) -> None:
 def test_layer_of_the_chain(limits: Any) -> None:
     bench = importlib.import_module("bench_packed")
     assert sum(n * k for n, k in bench.LAYER.values()) == 218_103_808  # of Llama 3 8B
-    assert set(bench.PARTS) == {"pack", "types", "tokens", "moe", "chain", "heatmap"}
+    assert set(bench.PARTS) == {"pack", "types", "tokens", "int8", "moe", "chain", "heatmap"}
 
 
 @pytest.mark.parametrize("name", ["llama-3-8b", "qwen3-30b-a3b"])

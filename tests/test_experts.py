@@ -109,7 +109,10 @@ def test_mixture(down: str, device: str) -> None:
         want = reference(experts, x, ids, weights)
         with torch.no_grad():
             assert_close(experts(x, ids, weights), want)
-            half = experts.to(torch.bfloat16)(x.bfloat16(), ids, weights.bfloat16())
+            experts.to(torch.bfloat16)
+            if packed:
+                experts.pack()  # a move on the CPU unpacks
+            half = experts(x.bfloat16(), ids, weights.bfloat16())
         assert half.dtype == torch.bfloat16
         assert_close(half, want, 0.03)
 
@@ -122,6 +125,19 @@ def test_two_types_as_gate_and_up(device: str) -> None:
     with torch.no_grad():
         want = reference(experts, x, ids, weights)
         assert_close(experts.pack()(x, ids, weights), want)
+
+
+def test_routes_that_do_not_fit() -> None:
+    rows = mixture("cpu").gate_proj
+    x, ids, weights = routed(6, "cpu")
+    with pytest.raises(TypeError, match="ids: expected int32 or int64"):
+        rows(x, ids.float())
+    with pytest.raises(ValueError, match=r"ids: expected \[tokens, top\], got \[6\]"):
+        rows(x, ids[:, 0])
+    with pytest.raises(ValueError, match=r"x: expected \[5, k\] or \[5, "):
+        rows(x, ids[:5])
+    with pytest.raises(ValueError, match="weights: expected"):
+        rows(x, ids, weights[:5])
 
 
 @on_devices

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
-// Packed products by activation type. Kernels: gemm_packed.cuh, instantiated in
-// gemm_packed_<type>_<tiles>.cu, which the compiler can build side by side.
+// Packed products by activation type. Kernels: gemv_packed.cuh and gemm_packed.cuh, instantiated in
+// gemv_packed_<type>_<tokens>.cu and gemm_packed_<type>_<columns>.cu, which the compiler can build side by
+// side.
 #include "gemm_packed.h"
 
 #include "dependent_launch.cuh"

@@ -117,7 +117,7 @@ __global__ void __launch_bounds__(kThreads, kWeightBlocks)
   using Batch = PackedBatch<F>;
   constexpr int kTiles = kInt8Group / kTileCols, kBatches = kTiles / Batch::kTiles;
   static_assert(kTiles % Batch::kTiles == 0);
-  let_next_kernel_start();
+  let_next_kernel_start();  // before the wait: the product, which comes next, reads nothing before its own
   if (again) wait_for_previous_kernel();
   const Int8Layout layout(args.m, args.n, args.k);
   const int lane = threadIdx.x % 32, tiles = static_cast<int>(L::tiles(args.k));

@@ -157,6 +157,7 @@ __global__ void __launch_bounds__((Tile<F, X, Tokens>::kThreads), 1)
     wait_for_previous_kernel();
     let_next_kernel_start();
   }
+  __syncwarp();  // registers are moved by whole warps
   if (copier < 0) {
     grow_registers<P::kMultiplierRegisters>();
     multiply<P>(args, schedule, y, memory);

@@ -45,12 +45,12 @@ struct Shared {
   static __host__ __device__ int total_floats(const Split& split, int strips) {
     return split.panels > split.staged ? strips * split.columns * kStripRows : 0;
   }
-  static __host__ __device__ int batches(const Split& split) {
-    return split.panel_tiles / P::B::kTiles * panels(split);
+  static __host__ __device__ int64_t batches(const Split& split) {
+    return int64_t{1} * split.panel_tiles / P::B::kTiles * panels(split);
   }
   // Half of what all banks hold remains: two tokens that are read together lie in different banks. One token
   // has a batch of zeros behind it.
-  static __host__ __device__ int x_pitch(const Split& split) {
+  static __host__ __device__ int64_t x_pitch(const Split& split) {
     return batches(split) * P::kBatchBytes + (P::kTokens == 1 ? P::kBatchBytes : 64);
   }
   static __host__ __device__ int64_t bytes(const Split& split, int strips) {

@@ -43,8 +43,10 @@ __device__ __forceinline__ void SparsePacker<Real16, Channels, IsValue, Kind>::p
           }
         }
       }
-    auto& planes =
-        *reinterpret_cast<PlanesOfWarps*>(Channels > 128 ? static_cast<void*>(&room.planes) : room.x);
+    using Planes = uint4[kWarps][kStored / 4][32];  // 64 channels: where partial results were, too
+    static_assert(sizeof(Planes) <=
+                  (Channels > 128 ? sizeof(PlanesOfWarps) : sizeof(Room::x) + Channels * sizeof(KeyPart)));
+    auto& planes = *reinterpret_cast<Planes*>(Channels > 128 ? static_cast<void*>(&room.planes) : room.x);
     if (Channels <= 128) __syncthreads();  // x has been read
     uint32_t by_rank[4] = {}, out[kPlanes];
 #pragma unroll

@@ -19,9 +19,10 @@ namespace quantgemm {
 PackedAlgo check_packed_algo(const std::string& name, const PackedProblem& problem) {
   if (name == "auto") return select_packed_gemm(problem);
   const bool may_round = name == "auto_int8" && !problem.experts;
+  if (may_round && problem.k == 0) return select_packed_gemm(problem);
   std::string known = problem.experts ? "auto" : "auto, auto_int8";
   for (const PackedAlgo algo : kPackedAlgos) {
-    known += concat(", ", name_of(algo));
+    if (algo != PackedAlgo::kInt8 || !problem.experts) known += concat(", ", name_of(algo));
     if (name != name_of(algo) && !(may_round && algo == PackedAlgo::kInt8)) continue;
     const char* obstacle = packed_obstacle(algo, problem);
     check_implemented(obstacle == nullptr, "algo: ", name,

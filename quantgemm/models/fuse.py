@@ -105,7 +105,13 @@ class _FusedGate:
             gate._check_type()
             up._check_type()
         return ops.gemm_packed_gated(
-            x, gate.weight, up.weight, gate.qtype, gate.out_features, gate.in_features
+            x,
+            gate.weight,
+            up.weight,
+            gate.qtype,
+            gate.out_features,
+            gate.in_features,
+            gate.packed_algo,
         )
 
     @property
@@ -142,6 +148,7 @@ def _is_gated(module: torch.nn.Module) -> bool:
     if not isinstance(gate, QuantLinear) or not isinstance(up, QuantLinear):
         return False
     alike = gate.qtype == up.qtype and gate.weight_shape == up.weight_shape
+    alike = alike and gate.packed_algo == up.packed_algo
     return alike and all(_is_bare(layer) for layer in (gate, up))
 
 
@@ -174,7 +181,8 @@ class _Together:
         at, whole = weights[0].data_ptr(), weights[0].untyped_storage().data_ptr()
         for layer, weight in zip(self.layers, weights, strict=True):
             inside = weight.untyped_storage().data_ptr() == whole and weight.data_ptr() == at
-            if not inside or not _is_bare(layer):
+            alike = layer.packed_algo == self.layers[0].packed_algo
+            if not inside or not alike or not _is_bare(layer):
                 return False
             at += weight.numel()
         return True
@@ -185,7 +193,8 @@ class _Together:
             layer._check_type()
         strips = sum(len(layer.weight) for layer in self.layers)
         weights = first.weight.as_strided((strips, first.weight.shape[1]), first.weight.stride())
-        y = ops.gemm_packed(x, weights, first.qtype, sum(rows), first.in_features)
+        sizes = sum(rows), first.in_features
+        y = ops.gemm_packed(x, weights, first.qtype, *sizes, algo=first.packed_algo)
         parts = torch.split(y, rows, -1)
         self.seen = x, x._version, parts
         return parts[0]
