@@ -138,6 +138,30 @@ def test_several_tokens_at_once_and_forgotten_ones(device: str, case: str) -> No
 
 
 @pytest.mark.cuda
+def test_an_old_graph_that_becomes_garbage_while_another_is_recorded() -> None:
+    model, ids = tiny("cuda", "llama"), prompts("cuda", 1, 20)
+    old = [compile_decode(model, max_tokens=64)]
+    old[0].read(ids[:, :10])
+    want = old[0].step(ids[:, 10]).clone()
+
+    def drop(*_: object) -> None:
+        if old and torch.cuda.is_current_stream_capturing():
+            cycle: list[object] = [old.pop()]
+            cycle.append(cycle)
+            del cycle
+            assert len([[] for _ in range(5000)]) == 5000  # enough for a collection
+
+    new = compile_decode(model, max_tokens=64)
+    hook = model.register_forward_pre_hook(drop)
+    try:
+        new.read(ids[:, :10])
+        got = new.step(ids[:, 10])
+    finally:
+        hook.remove()
+    assert not old and torch.equal(got, want)
+
+
+@pytest.mark.cuda
 @pytest.mark.parametrize("case", ["llama", "qwen2", "qwen3", "mistral"])
 def test_steps_of_up_to_eight_tokens_change_no_bit(case: str) -> None:
     """So that a greedy text is the same with drafts, however close two tokens are."""

@@ -11,8 +11,10 @@ started again as one. Keys and values lie in a `SparseKVCache`, as they are or q
 
 from __future__ import annotations
 
+import gc
 from collections import deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -343,6 +345,18 @@ class _Step:
             # What the graph reads lives as long as the graph.
             self.weights = [weight.detach() for weight in self.texts.model.parameters()]
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph, stream=side):
+            with _no_collection(), torch.cuda.graph(self.graph, stream=side):
                 self.logits = run()
             restore()
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Garbage may hold a graph, and destroying one ends a capture with an error."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
