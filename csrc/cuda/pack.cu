@@ -5,8 +5,10 @@
 // Limit: DRAM, the bytes of the matrix twice. unpack rebuilds a block by one thread and is slower.
 #include "../formats/gguf_formats.h"
 #include "../formats/packed.h"
+#include "dependent_launch.cuh"
 #include "launch.h"
 #include "memory.cuh"
+#include "ptx.cuh"
 
 namespace quantgemm {
 namespace {
@@ -28,11 +30,28 @@ __device__ __forceinline__ void store_words(const uint32_t (&words)[Bits], uint8
       *reinterpret_cast<uint4*>(tile + PackedField<Bits>::at(lane, w)) =
           make_uint4(words[w], words[w + 1], words[w + 2], words[w + 3]);
   } else {
-#pragma unroll
-    for (int w = 0; w < Bits; ++w)
-      *reinterpret_cast<uint32_t*>(tile + PackedField<Bits>::at(lane, w)) = words[w];
+    uint8_t* const own = tile + PackedField<Bits>::at(lane, 0);
+    if constexpr (Bits == 2)
+      *reinterpret_cast<uint2*>(own) = make_uint2(words[0], words[1]);
+    else
+      *reinterpret_cast<uint32_t*>(own) = words[0];
   }
 }
+// A step's codes into a lane's words of one plane, as pack_words does it for pairs: rows r and r + 8, of each
+// the codes of columns 0, 1, 8 and 9 as bytes, whose bits from Shift on belong there.
+template <int Bits, int Shift>
+__device__ __forceinline__ void pack_step(const uint32_t (&rows)[2], int s, uint32_t (&words)[Bits]) {
+  constexpr uint32_t kMask = 0x01010101u * ((1u << Bits) - 1), kInOrder = 0x3120u;  // columns 0, 8, 1, 9
+  const uint32_t x = (rows[0] >> Shift) & kMask, y = (rows[1] >> Shift) & kMask;
+  if constexpr (Bits == 8) {
+    words[2 * s] = pick_bytes(x, 0, kInOrder), words[2 * s + 1] = pick_bytes(y, 0, kInOrder);
+  } else {
+    uint32_t pairs = pick_bytes(x | y << Bits, 0, kInOrder);  // a byte is j = 0, 1 or 2, 3 of a half
+    if constexpr (Bits < 4) pairs = (pairs | pairs >> (8 - 2 * Bits)) & PackedField<4 * Bits>::kMask;
+    words[s * Bits / 4] |= pairs << PackedField<Bits>::bit(s, 0);
+  }
+}
+
 template <int Bits>
 __device__ __forceinline__ void load_words(bytes_ptr tile, int lane, uint32_t (&words)[Bits]) {
 #pragma unroll
@@ -52,6 +71,76 @@ __device__ __forceinline__ Part part_of(const PackArgs& args, int64_t chunks) {
           static_cast<int>(min(args.k - first, int64_t{kChunk}))};
 }
 
+// A row begins anywhere in global memory; in the stage it keeps its place between multiples of 16.
+struct Skews {
+  int first, step;
+  __device__ __forceinline__ Skews(bytes_ptr rows, int64_t row_bytes)
+      : first(static_cast<int>(reinterpret_cast<uintptr_t>(rows) % 16)),
+        step(static_cast<int>(row_bytes % 16)) {}
+  __device__ __forceinline__ int of(int row) const { return (first + row * step) % 16; }
+};
+
+// Heads on their way from the stage to their planes: a thread moves a row's piece of a record at a time.
+template <PackableFormat F>
+struct HeadPlanes {
+  using L = PackedLayout<F>;
+  const uint8_t* stage;
+  const Skews& skews;
+  const Part& part;
+
+  // Byte B of a record and, if there are two, the one behind it; `record` is its first block.
+  template <int B, bool Two>
+  __device__ __forceinline__ uint32_t bytes_at(bytes_ptr record, int cols) const {
+    constexpr int kBlock = B / L::kHeadBytes, kAt = kBlock * F::kBytes + F::head_at(B % L::kHeadBytes);
+    if constexpr (Two) {
+      constexpr int kNext = (B + 1) / L::kHeadBytes * F::kBytes + F::head_at((B + 1) % L::kHeadBytes);
+      if constexpr (kNext == kAt + 1 && kAt % 2 == 0 && F::kBytes % 2 == 0)
+        return kBlock * F::kElems < cols ? *reinterpret_cast<const uint16_t*>(record + kAt) : 0;
+      else
+        return bytes_at<B, false>(record, cols) | bytes_at<B + 1, false>(record, cols) << 8;
+    } else {
+      return kBlock * F::kElems < cols ? record[kAt] : 0;
+    }
+  }
+  template <int B, int Size>
+  __device__ __forceinline__ uint32_t word_at(bytes_ptr record, int cols) const {
+    if constexpr (Size == 1) return bytes_at<B, false>(record, cols);
+    uint32_t word = bytes_at<B, true>(record, cols);
+    if constexpr (Size > 2) word |= bytes_at<B + 2, true>(record, cols) << 16;
+    return word;
+  }
+  // The pieces of records from byte First on.
+  template <int First>
+  __device__ __forceinline__ void store(uint8_t* strip, int64_t k) const {
+    if constexpr (First < L::kRecordBytes) {
+      constexpr int kSize = L::piece_bytes(First);
+      const int spans = (part.cols + L::kSpan - 1) / L::kSpan;
+      uint8_t* const plane = strip + L::piece_at(k, First) + part.first / L::kSpan * kStripRows * kSize;
+      for (int i = threadIdx.x; i < spans * kStripRows; i += kPackThreads) {
+        const int span = i / kStripRows, row = i % kStripRows / 2 + i % 2 * 8;
+        bytes_ptr record =
+            stage + row * Stage<F>::kPitch + skews.of(row) + span * (L::kSpanBlocks * F::kBytes);
+        const int cols = row < part.rows ? part.cols - span * L::kSpan : 0;
+        uint8_t* const to = plane + i * kSize;
+        if constexpr (kSize == 16)
+          *reinterpret_cast<uint4*>(to) =
+              make_uint4(word_at<First, 4>(record, cols), word_at<First + 4, 4>(record, cols),
+                         word_at<First + 8, 4>(record, cols), word_at<First + 12, 4>(record, cols));
+        else if constexpr (kSize == 8)
+          *reinterpret_cast<uint2*>(to) =
+              make_uint2(word_at<First, 4>(record, cols), word_at<First + 4, 4>(record, cols));
+        else if constexpr (kSize == 4)
+          *reinterpret_cast<uint32_t*>(to) = word_at<First, 4>(record, cols);
+        else if constexpr (kSize == 2)
+          *reinterpret_cast<uint16_t*>(to) = static_cast<uint16_t>(word_at<First, 2>(record, cols));
+        else
+          *to = static_cast<uint8_t>(word_at<First, 1>(record, cols));
+      }
+      store<First + kSize>(strip, k);
+    }
+  }
+};
+
 template <PackableFormat F>
 __global__ void __launch_bounds__(kPackThreads) pack_kernel(const PackArgs args, int64_t chunks) {
   using L = PackedLayout<F>;
@@ -60,74 +149,59 @@ __global__ void __launch_bounds__(kPackThreads) pack_kernel(const PackArgs args,
   uint8_t* const stage = reinterpret_cast<uint8_t*>(shared);
   const Part part = part_of(args, chunks);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = kPackThreads / 32;
+  let_next_kernel_start();  // settle_kernel, which then waits
   const int64_t row_bytes = args.k / F::kElems * F::kBytes;
   bytes_ptr source = args.from + part.strip * kStripRows * row_bytes + part.first / F::kElems * F::kBytes;
   const int run = part.cols / F::kElems * F::kBytes;
-  // A row begins anywhere; it keeps its place between multiples of 16 and is copied from the one before.
-  const auto skew_of = [&](int row) {
-    return static_cast<int>(reinterpret_cast<uintptr_t>(source + row * row_bytes) % 16);
-  };
+  const Skews skews(source, row_bytes);
   for (int row = warp; row < part.rows; row += warps) {
-    const int skew = skew_of(row), bytes = skew + run;
+    const int skew = skews.of(row), bytes = skew + run;
     bytes_ptr from = source + row * row_bytes - skew;
     uint8_t* to = stage + row * S::kPitch;
-#pragma unroll 4
-    for (int i = 16 * lane; i + 16 <= bytes; i += 512)
-      *reinterpret_cast<uint4*>(to + i) = __ldcs(reinterpret_cast<const uint4*>(from + i));
+#pragma unroll 1
+    for (int i = 16 * lane; i + 16 <= bytes; i += 512) cp_async16(shared_address(to + i), from + i);
+#pragma unroll 1
     for (int i = bytes / 16 * 16 + lane; i < bytes; i += 32) to[i] = from[i];
   }
+  cp_async_commit();
+  cp_async_wait<0>();
   __syncthreads();
 
+  // Each lane reads quads of one row, and lanes 4r + c and c ^ 1 exchange the pairs that the other one keeps:
+  // even lanes read row r and keep first pairs, odd ones row r + 8 and second pairs. While one reads columns
+  // + 0 the other reads + 8, from other banks.
   uint8_t* const strip = args.to + part.strip * L::strip_bytes(args.k);
-  const int r = lane / 4, c = lane % 4;
-  bytes_ptr rows[2] = {stage + r * S::kPitch + skew_of(r), stage + (r + 8) * S::kPitch + skew_of(r + 8)};
+  const int r = lane / 4, c = lane % 4, odd = lane % 2, own_row = r + 8 * odd;
+  bytes_ptr row = stage + own_row * S::kPitch + skews.of(own_row);
+  const uint32_t keeps = odd ? 0x3276u : 0x5410u, sends = odd ? 0x1054u : 0x7632u;
+  const uint32_t valid[2] = {r < part.rows ? ~0u : 0u, r + 8 < part.rows ? ~0u : 0u};
   const int64_t first_tile = part.first / kTileCols;
   for (int tile = warp; tile * kTileCols < part.cols; tile += warps) {
-    uint32_t pairs[16];
+    const uint32_t late = tile * kTileCols + 32 < part.cols ? ~0u : 0u;  // blocks of 32 may end in a tile
+    uint32_t low[L::kLowBits] = {}, high[L::kHighBits > 0 ? L::kHighBits : 1] = {};
 #pragma unroll
-    for (int i = 0; i < 16; ++i) {
-      const int half = i % 2, within = i / 4 * 16 + i % 4 / 2 * 8;  // of the tile, but for c
-      const int col = tile * kTileCols + within;
-      // Blocks of 32 or more: 8 columns at a multiple of 8 are in one.
-      const bool inside = r + 8 * half < part.rows && col < part.cols;
-      const uint32_t quad =
-          inside ? stored_codes<F>(rows[half] + col / F::kElems * F::kBytes, col % F::kElems / 4 + c / 2) : 0;
-      pairs[i] = pair_of(quad, c % 2);
+    for (int s = 0; s < 4; ++s) {
+      const int col = tile * kTileCols + 16 * s;
+      uint32_t quads[2];
+#pragma unroll
+      for (int i = 0; i < 2; ++i)
+        quads[i] =
+            stored_codes<F>(row + col / F::kElems * F::kBytes, col % F::kElems / 4 | (i ^ odd) << 1 | c / 2);
+      const uint32_t own = pick_bytes(quads[0], quads[1], keeps),
+                     other = __shfl_xor_sync(~0u, pick_bytes(quads[0], quads[1], sends), 1),
+                     mask = s < 2 ? ~0u : late;
+      const uint32_t rows[2] = {(odd ? other : own) & (valid[0] & mask),
+                                (odd ? own : other) & (valid[1] & mask)};
+      pack_step<L::kLowBits, 0>(rows, s, low);
+      if constexpr (L::kHighBits > 0) pack_step<L::kHighBits, L::kLowBits>(rows, s, high);
     }
-    uint32_t low[L::kLowBits];
-    pack_words<L::kLowBits, 0>(pairs, low);
     store_words(low, strip + (first_tile + tile) * L::kLowTile, lane);
-    if constexpr (L::kHighBits > 0) {
-      uint32_t high[L::kHighBits];
-      pack_words<L::kHighBits, L::kLowBits>(pairs, high);
+    if constexpr (L::kHighBits > 0)
       store_words(high, strip + L::high_at(args.k) + (first_tile + tile) * L::kHighTile, lane);
-    }
   }
 
-  const int64_t first_span = part.first / L::kSpan;
-  const int spans = (part.cols + L::kSpan - 1) / L::kSpan;
-#pragma unroll
-  for (int first = 0; first < L::kRecordBytes; first += L::piece_bytes(first)) {
-    constexpr int kStep = 2;  // bytes a thread moves; a piece of one byte is the end of an odd record
-    const int size = L::piece_bytes(first), step = size < kStep ? 1 : kStep;
-    uint8_t* const plane = strip + L::piece_at(args.k, first) + first_span * kStripRows * size;
-    for (int i = threadIdx.x * step; i < spans * kStripRows * size; i += kPackThreads * step) {
-      const int span = i / (kStripRows * size), place = i / size % kStripRows,
-                row = place / 2 + place % 2 * 8;
-      uint32_t value = 0;
-      for (int b = 0; b < step; ++b) {
-        const int byte = first + i % size + b, col = span * L::kSpan + byte / L::kHeadBytes * F::kElems;
-        if (row < part.rows && col < part.cols)
-          value |= static_cast<uint32_t>(stage[row * S::kPitch + skew_of(row) + col / F::kElems * F::kBytes +
-                                               F::head_at(byte % L::kHeadBytes)])
-                   << (8 * b);
-      }
-      if (step == 2)
-        *reinterpret_cast<uint16_t*>(plane + i) = static_cast<uint16_t>(value);
-      else
-        plane[i] = static_cast<uint8_t>(value);
-    }
-  }
+  const HeadPlanes<F> planes{stage, skews, part};
+  planes.template store<0>(strip, args.k);
 }
 
 template <PackableFormat F>
@@ -140,6 +214,7 @@ __global__ void __launch_bounds__(kPackThreads) unpack_kernel(const PackArgs arg
   constexpr int kCodePitch = kChunk + 16;
   const Part part = part_of(args, chunks);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = kPackThreads / 32;
+  let_next_kernel_start();
   const int64_t row_bytes = args.k / F::kElems * F::kBytes, first_tile = part.first / kTileCols;
   bytes_ptr strip = args.from + part.strip * L::strip_bytes(args.k);
 
@@ -164,13 +239,11 @@ __global__ void __launch_bounds__(kPackThreads) unpack_kernel(const PackArgs arg
   __syncthreads();
 
   uint8_t* const target = args.to + part.strip * kStripRows * row_bytes + part.first / F::kElems * F::kBytes;
-  const auto skew_of = [&](int row) {
-    return static_cast<int>(reinterpret_cast<uintptr_t>(target + row * row_bytes) % 16);
-  };
+  const Skews skews(target, row_bytes);
   const int row_blocks = part.cols / F::kElems;
   for (int i = threadIdx.x; i < part.rows * row_blocks; i += kPackThreads) {
     const int row = i / row_blocks, block_idx = i % row_blocks;
-    uint8_t* const block = stage + row * S::kPitch + skew_of(row) + block_idx * F::kBytes;
+    uint8_t* const block = stage + row * S::kPitch + skews.of(row) + block_idx * F::kBytes;
     bytes_ptr four = codes + row * kCodePitch + block_idx * F::kElems;
 #pragma unroll 4  // whole blocks of 256 would need more registers than there are
     for (int q = 0; q < F::kElems / 4; ++q) F::place(block, q, reinterpret_cast<const uint32_t*>(four)[q]);
@@ -180,7 +253,7 @@ __global__ void __launch_bounds__(kPackThreads) unpack_kernel(const PackArgs arg
 
   const int run = row_blocks * F::kBytes;
   for (int row = warp; row < part.rows; row += warps) {
-    const int skew = skew_of(row);
+    const int skew = skews.of(row);
     bytes_ptr from = stage + row * S::kPitch + skew;
     uint8_t* const to = target + row * row_bytes;
     const int lead = min((16 - skew) % 16, run), whole = (run - lead) / 16 * 16;
@@ -193,17 +266,20 @@ __global__ void __launch_bounds__(kPackThreads) unpack_kernel(const PackArgs arg
 
 // A product reads its first weights before the launch ahead of it is over (gemm_packed.cuh). That launch may
 // not be the one that writes them, so it is this one.
-__global__ void settle_kernel() {}
+__global__ void settle_kernel() { wait_for_previous_kernel(); }
 
 template <class Kernel>
 cudaError_t run(Kernel kernel, int shared_bytes, int64_t strips, const PackArgs& args, cudaStream_t stream) {
-  const cudaError_t status =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+  Device device;
+  cudaError_t status = device.read();
+  if (status == cudaSuccess)
+    status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
   if (status != cudaSuccess) return status;
   const int64_t chunks = (args.k + kChunk - 1) / kChunk;
   kernel<<<static_cast<unsigned>(strips * chunks), kPackThreads, shared_bytes, stream>>>(args, chunks);
-  settle_kernel<<<1, 1, 0, stream>>>();
-  return cudaGetLastError();
+  if (const cudaError_t launched = cudaGetLastError(); launched != cudaSuccess) return launched;
+  const DependentLaunch settle(1, 1, device, stream);
+  return cudaLaunchKernelEx(&settle.config, settle_kernel);
 }
 
 }  // namespace
