@@ -116,20 +116,6 @@ __device__ __forceinline__ void add_scaled(float (&sums)[32], const int (&intege
 }
 
 // ---- y ----
-// Word i of lane c of each four lanes to lane i, as its word c.
-__device__ __forceinline__ void transpose_quad(uint32_t (&word)[4]) {
-  const int c = threadIdx.x % 4;
-#pragma unroll
-  for (int by = 1; by < 4; by *= 2)
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if ((i & by) != 0) continue;
-      const bool upper = (c & by) != 0;
-      const uint32_t got = __shfl_xor_sync(~0u, upper ? word[i] : word[i + by], by);
-      word[i] = upper ? got : word[i], word[i + by] = upper ? word[i + by] : got;
-    }
-}
-
 // Values of a lane: of token `token` and the one 8 further, rows `row` + 8 i + {0, 1}.
 template <class T>
 __device__ __forceinline__ void store_sums(float (&sums)[kQuarters][32], const GemmPackedArgs& args,
@@ -241,7 +227,7 @@ __device__ __forceinline__ void multiply(const GemmPackedArgs& args, const Sched
       uint32_t a[8][4];
 #pragma unroll
       for (int i = 0; i < 8; ++i)
-        load_fragment(a[i], codes + i / 4 * kBoxBytes + own_row + 16 * ((2 * (i % 4) + upper) ^ lowest));
+        load_matrices(a[i], codes + i / 4 * kBoxBytes + own_row + 16 * ((2 * (i % 4) + upper) ^ lowest));
       const uint64_t weights = swizzled_rows(codes + 2 * kBoxBytes);
 #pragma unroll
       for (int quarter = 0; quarter < kQuarters; ++quarter) {

@@ -52,20 +52,6 @@ __device__ __forceinline__ float largest_of(float largest) {
 
 constexpr int kThreads = 128, kPerThread = 16, kTogether = 2;  // rows of x whose loads are under way
 
-// In place of lane i's word of lane c, of each four lanes: word i of lane c.
-__device__ __forceinline__ void transpose_quad(uint32_t (&word)[4]) {
-  const int c = threadIdx.x % 4;
-#pragma unroll
-  for (int by = 1; by < 4; by *= 2)
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if ((i & by) != 0) continue;
-      const bool upper = (c & by) != 0;
-      const uint32_t got = __shfl_xor_sync(~0u, upper ? word[i] : word[i + by], by);
-      word[i] = upper ? got : word[i], word[i + by] = upper ? word[i + by] : got;
-    }
-}
-
 template <class In>
 __global__ void __launch_bounds__(kThreads)
     round_tokens_kernel(const __grid_constant__ GemmPackedArgs args, uint8_t* scratch) {

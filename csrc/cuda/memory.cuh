@@ -56,6 +56,20 @@ __device__ __forceinline__ void store1(BFloat16* out, float x) { out->bits = flo
 
 __device__ __forceinline__ float silu(float x) { return x / (1.0f + __expf(-x)); }
 
+// Word i of lane c of each four lanes to lane i, as its word c.
+__device__ __forceinline__ void transpose_quad(uint32_t (&word)[4]) {
+  const int c = threadIdx.x % 4;
+#pragma unroll
+  for (int by = 1; by < 4; by *= 2)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if ((i & by) != 0) continue;
+      const bool upper = (c & by) != 0;
+      const uint32_t got = __shfl_xor_sync(~0u, upper ? word[i] : word[i + by], by);
+      word[i] = upper ? got : word[i], word[i + by] = upper ? word[i + by] : got;
+    }
+}
+
 // num_bytes from source to target, both multiples of 16, by all threads of the block.
 template <int Threads>
 __device__ __forceinline__ void copy_bytes(uint8_t* target, const uint8_t* source, int num_bytes) {

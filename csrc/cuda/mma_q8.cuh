@@ -28,15 +28,6 @@ __device__ __forceinline__ void copy_async(uint32_t target, const void* source, 
   }
 }
 
-// Four 8 × 16-byte matrices; lane i gives the address of row i % 8 of matrix i / 8 and receives
-// bytes 4c … 4c+3 of row r of each.
-__device__ __forceinline__ void load_matrices(uint32_t (&words)[4], uint32_t address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
-               : "r"(address)
-               : "memory");
-}
-
 // Integer accumulators start at the bits of 1.5 · 2^23: read as float they are 1.5 · 2^23 + sum.
 inline constexpr uint32_t kMagicBits = 0x4b400000u;
 inline constexpr float kMagic = 12582912.0f;

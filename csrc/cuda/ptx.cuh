@@ -35,11 +35,10 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
-// Matrices of 8 × 16 bytes; lane i gives the address of row i % 8 of matrix i / 8.
-// PTX ISA 9.7.14.5.15 (ldmatrix), sm_75.
-template <bool Transposed>
-__device__ __forceinline__ void load_matrices(uint32_t (&words)[4], const void* row) {
-  const uint32_t address = shared_address(row);
+// Matrices of 8 × 16 bytes; lane i gives the address of row i % 8 of matrix i / 8 and receives bytes
+// 4c … 4c + 3 of row r of each. PTX ISA 9.7.14.5.15 (ldmatrix), sm_75.
+template <bool Transposed = false>
+__device__ __forceinline__ void load_matrices(uint32_t (&words)[4], uint32_t address) {
   if constexpr (Transposed)
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
@@ -50,6 +49,11 @@ __device__ __forceinline__ void load_matrices(uint32_t (&words)[4], const void* 
                  : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
                  : "r"(address)
                  : "memory");
+}
+
+template <bool Transposed = false>
+__device__ __forceinline__ void load_matrices(uint32_t (&words)[4], const void* row) {
+  load_matrices<Transposed>(words, shared_address(row));
 }
 
 // 16 bytes of shared memory. Loads of this kind stay in the order in which they are written, which the

@@ -26,12 +26,4 @@ __device__ __forceinline__ void sums_are_ready(int (&d)[32]) {
   for (int& sum : d) asm volatile("" : "+r"(sum)::"memory");
 }
 
-// A fragment of 16 rows × 32 bytes: lane i names piece i / 16 (16 bytes) of row i % 16. PTX ISA 9.7.14.5.15.
-__device__ __forceinline__ void load_fragment(uint32_t (&a)[4], uint32_t address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3])
-               : "r"(address)
-               : "memory");
-}
-
 }  // namespace quantgemm
