@@ -29,6 +29,10 @@ __global__ void __launch_bounds__(kLawThreads, 2)
   if (keeps) scratch.num_kept[info.slot] = found.num_kept;
 }
 
+// The shared memory of a multiprocessor that has room for one block that finds laws.
+constexpr unsigned kLawSharedPercent = 14;  // 32 kB on sm_90
+static_assert(sizeof(LawShared) > (15 << 10) && sizeof(LawShared) <= (31 << 10));
+
 // Little is read in one wave: a launch takes as long as some 16 MB. More in two, the first a third of the
 // positions. Of much the first has enough to read to be worth a launch, and each next one twice as many.
 constexpr int64_t kWaveBytes = 32 << 20, kOneWaveBytes = 64 << 20, kTwoWavesBytes = 128 << 20;
@@ -52,6 +56,12 @@ cudaError_t launch_waves(const VerifyArgs& args, const Device& device, cudaStrea
     if (error != cudaSuccess || !laws_are_stored(args)) continue;
     const dim3 grid(static_cast<unsigned>(args.num_sequences), static_cast<unsigned>(wave.layers(args)));
     DependentLaunch launch(grid, kLawThreads, device, stream);
+    if (grid.x * grid.y <= static_cast<unsigned>(device.multiprocessors) && device.major >= 9) {
+      // Room for one on each: the first multiprocessor that is free must not get two.
+      cudaLaunchAttribute& room = launch.attributes[launch.config.numAttrs++];
+      room.id = cudaLaunchAttributePreferredSharedMemoryCarveout;
+      room.val.sharedMemCarveout = kLawSharedPercent;
+    }
     visit_real(args.value_type, [&]<class T>(T) {
       error = cudaLaunchKernelEx(&launch.config, row_laws_kernel<T>, args, wave);
     });
