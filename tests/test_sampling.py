@@ -428,8 +428,14 @@ def test_batch_and_grid_do_not_matter(probs: bool) -> None:
 @pytest.mark.cuda
 @pytest.mark.parametrize("truncated", [False, True])
 @pytest.mark.parametrize(
-    ("dtype", "batch"),  # many waves, or two
-    [(torch.float32, 48), (torch.bfloat16, 48), (torch.float32, 12), (torch.bfloat16, 24)],
+    ("dtype", "batch"),  # many waves, or three that overlap (two if truncated)
+    [
+        (torch.float32, 48),
+        (torch.bfloat16, 48),
+        (torch.float32, 16),
+        (torch.float32, 12),
+        (torch.bfloat16, 24),
+    ],
 )
 def test_rows_behind_a_refused_draft_may_be_skipped(
     dtype: torch.dtype, batch: int, truncated: bool

@@ -9,18 +9,20 @@ namespace quantgemm {
 
 constexpr int kLawThreads = 512, kLawWarps = kLawThreads / 32;
 constexpr int kMaxGroups = (kMaxVocab + kGroup) / kGroup, kBins = 256;
-constexpr int kCapacity = 1024;
+constexpr int kCapacity = 512;
 
 struct LawShared {
   union {
     uint32_t group_keys[kMaxGroups];
-    uint64_t down_to[kCapacity];  // later: the mass of the keys from this one up
+    struct {
+      uint64_t down_to[kCapacity];  // the mass of the keys from this one up
+      uint64_t above[kCapacity];    // of the keys above this one
+      uint32_t rank[kCapacity];     // and their number; in the upper half how many tokens are before this one
+    } ranked;                       // later, of the keys gathered
   };
   uint64_t partial[2][kLawWarps];
   uint64_t mass[kCapacity];
   uint32_t key[kCapacity], token[kCapacity];
-  uint64_t above[kCapacity];  // the mass of the keys above this one
-  uint32_t rank[kCapacity];   // and their number; in the upper half how many tokens are before this one
   uint32_t count, best, bins[kBins], num_listed;
   uint16_t listed[kMaxGroups];
 };
@@ -28,6 +30,16 @@ struct LawShared {
 __device__ __forceinline__ LawShared& law_shared() {  // so that all functions know it to be shared memory
   __shared__ LawShared shared;
   return shared;
+}
+
+// Neighbouring values as one 16-byte load.
+__device__ __forceinline__ void load_vector(float (&v)[4], const float* x) {
+  const float4 a = *reinterpret_cast<const float4*>(x);
+  v[0] = a.x, v[1] = a.y, v[2] = a.z, v[3] = a.w;
+}
+template <class Real16>
+__device__ __forceinline__ void load_vector(float (&v)[8], const Real16* x) {
+  load8(v, x);
 }
 
 // A row being truncated, by one block. All members are the same in every thread.
@@ -118,11 +130,10 @@ struct Selection {
   }
 
   // The same for few values from `low` up, by the keys of the row's lanes; true if the list has them all.
+  // Before, shared.count and num_listed are 0.
   __device__ __forceinline__ bool gather_few(const uint16_t* lane_keys, uint4 keys, uint32_t low,
                                              uint32_t high) {
     constexpr int kPer = kPerVector<T>, kVectors = kChunk<T> / (32 * kPer);
-    if (threadIdx.x == 0) shared.count = 0, shared.num_listed = 0;
-    __syncthreads();
     const uint32_t least = low >> 16;
 #pragma unroll 1
     for (int first = threadIdx.x * 8; first < lanes_of<T>(row.length); first += kLawThreads * 8) {
@@ -152,14 +163,24 @@ struct Selection {
       float v[kPer];
       uint32_t wanted = 0;
 #pragma unroll
-      for (int e = 0; e < kPer; ++e) v[e] = begin + e < row.length ? row.at(begin + e) : minus_infinity();
+      for (int e = 0; e < kPer; ++e) v[e] = minus_infinity();
+      if (row.aligned && begin + kPer <= row.length) {
+        load_vector(v, row.data + begin);
+      } else {
+#pragma unroll
+        for (int e = 0; e < kPer; ++e)
+          if (begin + e < row.length) v[e] = row.at(begin + e);
+      }
 #pragma unroll
       for (int e = 0; e < kPer; ++e)
         if (key_of(clean_logit(v[e])) >= low) wanted |= 1u << e;
 #pragma unroll 1
       for (; wanted; wanted &= wanted - 1) {
-        const int token = begin + __ffs(wanted) - 1;
-        keep(key_of(clean_logit(row.at(token))), token);
+        const int at = __ffs(wanted) - 1;
+        float x = v[0];
+#pragma unroll
+        for (int e = 1; e < kPer; ++e) x = at == e ? v[e] : x;
+        keep(key_of(clean_logit(x)), begin + at);
       }
     }
     __syncthreads();
@@ -222,16 +243,18 @@ struct Selection {
   }
 
   // A key that at least k groups reach, so that the k-th largest value does. Groups are counted by
-  // their distance from the top, in 256 steps that grow until they hold k groups.
+  // their distance from the top, in 256 steps that grow until they hold k groups. Before, bins are 0.
   __device__ uint32_t bound_of_top_k(uint32_t top, int64_t k) {
     if (num_groups < k) return 0;
     static_assert(kBins == 32 * 8);
     const int lane = threadIdx.x % 32;
 #pragma unroll 1
     for (int shift = 15;; shift += 3) {  // the last is 24
-      __syncthreads();
-      if (threadIdx.x < kBins) shared.bins[threadIdx.x] = 0;
-      __syncthreads();
+      if (shift != 15) {
+        __syncthreads();
+        if (threadIdx.x < kBins) shared.bins[threadIdx.x] = 0;
+        __syncthreads();
+      }
 #pragma unroll 1
       for (int g = threadIdx.x; g < num_groups; g += kLawThreads) {
         const uint32_t bin = (top - 1 - shared.group_keys[g]) >> shift;

@@ -29,14 +29,36 @@ __global__ void __launch_bounds__(kLawThreads, 2)
   if (keeps) scratch.num_kept[info.slot] = found.num_kept;
 }
 
-// Little is read in one wave: a launch takes as long as some 16 MB. More in two, the first a third of the
-// positions. Of much the first has enough to read to be worth a launch, and each next one twice as many.
-constexpr int64_t kWaveBytes = 32 << 20, kOneWaveBytes = 64 << 20, kTwoWavesBytes = 128 << 20;
+// The shared memory of a multiprocessor that has room for one block that finds laws.
+constexpr unsigned kLawSharedPercent = 14;  // 32 kB on sm_90
+static_assert(sizeof(LawShared) > (15 << 10) && sizeof(LawShared) <= (31 << 10));
+
+// Little is read in one wave: a launch takes as long as some 16 MB. More in waves of a third of the positions
+// that overlap: the second is read without asking, while the first is judged. Where laws are found in
+// between, and of few positions, the first third in one wave and the rest in another. Of much the first has
+// enough to read to be worth a launch, and each next one twice as many.
+constexpr int64_t kWaveBytes = 32 << 20, kOneWaveBytes = 64 << 20, kTwoWavesBytes = 128 << 20,
+                  kOverlapBytes = 144 << 20;
+
+cudaError_t launch_overlapping_waves(const VerifyArgs& args, const Device& device, cudaStream_t stream) {
+  const int positions = static_cast<int>(args.max_drafts) + 1, size = (positions + 1) / 3;
+  cudaError_t error = cudaSuccess;
+  for (int i = 0; i < 3 && error == cudaSuccess; ++i) {
+    Wave wave{i * size, i < 2 ? (i + 1) * size : positions, i != 0, true, true};
+    wave.judges = i == 1;
+    wave.known = i == 2 ? size : 0;
+    error = launch_row_strips(args, wave, device, stream);
+  }
+  return error;
+}
 
 cudaError_t launch_waves(const VerifyArgs& args, const Device& device, cudaStream_t stream) {
   const int positions = static_cast<int>(args.max_drafts) + 1;
   const int64_t bytes = args.num_sequences * args.vocab * Wave{0, 1}.layers(args) *
                         static_cast<int64_t>(args.value_type == Real::kFloat32 ? 4 : 2);
+  const bool overlap = args.mode == VerifyMode::kChain && !laws_are_stored(args) && positions > 4 &&
+                       positions * bytes > kOneWaveBytes && positions * bytes <= kOverlapBytes;
+  if (overlap) return launch_overlapping_waves(args, device, stream);
   const bool in_many = args.mode == VerifyMode::kChain && positions * bytes > kTwoWavesBytes;
   int64_t size = positions;
   const bool in_two =
@@ -52,6 +74,12 @@ cudaError_t launch_waves(const VerifyArgs& args, const Device& device, cudaStrea
     if (error != cudaSuccess || !laws_are_stored(args)) continue;
     const dim3 grid(static_cast<unsigned>(args.num_sequences), static_cast<unsigned>(wave.layers(args)));
     DependentLaunch launch(grid, kLawThreads, device, stream);
+    if (grid.x * grid.y <= static_cast<unsigned>(device.multiprocessors) && device.major >= 9) {
+      // Room for one on each: the first multiprocessor that is free must not get two.
+      cudaLaunchAttribute& room = launch.attributes[launch.config.numAttrs++];
+      room.id = cudaLaunchAttributePreferredSharedMemoryCarveout;
+      room.val.sharedMemCarveout = kLawSharedPercent;
+    }
     visit_real(args.value_type, [&]<class T>(T) {
       error = cudaLaunchKernelEx(&launch.config, row_laws_kernel<T>, args, wave);
     });

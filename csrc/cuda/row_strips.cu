@@ -38,6 +38,53 @@ __global__ void __launch_bounds__(kStripThreads, 4)
                        keys_of(scratch, info.slot, info.parameters));
 }
 
+// The same in three waves that overlap: the second is read without asking while its first layer of blocks
+// judges what the first wave has read, and the third waits for that verdict alone. The end of its first block
+// tells verification that all waves have ended. A wave's blocks start when all of the one before have
+// started, so those that others wait for are never behind them.
+template <class T>
+__global__ void __launch_bounds__(kStripThreads, 4)
+    overlapping_strips_kernel(const __grid_constant__ VerifyArgs args,
+                              const __grid_constant__ RowScratch scratch, Wave wave, int share) {
+  __shared__ LawTable table;
+  const int64_t sequence = blockIdx.x >> share;
+  const int part = static_cast<int>(blockIdx.x) & ((1 << share) - 1);
+  if (wave.first == 0) {
+    wait_for_previous_kernel();
+    // Who looks there without having waited finds no verdict from before.
+    const bool clears = blockIdx.y == 0 && part == 0;
+    if (clears && threadIdx.x == 0) {
+      leave_state(scratch, sequence, 0, false);
+      __threadfence();
+    }
+    if (!clears || threadIdx.x == 0) let_next_kernel_start();
+  } else {
+    let_next_kernel_start();
+  }
+  if (wave.judges && blockIdx.y == 0) {
+    if (blockIdx.x >= args.num_sequences) return;
+    const SlotRow row = row_of_slot(args, blockIdx.x, 0, false);
+    const bool accepted = all_accepted<T>(args, scratch, table, row, wave.first);
+    wait_for_previous_kernel();
+    if (threadIdx.x == 0) leave_state(scratch, blockIdx.x, wave.first, accepted);
+    return;
+  }
+  const SlotRow info = wave.row(args, sequence, static_cast<int>(blockIdx.y) - wave.judges);
+  bool wanted = info.exists;
+  if (wanted && wave.known > 0) {
+    uint32_t state;
+    do {
+      state = state_of(scratch, sequence);
+    } while (state >> 1 < static_cast<uint32_t>(wave.known));
+    wanted = (state & 1) != 0;
+  }
+  if (wanted)
+    read_strips<true>(view_of<T>(args, info), part * kStripWarps + static_cast<int>(threadIdx.x) / 32,
+                      kStripWarps << share, info.parameters.slope, scratch.strips + info.slot * kMaxStrips,
+                      keys_of(scratch, info.slot, info.parameters));
+  if (wave.known > 0 && blockIdx.x == 0 && blockIdx.y == 0) wait_for_previous_kernel();
+}
+
 // Enough blocks for a few on each multiprocessor's four places, but none without a strip per warp.
 int share_for(const VerifyArgs& args, int64_t rows, const Device& device) {
   const int64_t length = args.vocab > args.draft_vocab ? args.vocab : args.draft_vocab;
@@ -57,13 +104,13 @@ cudaError_t launch_row_strips(const VerifyArgs& args, Wave wave, const Device& d
   // Of a second wave most blocks pass over their row. Before laws are found half as many do it sooner.
   if (wave.in_order && laws_are_stored(args) && share > 0) --share;
   const dim3 grid(static_cast<unsigned>(args.num_sequences << share),
-                  static_cast<unsigned>(wave.layers(args)));
+                  static_cast<unsigned>(wave.layers(args) + wave.judges));
   DependentLaunch launch(grid, kStripThreads, device, stream);
   cudaError_t error = cudaSuccess;
   visit_real(args.value_type, [&]<class T>(T) {
-    error = cudaLaunchKernelEx(&launch.config,
-                               wave.streams ? row_strips_kernel<T, true> : row_strips_kernel<T, false>, args,
-                               scratch, wave, share);
+    auto* kernel = wave.streams ? row_strips_kernel<T, true> : row_strips_kernel<T, false>;
+    if (wave.overlaps) kernel = overlapping_strips_kernel<T>;
+    error = cudaLaunchKernelEx(&launch.config, kernel, args, scratch, wave, share);
   });
   return error;
 }

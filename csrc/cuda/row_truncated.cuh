@@ -32,7 +32,7 @@ __device__ __forceinline__ Selected select_from_list(LawShared& shared, uint32_t
       down_to += __shfl_xor_sync(~0u, down_to, step);
     }
     if (lane % 8 == 0 && i < size)
-      shared.above[i] = above, shared.rank[i] = rank, shared.down_to[i] = down_to;
+      shared.ranked.above[i] = above, shared.ranked.rank[i] = rank, shared.ranked.down_to[i] = down_to;
   }
   __syncthreads();
   // The least key of those that are wanted, and the mass down to it.
@@ -43,13 +43,14 @@ __device__ __forceinline__ Selected select_from_list(LawShared& shared, uint32_t
       if (wanted(i) && shared.key[i] < low) low = shared.key[i], at = i;
     const uint32_t least = __reduce_min_sync(~0u, low);
     at = __shfl_sync(~0u, at, __ffs(__ballot_sync(~0u, low == least)) - 1);
-    return Selected{least, shared.down_to[at]};
+    return Selected{least, shared.ranked.down_to[at]};
   };
-  const Selected of_top_k = least_of([&](uint32_t i) { return (shared.rank[i] & 0xffff) < s.top_k; });
+  const Selected of_top_k = least_of([&](uint32_t i) { return (shared.ranked.rank[i] & 0xffff) < s.top_k; });
   Selected out = of_top_k;
   if (s.top_p < 1.0f) {
     const uint64_t goal = mass_to_keep(s.top_p, of_top_k.mass);
-    out = least_of([&](uint32_t i) { return shared.key[i] >= of_top_k.low && shared.above[i] < goal; });
+    out =
+        least_of([&](uint32_t i) { return shared.key[i] >= of_top_k.low && shared.ranked.above[i] < goal; });
   }
   const uint32_t low = raise_to_min_p(out.low, top, max, s);
   if (low != out.low) out = {low, least_of([&](uint32_t i) { return shared.key[i] >= low; }).mass};
@@ -62,7 +63,7 @@ __device__ __forceinline__ int draw_from_list(LawShared& shared, const RowLaw& l
   // In the order of the tokens. Nobody looks at the masses any more.
 #pragma unroll 1
   for (uint32_t i = threadIdx.x; i < size; i += kLawThreads) {
-    const uint32_t place = shared.rank[i] >> 16;
+    const uint32_t place = shared.ranked.rank[i] >> 16;
     shared.mass[place] = to_fixed(softmax_probability(value_of_key(shared.key[i]), law));
     shared.listed[place] = static_cast<uint16_t>(i);
   }
@@ -117,6 +118,8 @@ __device__ __noinline__ LawAndToken law_of_row(RowScratch scratch, int64_t slot,
     shared.group_keys[g] = group_key;
     if (g + kLawThreads < num_groups) group_key = group_keys[g + kLawThreads];
   }
+  if (thread < kBins) shared.bins[thread] = 0;
+  if (thread == 0) shared.count = 0, shared.num_listed = 0;
   RowLaw law = joined.law;
   if (!truncates || joined.sum.x == minus_infinity()) return {law, -1, 0};
   __syncthreads();
@@ -127,8 +130,6 @@ __device__ __noinline__ LawAndToken law_of_row(RowScratch scratch, int64_t slot,
   Selected selected;
   if (listed) {
     selected = select_from_list(shared, top, joined.sum.x, s);
-  } else if constexpr (Draws) {
-    selected = select_slowly(select, row, joined.sum, s, bound);
   } else {
     selected = select_out_of_line(row, joined.sum, s, bound);
   }

@@ -11,6 +11,10 @@ struct Wave {
   int first, end;
   bool in_order = false;
   bool streams = false;  // what is read leaves the L2 first
+  // Of waves that overlap (row_strips.cu): this launch also judges the positions before `first`; it reads
+  // what the verdict on those before `known` leaves, for which it waits.
+  bool overlaps = false, judges = false;
+  int known = 0;
 
   // Rows of a sequence: the target's, and those of the draft that need a law.
   __host__ __device__ static bool reads_drafts(const VerifyArgs& args) {
@@ -54,6 +58,11 @@ __device__ bool all_accepted(const VerifyArgs& args, const RowScratch& scratch, 
 __device__ __forceinline__ uint32_t state_of(const RowScratch& scratch, int64_t sequence) {
   return *static_cast<volatile uint32_t*>(scratch.states + sequence);
 }
+__device__ __forceinline__ void leave_state(const RowScratch& scratch, int64_t sequence, int position,
+                                            bool reached) {
+  *static_cast<volatile uint32_t*>(scratch.states + sequence) =
+      static_cast<uint32_t>(position) << 1 | static_cast<uint32_t>(reached);
+}
 template <class T>
 __device__ __forceinline__ bool is_reached(const VerifyArgs& args, const RowScratch& scratch, Wave wave,
                                            const SlotRow& row, uint32_t state) {
@@ -64,7 +73,7 @@ __device__ __forceinline__ bool is_reached(const VerifyArgs& args, const RowScra
   const uint32_t stopped = static_cast<uint32_t>(wave.first) << 1, reached = stopped | 1;
   if (for_all == stopped || for_all == reached) return for_all == reached;
   const bool accepted = all_accepted<T>(args, scratch, table, row, wave.first);
-  if (threadIdx.x == 0) scratch.states[row.sequence] = accepted ? reached : stopped;
+  if (threadIdx.x == 0) leave_state(scratch, row.sequence, wave.first, accepted);
   return accepted;
 }
 
