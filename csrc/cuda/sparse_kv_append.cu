@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 // New tokens into the native key-value cache (kv_page.h): a block packs the keys or the values of one page
-// of one head, staged in shared memory; the last block of a head puts the new tokens into the ring.
+// of one head, staged in shared memory; others put new tokens into the ring, in the same launch.
 #include "../kv_page.h"
 #include "dependent_launch.cuh"
 #include "launch.h"
@@ -33,96 +33,169 @@ __device__ __forceinline__ uint4 centred(uint4 v, uint4 mean, Real16 type) {
                     centred(v.w, mean.w, type));
 }
 
+// The page that a block packs; none: null. In shared memory: registers are scarce.
+struct PageTask {
+  uint8_t* page;
+  const uint4* from;  // where all tokens are neighbours as they will be kept, or null
+  int first, before;
+  int next;  // number of the block's pages so far
+};
+
 // What a block has to do with one head's keys or values.
 template <class Real16, int Channels, bool IsValue>
 struct Appending {
   const KvAppendArgs& args;
-  int64_t row, before;
+  unsigned row;
+  int before;
   static constexpr int kVectors = Channels / 8;
 
   __device__ __forceinline__ uint4* recent(int64_t position) const {
     const KvCacheArgs& c = args.cache;
     return static_cast<uint4*>(IsValue ? c.recent_values : c.recent_keys) +
-           (row * c.recent + recent_slot(c, position)) * kVectors;
+           (int64_t{row} * c.recent + recent_slot(c, position)) * kVectors;
   }
   // Vector i of a token that has just come, as it will be kept.
   __device__ __forceinline__ uint4 added(int64_t index, int i) const {
     const KvCacheArgs& c = args.cache;
     const auto* from = static_cast<const uint4*>(IsValue ? args.values : args.keys);
-    const uint4 v = __ldg(from + (row * args.count + index) * kVectors + i);
+    const uint4 v = __ldg(from + (int64_t{row} * args.count + index) * kVectors + i);
     if (c.means == nullptr) return v;
     const int64_t mean = (IsValue ? c.batch * c.heads : 0) + row;
     return centred(v, __ldg(static_cast<const uint4*>(c.means) + mean * kVectors + i), Real16{});
   }
 
-  __device__ __forceinline__ uint4 vector(int64_t position, int i) const {
+  __device__ __forceinline__ uint4 vector(int position, int i) const {
     return position < before ? recent(position)[i] : added(position - before, i);
   }
 
-  // Packs the 64 tokens from a position on, where they are before anything has moved.
+  // Packs 64 tokens, where they are before anything has moved.
   template <PageKind Kind>
-  __device__ __forceinline__ void pack(void* room, int64_t first, PageFormat format, uint8_t* page) const {
+  __device__ __forceinline__ void pack(void* room, const PageTask& task) const {
     using Packer = PagePacker<Real16, Channels, IsValue, Kind>::type;
-    const int thread = static_cast<int>(threadIdx.x);
-    Packer packer{*static_cast<typename Packer::Room*>(room), format, page, thread};
+    int thread;  // as if it were new for each page: what follows from it need not be kept. PTX ISA 10.1
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+    thread &= kThreads - 1;
+    const PageFormat wanted = IsValue ? args.cache.value_format : args.cache.key_format;
+    Packer packer{
+        *static_cast<typename Packer::Room*>(room), {Kind, wanted.bits, wanted.keep}, task.page, thread};
     constexpr int kEach = kPageTokens * kVectors / kThreads;
-    if (first >= before && args.cache.means == nullptr) {  // a prompt's
-      const auto* from = static_cast<const uint4*>(IsValue ? args.values : args.keys) +
-                         (row * args.count + first - before) * kVectors + thread;
-      uint4 v[kEach];
+    uint4 v[kEach];
+    if (task.from != nullptr) {
 #pragma unroll
-      for (int j = 0; j < kEach; ++j) v[j] = __ldcs(from + j * kThreads);
-#pragma unroll
-      for (int j = 0; j < kEach; ++j) packer.put(thread + j * kThreads, v[j]);
+      for (int j = 0; j < kEach; ++j) v[j] = __ldcs(task.from + packer.place(j));
+      if constexpr (!Packer::kWantsOwn) packer.put(v);
     } else {
 #pragma unroll 1
       for (int i = thread; i < kPageTokens * kVectors; i += kThreads)
-        packer.put(i, vector(first + i / kVectors, i % kVectors));
+        packer.put(i, vector(task.first + i / kVectors, i % kVectors));
+      if constexpr (Packer::kWantsOwn) {
+        __syncthreads();  // x
+        packer.take(v);
+      }
     }
-    __syncthreads();  // x
-    packer.run();
+    if constexpr (!Packer::kWantsOwn) __syncthreads();  // x
+    packer.run(v);
   }
 };
 
-// Grid: (pages that may become full and blocks that store, sequences · heads, keys or values, or the latter
-// alone). Both steps in one launch only where no new token takes the slot of one that is being packed: one
-// token at a time.
-template <class Real16, int Channels, bool IsValue, PageKind Kind>
-__device__ __forceinline__ void append(const KvAppendArgs& args, void* room, int pages) {
+// What a block of the grid (pages that may become full and blocks that store, heads, sequences of keys or
+// values) has to do. A new token may take the slot of one that is being packed, if it is not the only one:
+// then the first block that stores packs the pages with tokens of the ring, and stores all. A thread has 64
+// values only, so each instruction here counts: no number of tokens needs 64 bits.
+struct AppendPlan {
+  int before, count, old_pages, pages;
+  int store;  // which of the blocks that store, or negative
+
+  __device__ __forceinline__ AppendPlan(const KvAppendArgs& args, unsigned sequence, int page_blocks) {
+    const KvCacheArgs& c = args.cache;
+    const int most = static_cast<int>(args.count);
+    before = clamped(c.lens[sequence], kMostTokens);
+    count = args.counts != nullptr ? clamped(args.counts[sequence], most) : most;
+    old_pages = pages_of(c, before), pages = pages_of(c, before + count);
+    store = static_cast<int>(blockIdx.x) - page_blocks;
+  }
+  static constexpr int kMostTokens = 1 << 30;
+  static __device__ __forceinline__ int clamped(int64_t tokens, int most) {
+    return static_cast<int>(tokens < 0 ? 0 : (tokens < most ? tokens : most));
+  }
+  // As parts_of has it.
+  static __device__ __forceinline__ int pages_of(const KvCacheArgs& c, int tokens) {
+    const int behind = tokens - static_cast<int>(c.sinks) - static_cast<int>(c.window);
+    return min(max(behind, 0) / kPageTokens, static_cast<int>(c.max_pages));
+  }
+  static __device__ __forceinline__ int first_of(const KvCacheArgs& c, int index) {
+    return static_cast<int>(c.sinks) + index * kPageTokens;
+  }
+  __device__ __forceinline__ bool by_who_stores(const KvCacheArgs& c, int index) const {
+    return first_of(c, index) < before &&
+           before + count > first_of(c, old_pages) + static_cast<int>(ring_slots(c));
+  }
+  // The block's page number n, or -1.
+  __device__ __forceinline__ int page(const KvCacheArgs& c, int n) const {
+    if (store > 0 || (store < 0 && n > 0)) return -1;
+    const int index = old_pages + (store < 0 ? static_cast<int>(blockIdx.x) : n);
+    return index < pages && by_who_stores(c, index) == (store == 0) ? index : -1;
+  }
+};
+
+// The block's next page that has a place.
+template <int Channels, bool IsValue, PageKind Kind>
+__device__ __forceinline__ void next_page(PageTask& task, const KvAppendArgs& args, unsigned sequence,
+                                          int page_blocks) {
   const KvCacheArgs& c = args.cache;
-  const unsigned head = blockIdx.y % static_cast<unsigned>(c.heads);
-  const int64_t row = blockIdx.y, sequence = blockIdx.y / static_cast<unsigned>(c.heads),
-                before = c.lens[sequence] < 0 ? 0 : c.lens[sequence];
-  int64_t count = args.counts != nullptr ? args.counts[sequence] : args.count;
-  count = count < 0 ? 0 : (count < args.count ? count : args.count);
-  const SequenceParts old = parts_of(c, before), now = parts_of(c, before + count);
-  const Appending<Real16, Channels, IsValue> appending{args, row, before};
-  if (static_cast<int>(blockIdx.x) >= pages) {
-    // Those that stay: sinks, and what no page has.
-    constexpr int kVectors = appending.kVectors;
-    const int64_t behind = c.sinks + now.ring_first, first_kept = behind > before ? behind - before : 0;
-    const int64_t sinks =
-        before < c.sinks ? (c.sinks - before < first_kept ? c.sinks - before : first_kept) : 0;
-    const int64_t kept = sinks + (count > first_kept ? count - first_kept : 0);
-    const int64_t blocks = gridDim.x - pages;
-    for (int64_t i = (blockIdx.x - pages) * kThreads + threadIdx.x; i < kept * kVectors;
-         i += blocks * kThreads) {
-      const int64_t k = i / kVectors, index = k < sinks ? k : first_kept + k - sinks;
-      if (index >= count) break;
-      const int vector = static_cast<int>(i % kVectors);
-      appending.recent(before + index)[vector] = appending.added(index, vector);
-    }
+  const AppendPlan plan(args, sequence, page_blocks);
+  for (int index; (index = plan.page(c, task.next++)) >= 0;) {
+    const int page = c.page_table[sequence * static_cast<unsigned>(c.max_pages) + index];
+    if (page < 0 || page >= static_cast<int>(c.num_pages)) continue;
+    const PageFormat wanted = IsValue ? c.value_format : c.key_format, format{Kind, wanted.bits, wanted.keep};
+    const int64_t bytes = IsValue ? value_page_bytes(Channels, format) : key_page_bytes(Channels, format);
+    const unsigned heads = static_cast<unsigned>(c.heads), row = sequence * heads + blockIdx.y;
+    task.page = (IsValue ? c.value_pages : c.key_pages) +
+                static_cast<uint64_t>(page * heads + blockIdx.y) * static_cast<uint32_t>(bytes);
+    task.first = AppendPlan::first_of(c, index), task.before = plan.before, task.from = nullptr;
+    if (task.first >= plan.before && c.means == nullptr)  // a prompt's
+      task.from =
+          static_cast<const uint4*>(IsValue ? args.values : args.keys) +
+          uint64_t{row * static_cast<unsigned>(args.count) + (task.first - plan.before)} * (Channels / 8);
     return;
   }
-  const int64_t index = old.pages + blockIdx.x;
-  if (index >= now.pages) return;
-  const int64_t page = c.page_table[sequence * c.max_pages + index];
-  if (page < 0 || page >= c.num_pages) return;
-  const PageFormat format = IsValue ? c.value_format : c.key_format;
-  const int64_t bytes = IsValue ? value_page_bytes(Channels, format) : key_page_bytes(Channels, format);
-  uint8_t* to = (IsValue ? c.value_pages : c.key_pages) + (page * c.heads + head) * bytes;
-  const int64_t first = c.sinks + index * kPageTokens;
-  appending.template pack<Kind>(room, first, format, to);
+  task.page = nullptr;
+}
+
+template <class Real16, int Channels, bool IsValue, PageKind Kind>
+__device__ __forceinline__ void append(const KvAppendArgs& args, void* room, PageTask& task, int page_blocks,
+                                       unsigned sequence) {
+  const KvCacheArgs& c = args.cache;
+  const unsigned row = sequence * static_cast<unsigned>(c.heads) + blockIdx.y;
+  if (threadIdx.x == 0) task.next = 0;
+#pragma unroll 1
+  while (true) {
+    // By one thread: for all of them it would be as much as packing one or two of their 64 values.
+    if (threadIdx.x == 0) next_page<Channels, IsValue, Kind>(task, args, sequence, page_blocks);
+    __syncthreads();  // task
+    if (task.page == nullptr) break;
+    Appending<Real16, Channels, IsValue>{args, row, task.before}.template pack<Kind>(room, task);
+    if (static_cast<int>(blockIdx.x) < page_blocks) return;
+    __syncthreads();  // room and task are free, and all tokens have been read
+  }
+  const AppendPlan plan(args, sequence, page_blocks);
+  if (plan.store < 0) return;
+  const bool is_alone = plan.old_pages < plan.pages && plan.by_who_stores(c, plan.old_pages);
+  if (is_alone && plan.store > 0) return;
+  // Those that stay: sinks, and what no page has.
+  const Appending<Real16, Channels, IsValue> appending{args, row, plan.before};
+  constexpr int kVectors = appending.kVectors;
+  const int before = plan.before, behind = AppendPlan::first_of(c, plan.pages),
+            own_sinks = static_cast<int>(c.sinks), first_kept = max(behind - before, 0),
+            sinks = max(min(own_sinks - before, first_kept), 0);
+  const int kept = sinks + max(plan.count - first_kept, 0);
+  const int blocks = is_alone ? 1 : static_cast<int>(gridDim.x) - page_blocks;
+  for (int i = plan.store * kThreads + static_cast<int>(threadIdx.x); i < kept * kVectors;
+       i += blocks * kThreads) {
+    const int k = i / kVectors, index = k < sinks ? k : first_kept + k - sinks, vector = i % kVectors;
+    if (index >= plan.count) break;
+    appending.recent(before + index)[vector] = appending.added(index, vector);
+  }
 }
 
 template <class Real16, int Channels, PageKind Kind>
@@ -135,18 +208,20 @@ union PackRoom {
 template <int Channels, PageKind Kind>
 constexpr int kBlocks = Kind == PageKind::kDense ? 7 : (Channels == 256 ? 3 : 8);
 template <>
-constexpr int kBlocks<128, PageKind::kBitmap> = 6;
+constexpr int kBlocks<128, PageKind::kBitmap> = 7;
 
 template <class Real16, int Channels, PageKind Kind>
 __global__ void __launch_bounds__(kThreads, kBlocks<Channels, Kind>)
-    append_kernel(KvAppendArgs args, int pages, unsigned first_side) {
+    append_kernel(KvAppendArgs args, int pages, unsigned first_side, unsigned both_sides) {
   __shared__ alignas(16) uint8_t room[sizeof(PackRoom<Real16, Channels, Kind>)];
+  __shared__ PageTask task;
   wait_for_previous_kernel();
   let_next_kernel_start();
-  if (first_side + blockIdx.z == 0)
-    append<Real16, Channels, false, Kind>(args, room, pages);
+  const unsigned sequence = blockIdx.z >> both_sides, side = first_side + (blockIdx.z & both_sides);
+  if (side == 0)
+    append<Real16, Channels, false, Kind>(args, room, task, pages, sequence);
   else
-    append<Real16, Channels, true, Kind>(args, room, pages);
+    append<Real16, Channels, true, Kind>(args, room, task, pages, sequence);
 }
 
 }  // namespace
@@ -157,13 +232,15 @@ cudaError_t launch_sparse_kv_append(const KvAppendArgs& args, cudaStream_t strea
   cudaError_t status = device.read();
   const auto launch_sides = [&](int64_t pages, int64_t stores, unsigned first_side, unsigned sides,
                                 PageKind kind) {
-    const dim3 grid(static_cast<unsigned>(pages + stores), static_cast<unsigned>(c.batch * c.heads), sides);
+    const dim3 grid(static_cast<unsigned>(pages + stores), static_cast<unsigned>(c.heads),
+                    static_cast<unsigned>(c.batch) * sides);
     const DependentLaunch launch(grid, kThreads, device, stream);
     const auto launch_kind = [&](auto channels, auto kind) {
       const auto kernel = c.type == Real::kFloat16 ? append_kernel<Half, channels.value, kind.value>
                                                    : append_kernel<BFloat16, channels.value, kind.value>;
       if (status == cudaSuccess)
-        status = cudaLaunchKernelEx(&launch.config, kernel, args, static_cast<int>(pages), first_side);
+        status =
+            cudaLaunchKernelEx(&launch.config, kernel, args, static_cast<int>(pages), first_side, sides - 1);
     };
     const auto launch_of = [&](auto channels) {
       const auto of = [&]<PageKind Kind>() {
@@ -185,15 +262,9 @@ cudaError_t launch_sparse_kv_append(const KvAppendArgs& args, cudaStream_t strea
     launch_sides(pages, stores, 0, alike ? 2 : 1, key_kind);
     if (!alike) launch_sides(pages, stores, 1, 1, value_kind);
   };
-  const int64_t pages = args.count / kPageTokens + 1;
-  if (args.count == 1) {
-    launch(pages, 1);
-    return status;
-  }
-  launch(pages, 0);
-  // A block stores a few vectors for each thread, of what at most stays.
+  // A block that stores has a few vectors for each thread, of what at most stays.
   const int64_t kept = args.count < c.recent ? args.count : c.recent;
-  launch(0, kept / 32 + 1);
+  launch(args.count / kPageTokens + 1, args.count == 1 ? 1 : kept / 32 + 1);
   return status;
 }
 

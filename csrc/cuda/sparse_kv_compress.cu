@@ -100,12 +100,11 @@ struct Coder {
 // The halves' bits side by side: bit b of the lower half becomes bit 2b + 1, of the upper one bit 2b.
 __device__ __forceinline__ uint32_t interleave_halves(uint32_t x) {
   x = __byte_perm(x, 0u, 0x1302);
-#pragma unroll
-  for (int step = 4; step > 0; step /= 2) {
-    const uint32_t moved = step == 4 ? 0x00f000f0u : (step == 2 ? 0x0c0c0c0cu : 0x22222222u);
+  const auto exchange = [&](int step, uint32_t moved) {
     const uint32_t t = (x ^ x >> step) & moved;
     x = x ^ t ^ t << step;
-  }
+  };
+  exchange(4, 0x00f000f0u), exchange(2, 0x0c0c0c0cu), exchange(1, 0x22222222u);
   return x;
 }
 
@@ -347,6 +346,8 @@ __global__ void __launch_bounds__(kThreads) compress_kernel(KvCompressArgs args)
   if (args.bits != kRawBits)
     for (int i = thread; i < total; i += kThreads) args.packed[begin + i] = block.words[i];
   // The room that nothing is packed into: what this block has not used of its own is zeroed from the end.
+  // That is little, and one warp does it.
+  if (thread < kThreads - 32) return;
   const auto room_until = [&](int64_t tokens, int64_t tiles) {
     return (tokens * args.keep * args.bits >> 5) + (args.keep == 0 ? 0 : tiles);
   };
@@ -357,7 +358,7 @@ __global__ void __launch_bounds__(kThreads) compress_kernel(KvCompressArgs args)
                            ? begin + total
                            : args.room - (heads + room_until(until, tile + Channels) - begin - total);
   const int64_t to = args.room - (heads + room_until(first, tile) - begin);
-  for (int64_t i = from + thread; i < to; i += kThreads) args.packed[i] = 0;
+  for (int64_t i = from + lane; i < to; i += 32) args.packed[i] = 0;
 }
 
 int64_t blocks_of(const KvCompressArgs& args) { return args.heads * ((args.tokens + kTile - 1) / kTile); }

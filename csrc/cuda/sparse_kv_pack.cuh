@@ -16,8 +16,8 @@ struct KeptPairs {
   uint32_t lo = ~0u, hi = 0, counts = 0;
   float sum[2] = {};
 
-  __device__ __forceinline__ void add_lowest(uint32_t pair) {
-    lo = __vminu2(lo, (pair & 0x7fff7fffu) | ~__hneu2_mask(bit_cast<P>(pair), bit_cast<P>(0u)));
+  __device__ __forceinline__ void add_lowest(uint32_t pair) {  // less one: zeros become the largest
+    lo = __viaddmin_u16x2(pair & 0x7fff7fffu, ~0u, lo);
   }
   __device__ __forceinline__ void add_highest(uint32_t pair) {  // NaN wins
     hi = bit_cast<uint32_t>(__hmax2_nan(bit_cast<P>(hi), __habs2(bit_cast<P>(pair))));
@@ -34,8 +34,9 @@ __device__ __forceinline__ uint32_t half_at(uint32_t pair, int i) { return pair 
 
 template <class Real16, int Channels, bool IsValue, PageKind Kind>
 struct SparsePacker {
-  static constexpr int kStride = Channels + 8;  // of tokens in shared memory: 16-byte pieces in other banks
-  static constexpr int kWords = Channels / 4;   // of a thread's half of a token
+  // Of tokens in shared memory: where two lanes have 16 bytes each of four tokens, all are in other banks.
+  static constexpr int kStride = Channels + 16;
+  static constexpr int kWords = Channels / 4;  // of a thread's half of a token
   static constexpr int kFits = IsValue ? kPageTokens : Channels, kWarps = kPackThreads / 32;
   static constexpr int kBlocks = Channels / 64;  // j
   using P = ExtremePairs<Real16>::P;
@@ -63,7 +64,7 @@ struct SparsePacker {
   };
   Room& room;
   PageFormat format;
-  uint8_t* page;
+  uint8_t* const& page;
   int thread;
 
   // Vector i of the page's row-major tokens.
@@ -71,8 +72,24 @@ struct SparsePacker {
     *reinterpret_cast<uint4*>(room.x + i / (Channels / 8) * kStride + i % (Channels / 8) * 8) = v;
   }
 
-  // x is there, and all threads know it.
-  __device__ __forceinline__ void run() {
+  // Vectors of this thread. Bitmaps: its half of a token; else neighbours of other threads', by way of x.
+  static constexpr bool kWantsOwn = Kind == PageKind::kBitmap;
+  static constexpr int kVectors = Channels / 8, kEach = kVectors / 2, kRowsEach = kPackThreads / kVectors;
+  __device__ __forceinline__ unsigned place(int j) const {
+    return kWantsOwn ? thread / 2 * kVectors + 2 * j + thread % 2 : thread + j * kPackThreads;
+  }
+  __device__ __forceinline__ void put(const uint4 (&v)[kEach]) {
+    uint16_t* to = room.x + thread / kVectors * kStride + thread % kVectors * 8;
+#pragma unroll
+    for (int j = 0; j < kEach; ++j) *reinterpret_cast<uint4*>(to + j * kRowsEach * kStride) = v[j];
+  }
+  __device__ __forceinline__ void take(uint4 (&v)[kEach]) const {
+#pragma unroll
+    for (int j = 0; j < kEach; ++j) v[j] = vector(j);
+  }
+
+  // Bitmaps: from a thread's own vectors. Else x is there, and all threads know it.
+  __device__ __forceinline__ void run(const uint4 (&own)[kEach]) {
     const int half = thread % 2;
     uint16_t* row = room.x + thread / 2 * kStride;
     // The smallest magnitude that is kept, if all are kept that may be: it is no zero then.
@@ -90,11 +107,14 @@ struct SparsePacker {
         vector(i) = make_uint4(w[0], w[1], w[2], w[3]);
       }
       lowest = half_at(lowest, 0), has_nans = __vmaxu2(hi, 0x7c007c00u) != 0x7c007c00u;
-    } else if (format.keep < Channels) {
+    } else if (format.keep == Channels) {
+#pragma unroll
+      for (int j = 0; j < kEach; ++j) vector(j) = own[j];
+    } else {
       uint32_t pairs[kWords];
 #pragma unroll
       for (int i = 0; i < kWords; i += 4) {
-        const uint4 v = vector(i / 4);
+        const uint4 v = own[i / 4];
         pairs[i] = v.x, pairs[i + 1] = v.y, pairs[i + 2] = v.z, pairs[i + 3] = v.w;
       }
       Pruning<kWords> pruning;
@@ -126,19 +146,28 @@ struct SparsePacker {
 
   template <int Bits>
   __device__ __forceinline__ void finish(uint32_t lowest) {
+    bool is_odd = false;
     if constexpr (IsValue)
-      fit_value<Bits>(lowest);
+      is_odd = fit_value<Bits>(lowest);
     else
-      fit_keys<Bits>();
-    __syncthreads();  // x and factors; parts have been read
+      is_odd = fit_keys<Bits>();
+    // x and factors; parts have been read
+    if (__syncthreads_or(Bits == 4 && is_odd))
+      pack<Bits, Bits == 4>();
+    else
+      pack<Bits, false>();
+  }
+  template <int Bits, bool IsOdd>
+  __device__ __forceinline__ void pack() {
     if constexpr (Kind == PageKind::kBitmap)
-      pack_bitmap<Bits>();
+      pack_bitmap<Bits, IsOdd>();
     else
-      pack_planes<Bits>();
+      pack_planes<Bits, IsOdd>();
   }
 
+  // Whether it is an odd one: something is kept, but the scale is zero or no number.
   template <int Bits>
-  __device__ __forceinline__ void keep_fit(int k, const SparseGroup& group) {
+  __device__ __forceinline__ bool keep_fit(int k, const SparseGroup& group) {
     const uint16_t scale = fit_sparse_group(group, Bits);
     const float factor = SparseCoder(scale, Bits).factor;
     if constexpr (Bits == 4) {
@@ -156,13 +185,14 @@ struct SparsePacker {
     }
     const int place = IsValue ? sparse_value_scale_place(k) : sparse_key_scale_place(k, Channels);
     reinterpret_cast<uint16_t*>(page + sparse_codes_bytes(Channels, format))[place] = scale;
+    return group.hi != 0.0f && !(half_to_float(scale) > 0.0f);
   }
   static __device__ __forceinline__ float magnitude(uint32_t bits) {
     return to_float(Real16{static_cast<uint16_t>(bits)});
   }
 
   template <int Bits>
-  __device__ __forceinline__ void fit_value(uint32_t lowest) {
+  __device__ __forceinline__ bool fit_value(uint32_t lowest) {
     const auto other = [](auto x) { return __shfl_xor_sync(~0u, x, 1); };
     lowest = min(lowest, other(lowest));
     int count = Kind == PageKind::kFourOfEight ? Channels / 2 : format.keep;
@@ -173,9 +203,10 @@ struct SparsePacker {
         const uint4 v = vector(i);
         for (const uint32_t pair : {v.x, v.y, v.z, v.w}) all.add_lowest(pair), all.add_count(pair);
       }
-      lowest = min(half_at(all.lo, 0), half_at(all.lo, 1));
+      lowest = min(half_at(all.lo, 0), half_at(all.lo, 1)) + 1;
       count = static_cast<int>(magnitude(half_at(all.counts, 0)) + magnitude(half_at(all.counts, 1)));
       lowest = min(lowest, other(lowest)), count += other(count);
+      if (lowest > 0xffffu) lowest = 0;
     }
     uint32_t hi = 0;
     float sum = 0.0f;
@@ -190,49 +221,53 @@ struct SparsePacker {
     hi = bit_cast<uint32_t>(__hmax2_nan(bit_cast<P>(hi), bit_cast<P>(other(hi))));
     hi = max(half_at(hi, 0), half_at(hi, 1));
     const float second = other(sum);
-    if (thread % 2 == 0) keep_fit<Bits>(thread / 2, {magnitude(lowest), magnitude(hi), {sum, second}, count});
+    return thread % 2 == 0 &&
+           keep_fit<Bits>(thread / 2, {magnitude(lowest), magnitude(hi), {sum, second}, count});
   }
 
+  // How many of each 32 tokens are asked for the smallest magnitude of a channel: it matters whether it is
+  // half of the largest or more (2 bits), or the same.
+  template <int Bits>
+  static constexpr int kAsked = Bits == 2 ? 32 : 16;
   // A thread takes 32 tokens of two channels, then a channel.
   template <int Bits>
-  __device__ __forceinline__ void fit_keys() {
+  __device__ __forceinline__ bool fit_keys() {
     __syncthreads();  // x
     constexpr int kPairs = Channels / 2;
     for (int item = thread; item < Channels; item += kPackThreads) {
       const auto* from =
           reinterpret_cast<const uint32_t*>(room.x + item / kPairs * 32 * kStride) + item % kPairs;
       KeptPairs<Real16> m;
-      m.lo = ~0u;
-#pragma unroll
-      for (int t = 0; t < 8; ++t) m.add_lowest(from[t * (kStride / 2)]);
 #pragma unroll 8
       for (int t = 0; t < 32; ++t) {
         const uint32_t pair = from[t * (kStride / 2)];
+        if (t < kAsked<Bits>) m.add_lowest(pair);
         m.add_highest(pair);
         if (Bits == 2) m.add_count(pair), m.add_sums(pair);
       }
       room.parts[item] = {{m.sum[0], m.sum[1]}, m.lo, m.hi, m.counts};
     }
     __syncthreads();  // parts
+    bool is_odd = false;
     for (int k = thread; k < Channels; k += kPackThreads) {
       const KeyPart &a = room.parts[k / 2], &b = room.parts[k / 2 + kPairs];
       const int i = k % 2;
       const float count = magnitude(half_at(a.counts, i)) + magnitude(half_at(b.counts, i));
       const float hi = magnitude(max(half_at(a.hi, i), half_at(b.hi, i)));
-      // Only whether the smallest is much smaller than the largest matters, and some tokens may tell.
-      uint32_t lowest = min(half_at(a.lo, i), half_at(b.lo, i));
-      if (lowest > 0x7fffu || !(hi > 2.0f * magnitude(lowest))) {
-        lowest = 0xffffu;
+      uint32_t lowest = min(half_at(a.lo, i), half_at(b.lo, i)) + 1;
+      if (kAsked<Bits> < 32 && (lowest > 0xffffu || !(hi > magnitude(lowest)))) {
+        lowest = 0x10000u;
 #pragma unroll 1
         for (int t = 0; t < kPageTokens; ++t) {
           const uint32_t own = room.x[t * kStride + k] & 0x7fffu;
           lowest = own == 0 ? lowest : min(lowest, own);
         }
-        if (lowest == 0xffffu) lowest = 0;
       }
-      keep_fit<Bits>(k,
-                     {magnitude(lowest), hi, {a.sum[i], b.sum[i]}, Bits == 2 ? static_cast<int>(count) : 1});
+      if (lowest > 0xffffu) lowest = 0;
+      is_odd |= keep_fit<Bits>(
+          k, {magnitude(lowest), hi, {a.sum[i], b.sum[i]}, Bits == 2 ? static_cast<int>(count) : 1});
     }
+    return is_odd;
   }
 
   // Eight channels of group (x, j, even) of this lane.
@@ -267,24 +302,34 @@ struct SparsePacker {
   static __device__ __forceinline__ uint32_t signs_by_turns(uint32_t a, uint32_t b) {
     return pick_bytes(a, b, 0xfbd9u);
   }
-  // 4 bits: the codes of a pair's halves; of what is not set they may be anything.
-  static __device__ __forceinline__ uint32_t codes(uint32_t pair, float first, float second) {
-    const auto code = [](uint32_t half, float by) {
+  // 4 bits: the codes of a pair's halves, plus 8 (which is their highest bit, inverted); of what is not set
+  // they may be anything. With a scale that is no odd one a product is small, and so an integer of 16 bits.
+  static constexpr uint32_t kLifts = 0x88888888u;
+  template <bool IsOdd>
+  static __device__ __forceinline__ uint32_t lifted_codes(uint32_t pair, float first, float second) {
+    const float a = magnitude(half_at(pair, 0)), b = magnitude(half_at(pair, 1));
+    if constexpr (IsOdd) {
       SparseCoder coder(0, 4);
-      coder.factor = by;
-      return coder.code(magnitude(half), 4);
-    };
-    return code(pair & 0xffffu, first) | code(pair >> 16, second) << 16;
+      coder.factor = first;
+      const uint32_t low = coder.code(a, 4);
+      coder.factor = second;
+      return (low | coder.code(b, 4) << 16) ^ 0x00080008u;
+    } else {
+      constexpr float kMagic = 12582912.0f;  // see SparseCoder
+      const float low = rounded_product(a, first) + kMagic, high = rounded_product(b, second) + kMagic;
+      const uint32_t both = __byte_perm(bit_cast<uint32_t>(low), bit_cast<uint32_t>(high), 0x5410);
+      return __viaddmin_s16x2_relu(both, 0x00080008u, 0x000f000fu);
+    }
   }
 
-  template <int Bits>
+  template <int Bits, bool IsOdd>
   __device__ __forceinline__ void pack_bitmap();
-  template <int Bits, class XOf>
+  template <int Bits, bool IsOdd, class XOf>
   __device__ __forceinline__ void chunk(const uint32_t (&pairs)[2][2][2], int o, XOf&& x_of, int j, int p,
                                         uint32_t selectors, uint32_t& mask, uint32_t& codes_of_set) const;
   template <int Bits>
   __device__ __forceinline__ void join_chunks();
-  template <int Bits>
+  template <int Bits, bool IsOdd>
   __device__ __forceinline__ void pack_planes();
   // Planes of a thread's groups, one word for bit b of all from plane_shift(b) on: compacting them to ranks
   // takes few operations then. A bit's place is that of the page but for the warp's own.

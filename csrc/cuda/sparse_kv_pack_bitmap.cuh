@@ -7,18 +7,20 @@ namespace quantgemm {
 
 // A thread has of each word of its lane the byte of its warp.
 template <class Real16, int Channels, bool IsValue, PageKind Kind>
-template <int Bits>
+template <int Bits, bool IsOdd>
 __device__ __forceinline__ void SparsePacker<Real16, Channels, IsValue, Kind>::pack_bitmap() {
   const int warp = thread / 32, lane = thread % 32;
-  // Of lane % 16 as four bits: which bytes are to be taken, and behind that how many bits they become.
+  // Of lane % 16 as four bits: which bytes are to be taken, and behind that what their number of bits
+  // multiplies by (2 bits) or is. 4 bits: of each two the second one first.
+  constexpr int kOrder = Bits == 4;
   uint32_t selectors = 0;
   int rank = 0;
 #pragma unroll
   for (int i = 0; i < 4; ++i)
-    if (lane >> i & 1) selectors |= static_cast<uint32_t>(i) << 4 * rank++;
+    if (lane >> i & 1) selectors |= static_cast<uint32_t>(i) << 4 * (rank++ ^ kOrder);
 #pragma unroll
-  for (int i = 0; i < 4; ++i) selectors |= i >= rank ? 4u << 4 * i : 0u;
-  selectors |= static_cast<uint32_t>(rank * Bits) << 16;
+  for (int i = 0; i < 4; ++i) selectors |= i >= rank ? 4u << 4 * (i ^ kOrder) : 0u;
+  selectors |= (Bits == 2 ? 1u << rank * Bits : static_cast<uint32_t>(rank * Bits)) << 16;
   const auto x_of = [&](int n) { return IsValue ? warp / 2 * 4 + warp % 2 + 2 * n : 2 * warp + n; };
 #pragma unroll 1
   for (int j = 0; j < kBlocks; ++j) {
@@ -35,7 +37,7 @@ __device__ __forceinline__ void SparsePacker<Real16, Channels, IsValue, Kind>::p
         }
       uint32_t masks[2], chunks[2];
 #pragma unroll
-      for (int o = 0; o < 2; ++o) chunk<Bits>(pairs, o, x_of, j, p, selectors, masks[o], chunks[o]);
+      for (int o = 0; o < 2; ++o) chunk<Bits, IsOdd>(pairs, o, x_of, j, p, selectors, masks[o], chunks[o]);
       // Words 2 · place and the next.
       const int place = (2 * j + p / 2) * 32 + lane;
       reinterpret_cast<uint16_t*>(room.bitmap.masks + place)[warp] =
@@ -52,7 +54,7 @@ __device__ __forceinline__ void SparsePacker<Real16, Channels, IsValue, Kind>::p
 }
 // Element pairs p of eight bits of a bitmap: the bits, and the codes of what is set.
 template <class Real16, int Channels, bool IsValue, PageKind Kind>
-template <int Bits, class XOf>
+template <int Bits, bool IsOdd, class XOf>
 __device__ __forceinline__ void SparsePacker<Real16, Channels, IsValue, Kind>::chunk(
     const uint32_t (&pairs)[2][2][2], int o, XOf&& x_of, int j, int p, uint32_t selectors, uint32_t& mask,
     uint32_t& codes_of_set) const {
@@ -69,29 +71,28 @@ __device__ __forceinline__ void SparsePacker<Real16, Channels, IsValue, Kind>::c
           signs_by_turns(large_signs(a, limits(first, pair)), large_signs(b, limits(second, pair)));
       four[n] = chosen_bits(0x02020202u, signs_by_turns(a, b), large) & 0x03030303u;
     } else {
-      four[n] = codes(a, factor(first, 2 * pair), factor(first, 2 * pair + 1)) +
-                codes(b, factor(second, 2 * pair), factor(second, 2 * pair + 1)) * 256u;
+      const uint32_t of_a = lifted_codes<IsOdd>(a, factor(first, 2 * pair), factor(first, 2 * pair + 1));
+      const uint32_t of_b = lifted_codes<IsOdd>(b, factor(second, 2 * pair), factor(second, 2 * pair + 1));
+      four[n] = (of_a + of_b * 256u) ^ (kLifts & 0x0f0f0f0fu);
     }
   }
-  mask = bits * 0x01010101u >> 24;
+  mask = __dp4a(bits, 0x01010101u, 0u);
   if constexpr (IsValue) {
     const uint32_t low = __byte_perm(four[0], four[1], 0x5410), high = __byte_perm(four[0], four[1], 0x7632);
     four[0] = low, four[1] = high;
   }
-  uint32_t packed[2], lengths = 0;
+  uint32_t packed[2], length = 0;
 #pragma unroll
   for (int n = 0; n < 2; ++n) {
     const uint32_t selector = __shfl_sync(~0u, selectors, static_cast<int>(mask >> 4 * n));
     const uint32_t bytes = pick_bytes(four[n], 0u, selector);
-    if (n == 0) lengths = selector >> 16;
-    if constexpr (Bits == 2) {
-      packed[n] = bytes * 0x01041040u >> 24;
-    } else {
-      const uint32_t twos = bytes | bytes >> 4;
-      packed[n] = __byte_perm(twos, 0, 0x4420);
-    }
+    if (n == 0) length = selector >> 16;
+    if constexpr (Bits == 2)
+      packed[n] = __dp4a(bytes, 0x40100401u, 0u);  // each two bits further
+    else
+      packed[n] = __byte_perm(bytes * 0x1001u, 0, 0x4431);
   }
-  codes_of_set = packed[0] | packed[1] << lengths;
+  codes_of_set = Bits == 2 ? packed[0] + packed[1] * length : packed[0] | packed[1] << length;
 }
 // The chunks one behind the other. A thread has neighbouring pairs of words.
 template <class Real16, int Channels, bool IsValue, PageKind Kind>

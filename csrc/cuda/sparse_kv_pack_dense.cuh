@@ -45,7 +45,7 @@ struct DensePacker {
   };
   Room& room;
   PageFormat format;
-  uint8_t* page;
+  uint8_t* const& page;
   int thread;
 
   // Vector i of the page's row-major tokens.
@@ -53,8 +53,20 @@ struct DensePacker {
     *reinterpret_cast<uint4*>(room.x + i / kVectors * kStride + i % kVectors * 8) = v;
   }
 
+  // Vectors of this thread, neighbours of other threads': number j of them, all of them.
+  static constexpr bool kWantsOwn = false;
+  static constexpr int kEach = kPageTokens * kVectors / kPackThreads, kRowsEach = kPackThreads / kVectors;
+  __device__ __forceinline__ unsigned place(int j) const { return thread + j * kPackThreads; }
+  __device__ __forceinline__ void put(const uint4 (&v)[kEach]) {
+    uint16_t* to = room.x + thread / kVectors * kStride + thread % kVectors * 8;
+#pragma unroll
+    for (int j = 0; j < kEach; ++j) *reinterpret_cast<uint4*>(to + j * kRowsEach * kStride) = v[j];
+  }
+
   // x is there, and all threads know it.
-  __device__ __forceinline__ void run() { format.bits == 2 ? run_bits<2>() : run_bits<4>(); }
+  __device__ __forceinline__ void run(const uint4 (&)[kEach]) {
+    format.bits == 2 ? run_bits<2>() : run_bits<4>();
+  }
 
  private:
   __device__ __forceinline__ uint32_t word(int token, int pair) const {
@@ -174,6 +186,8 @@ struct DensePacker {
 #pragma unroll
       for (int i = 0; i < 4; ++i) sums[n][i] = kMagic;
     constexpr uint32_t kOnes = 0x3c003c00u;
+    // Zero is added: what the compiler knows it makes anew for each product.
+    const uint32_t ones[2] = {kOnes + threadIdx.y, kOnes + threadIdx.z};
 #pragma unroll 1
     for (int row = 0; row < kRows; row += 16) {
       const int m = lane / 8;  // this lane has the address of a row of matrix m
@@ -190,7 +204,7 @@ struct DensePacker {
         // Halves from 1024 to 2048 are whole.
         units[i] = bit_cast<uint32_t>(__hadd2(__habs2(pair), __float2half2_rn(kRangeUnits)));
       }
-      mma_16x8x16(sums[kRanges], units, kOnes, kOnes, Half{});
+      mma_16x8x16(sums[kRanges], units, ones[0], ones[1], Half{});
 #pragma unroll
       for (int n = 0; n < kRanges; ++n) {
         uint32_t beyond[4];
@@ -199,7 +213,7 @@ struct DensePacker {
           beyond[i] = bit_cast<uint32_t>(
               __hfma2_relu(bit_cast<__half2>(units[i]), bit_cast<__half2>(kOnes),
                            __float2half2_rn(-static_cast<float>(kRangeUnits + range_step(n)))));
-        mma_16x8x16(sums[n], beyond, kOnes, kOnes, Half{});
+        mma_16x8x16(sums[n], beyond, ones[0], ones[1], Half{});
       }
     }
     // Lanes 4r and 4r + 1 have a column each.

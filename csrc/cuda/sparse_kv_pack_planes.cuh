@@ -7,7 +7,7 @@ namespace quantgemm {
 
 // A thread has four groups of its lane (n, k) for either half of a plane's words, with 64 channels two.
 template <class Real16, int Channels, bool IsValue, PageKind Kind>
-template <int Bits>
+template <int Bits, bool IsOdd>
 __device__ __forceinline__ void SparsePacker<Real16, Channels, IsValue, Kind>::pack_planes() {
   constexpr int kPlanes = four_of_eight_planes(Bits), kStored = Channels == 64 ? kPlanes / 2 : kPlanes;
   constexpr int kEach = Channels == 64 ? 1 : 2, kSecond = IsValue ? 4 : 8;
@@ -37,9 +37,9 @@ __device__ __forceinline__ void SparsePacker<Real16, Channels, IsValue, Kind>::p
           } else {
 #pragma unroll
             for (int i = 2 * p; i < 2 * p + 2; ++i)
-              data[i] +=
-                  codes(__byte_perm(a[p], b[p], i % 2 ? 0x7632 : 0x5410), factor(first, i), factor(second, i))
-                  << 4 * (k + 2 * n);
+              data[i] += lifted_codes<IsOdd>(__byte_perm(a[p], b[p], i % 2 ? 0x7632 : 0x5410),
+                                             factor(first, i), factor(second, i))
+                         << 4 * (k + 2 * n);
           }
         }
       }
@@ -56,6 +56,7 @@ __device__ __forceinline__ void SparsePacker<Real16, Channels, IsValue, Kind>::p
       if constexpr (Bits == 2) {
         data[i] = __byte_perm(is_large[i / 2], is_negative[i / 2], i % 2 ? 0x7351 : 0x6240) & set[i];
       } else {
+        data[i] ^= kLifts;
         const auto exchange = [&](int by, uint32_t those) {  // bits by so many places up, and back
           const uint32_t t = (data[i] ^ data[i] >> by) & those;
           data[i] ^= t ^ t << by;

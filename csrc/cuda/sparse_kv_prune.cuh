@@ -9,9 +9,12 @@
 
 namespace quantgemm {
 
-// Bits of a where the mask has them, of b elsewhere; written so that it becomes one instruction.
+// Bits of a where the mask has them, of b elsewhere. The compiler makes two instructions of it where b is a
+// shifted word. PTX ISA 9.7.8.5 (lop3)
 __device__ __forceinline__ uint32_t chosen_bits(uint32_t mask, uint32_t a, uint32_t b) {
-  return b ^ ((a ^ b) & mask);
+  uint32_t chosen;
+  asm("lop3.b32 %0, %1, %2, %3, 0xca;" : "=r"(chosen) : "r"(mask), "r"(a), "r"(b));
+  return chosen;
 }
 
 // Word i's halves become bit i of the halves of words 0 … 15: both 16×16 matrices of bits transposed.
@@ -54,26 +57,25 @@ struct Pruning {
       has_largest |= (planes[u][14] & planes[u][13] & planes[u][12] & planes[u][11] & planes[u][10]) != 0;
     }
     const auto of_both = [](int count) { return count + __shfl_xor_sync(~0u, count, 1); };
+    int surplus = -keep;  // larger ones, less those that are kept
 #pragma unroll
     for (int bit = 14; bit >= 0; --bit) {
       uint32_t set[kUnits];
       int count = 0;
 #pragma unroll
       for (int u = 0; u < kUnits; ++u) set[u] = equal[u] & planes[u][bit], count += __popc(set[u]);
-      count = of_both(count);
-      const bool is_set = count >= keep;
-      const uint32_t others = is_set ? 0u : ~0u;
+      const int with_set = of_both(count) + surplus;
+      const auto others = static_cast<uint32_t>(with_set >> 31);  // too few: those without the bit are equal
 #pragma unroll
       for (int u = 0; u < kUnits; ++u) equal[u] = (equal[u] & others) ^ set[u];
-      if (is_set)
-        cutoff |= 1u << bit;
-      else
-        keep -= count;
+      surplus = static_cast<int>(
+          chosen_bits(others, static_cast<uint32_t>(with_set), static_cast<uint32_t>(surplus)));
+      cutoff |= ~others & 1u << bit;
     }
     int count = 0;
 #pragma unroll
     for (int u = 0; u < kUnits; ++u) count += __popc(equal[u]);
-    excess = of_both(count) - keep;
+    excess = of_both(count) + surplus;
   }
 
   // What is below the cutoff becomes zero. Bits that are no NaN of a half compare like halves, of
