@@ -14,11 +14,19 @@ __device__ __forceinline__ void wait_for_previous_kernel() {
 }
 
 // Once all blocks have said this or ended, the next kernel's take the places that become free. Behind the
-// wait: then what the next kernel reads before its own wait was there before this one began.
+// wait, or where the kernel before has waited before it let this one start: then what the next kernel reads
+// before its own wait was there before this one began.
 __device__ __forceinline__ void let_next_kernel_start() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
+}
+
+// Whether this build has code for a device's own generation: PTX of an older one knows no waiting.
+constexpr bool has_code_for(int major) {
+  for (const int arch : {__CUDA_ARCH_LIST__})
+    if (arch / 100 == major) return true;
+  return false;
 }
 
 // A kernel that follows the one before it in this way, in clusters of `ranks` blocks along x.
@@ -32,9 +40,11 @@ struct DependentLaunch {
     config.dynamicSmemBytes = shared_bytes;
     config.attrs = attributes;
     if (device.major < 9) return;
-    cudaLaunchAttribute& follow = attributes[config.numAttrs++];
-    follow.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    follow.val.programmaticStreamSerializationAllowed = 1;
+    if (has_code_for(device.major)) {
+      cudaLaunchAttribute& follow = attributes[config.numAttrs++];
+      follow.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+      follow.val.programmaticStreamSerializationAllowed = 1;
+    }
     in_clusters(static_cast<unsigned>(ranks), 1);
   }
   void in_clusters(unsigned x, unsigned y) {

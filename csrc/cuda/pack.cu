@@ -2,7 +2,8 @@
 // Blocks [n, row_bytes] -> strips of the packed layout (formats/packed.h), and back. A thread block owns
 // 16 rows by kChunk columns; the blocks of its rows lie in shared memory, so that both sides move whole
 // lines: rows as runs of 16 bytes there, lanes' words and pieces of heads here.
-// Limit: DRAM, the bytes of the matrix twice. unpack rebuilds a block by one thread and is slower.
+// Limit: DRAM, the bytes of the matrix twice, and for few bits issue slots. unpack rebuilds a block by one
+// thread and is slower.
 #include "../formats/gguf_formats.h"
 #include "../formats/packed.h"
 #include "dependent_launch.cuh"

@@ -56,8 +56,9 @@ cudaError_t launch_waves(const VerifyArgs& args, const Device& device, cudaStrea
   const int positions = static_cast<int>(args.max_drafts) + 1;
   const int64_t bytes = args.num_sequences * args.vocab * Wave{0, 1}.layers(args) *
                         static_cast<int64_t>(args.value_type == Real::kFloat32 ? 4 : 2);
-  const bool overlap = args.mode == VerifyMode::kChain && !laws_are_stored(args) && positions > 4 &&
-                       positions * bytes > kOneWaveBytes && positions * bytes <= kOverlapBytes;
+  const bool overlap = device.major >= 9 && args.mode == VerifyMode::kChain && !laws_are_stored(args) &&
+                       positions > 4 && positions * bytes > kOneWaveBytes &&
+                       positions * bytes <= kOverlapBytes;
   if (overlap) return launch_overlapping_waves(args, device, stream);
   const bool in_many = args.mode == VerifyMode::kChain && positions * bytes > kTwoWavesBytes;
   int64_t size = positions;
@@ -74,15 +75,24 @@ cudaError_t launch_waves(const VerifyArgs& args, const Device& device, cudaStrea
     if (error != cudaSuccess || !laws_are_stored(args)) continue;
     const dim3 grid(static_cast<unsigned>(args.num_sequences), static_cast<unsigned>(wave.layers(args)));
     DependentLaunch launch(grid, kLawThreads, device, stream);
-    if (grid.x * grid.y <= static_cast<unsigned>(device.multiprocessors) && device.major >= 9) {
+    const bool few = grid.x * grid.y <= static_cast<unsigned>(device.multiprocessors) && device.major >= 9;
+    if (few) {
       // Room for one on each: the first multiprocessor that is free must not get two.
       cudaLaunchAttribute& room = launch.attributes[launch.config.numAttrs++];
       room.id = cudaLaunchAttributePreferredSharedMemoryCarveout;
       room.val.sharedMemCarveout = kLawSharedPercent;
     }
-    visit_real(args.value_type, [&]<class T>(T) {
-      error = cudaLaunchKernelEx(&launch.config, row_laws_kernel<T>, args, wave);
-    });
+    const auto launch_laws = [&] {
+      visit_real(args.value_type, [&]<class T>(T) {
+        error = cudaLaunchKernelEx(&launch.config, row_laws_kernel<T>, args, wave);
+      });
+    };
+    launch_laws();
+    if (error != cudaSuccess && few) {  // an older driver may not know that attribute
+      cudaGetLastError();
+      --launch.config.numAttrs;
+      launch_laws();
+    }
   }
   return error;
 }

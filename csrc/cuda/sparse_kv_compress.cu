@@ -346,7 +346,7 @@ __global__ void __launch_bounds__(kThreads) compress_kernel(KvCompressArgs args)
   if (args.bits != kRawBits)
     for (int i = thread; i < total; i += kThreads) args.packed[begin + i] = block.words[i];
   // The room that nothing is packed into: what this block has not used of its own is zeroed from the end.
-  // That is little, and one warp does it.
+  // That is little, unless x is mostly zeros; one warp does it.
   if (thread < kThreads - 32) return;
   const auto room_until = [&](int64_t tokens, int64_t tiles) {
     return (tokens * args.keep * args.bits >> 5) + (args.keep == 0 ? 0 : tiles);
