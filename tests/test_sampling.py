@@ -250,6 +250,8 @@ TRUNCATIONS: list[dict[str, Any]] = [
     {"temperature": 1e4},
     {"top_k": 1},
     {"top_k": 50},
+    {"top_k": 512},  # as many as a list holds, and one more
+    {"top_k": 513},
     {"top_k": 1500},
     {"top_k": 3000, "temperature": 2.0},
     {"top_p": 0.9},
