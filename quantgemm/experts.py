@@ -162,9 +162,8 @@ class QuantExpertLinear(PackedModule):
         check_routes(x, ids, weights)
 
         def product(rows: torch.Tensor, expert: torch.Tensor) -> torch.Tensor:
-            if (
-                self.is_packed
-            ):  # a launch, the copy, between that which gathered the expert and its reader
+            if self.is_packed:
+                # The copy is a launch between the one that gathered the expert and its reader.
                 return ops.gemm_packed(rows.clone(), expert, *sizes)
             return ops.gemm(rows, expert, self._type_id, self.algo)
 

@@ -22,10 +22,11 @@ __device__ __forceinline__ void let_next_kernel_start() {
 #endif
 }
 
-// Whether this build has code for a device's own generation: PTX of an older one knows no waiting.
-constexpr bool has_code_for(int major) {
+// Whether a kernel may begin while the one before it ends: the device can, and this build has code for its
+// generation. PTX of an older one knows no waiting.
+inline bool launches_overlap(const Device& device) {
   for (const int arch : {__CUDA_ARCH_LIST__})
-    if (arch / 100 == major) return true;
+    if (arch / 100 == device.major) return device.major >= 9;
   return false;
 }
 
@@ -40,7 +41,7 @@ struct DependentLaunch {
     config.dynamicSmemBytes = shared_bytes;
     config.attrs = attributes;
     if (device.major < 9) return;
-    if (has_code_for(device.major)) {
+    if (launches_overlap(device)) {
       cudaLaunchAttribute& follow = attributes[config.numAttrs++];
       follow.id = cudaLaunchAttributeProgrammaticStreamSerialization;
       follow.val.programmaticStreamSerializationAllowed = 1;

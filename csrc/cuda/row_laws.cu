@@ -56,8 +56,8 @@ cudaError_t launch_waves(const VerifyArgs& args, const Device& device, cudaStrea
   const int positions = static_cast<int>(args.max_drafts) + 1;
   const int64_t bytes = args.num_sequences * args.vocab * Wave{0, 1}.layers(args) *
                         static_cast<int64_t>(args.value_type == Real::kFloat32 ? 4 : 2);
-  const bool overlap = device.major >= 9 && args.mode == VerifyMode::kChain && !laws_are_stored(args) &&
-                       positions > 4 && positions * bytes > kOneWaveBytes &&
+  const bool overlap = launches_overlap(device) && args.mode == VerifyMode::kChain &&
+                       !laws_are_stored(args) && positions > 4 && positions * bytes > kOneWaveBytes &&
                        positions * bytes <= kOverlapBytes;
   if (overlap) return launch_overlapping_waves(args, device, stream);
   const bool in_many = args.mode == VerifyMode::kChain && positions * bytes > kTwoWavesBytes;

@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(kStripThreads, 4)
 // The same in three waves that overlap: the second is read without asking while its first layer of blocks
 // judges what the first wave has read, and the third waits for that verdict alone. The end of its first block
 // tells verification that all waves have ended. A wave's blocks start when all of the one before have
-// started (or, without compute capability 9.0, ended), so those that others wait for are never behind them.
+// started (or, where launches do not overlap, ended), so those that others wait for are never behind them.
 template <class T>
 __global__ void __launch_bounds__(kStripThreads, 4)
     overlapping_strips_kernel(const __grid_constant__ VerifyArgs args,
