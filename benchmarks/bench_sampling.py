@@ -4,9 +4,10 @@
     python benchmarks/bench_sampling.py [--quick] [--out FOLDER]
 
 Three tables: V = 128256, K = 5 in every input mode with the floor (bytes that must be read over the
-copy bandwidth of the same run); peers on probabilities (the Python loop, vectorised PyTorch eager
-and in a CUDA graph, FlashInfer if it is installed); and a batch × spec_len grid of the speed-up
-over the loop. Uniform random drafts from q; q and p are independent, so half of them are accepted.
+copy bandwidth of the same run) and what was aimed at; peers on probabilities (the Python loop,
+vectorised PyTorch eager and in a CUDA graph, FlashInfer if it is installed); and grids of
+batch × spec_len: the time, and the speed-up over the loop and over PyTorch in a CUDA graph.
+Uniform random drafts from q; q and p are independent, so half of them are accepted.
 """
 
 from __future__ import annotations
@@ -87,8 +88,27 @@ MODES: dict[str, dict[str, Any]] = {
 }
 
 
+# µs, by mode and batch; 1 is V = 32000
+PROBABILITIES = {1: 6.0, 16: 10.0, 64: 24.0, 256: 80.0}
+LOGITS = {16: 32.0, 64: 115.0, 256: 440.0}
+
+
+def aim(mode: str, batch: int, floor: float, plain: float | None) -> float | None:
+    """What was aimed at. plain: the time of float32 logits without truncation in the same run."""
+    if mode == "probabilities f32":
+        return PROBABILITIES.get(batch)
+    if mode.startswith("sample"):
+        return 1.5 * floor if "top-k" in mode else None
+    if batch not in LOGITS or "one-hot" in mode:
+        return None
+    if "top-k" in mode:
+        return None if plain is None else 1.3 * plain
+    return LOGITS[batch] / 2 + 5 if "bf16" in mode else LOGITS[batch]
+
+
 def modes_table(bandwidth: float, batches: list[int]) -> list[dict[str, Any]]:
-    rows = []
+    rows: list[dict[str, Any]] = []
+    plain = {}  # of logits in float32, by batch
     for name, mode in MODES.items():
         for batch, vocab in [(1, 32000)] + [(b, VOCAB) for b in batches]:
             first = inputs(batch, SPEC_LEN, vocab, 0, mode=mode)
@@ -97,7 +117,9 @@ def modes_table(bandwidth: float, batches: list[int]) -> list[dict[str, Any]]:
             cases = [first, *copies(make, need)]
             timing = time_gpu([partial(ops.spec_verify, **case) for case in cases])
             floor = need / bandwidth * 1e6
-            rows.append(row(name, batch, vocab, timing, floor))
+            if name == "logits f32":
+                plain[batch] = timing.median
+            rows.append(row(name, batch, vocab, timing, floor, plain.get(batch)))
             del cases, first
     for dtype in (torch.float32, torch.bfloat16):
         for name, settings in {"": {}, " top-k 50 top-p 0.9": {"truncated": True}}.items():
@@ -115,12 +137,16 @@ def modes_table(bandwidth: float, batches: list[int]) -> list[dict[str, Any]]:
     return rows
 
 
-def row(mode: str, batch: int, vocab: int, timing: Any, floor: float) -> dict[str, Any]:
+def row(
+    mode: str, batch: int, vocab: int, timing: Any, floor: float, plain: float | None = None
+) -> dict[str, Any]:
+    aimed_at = aim(mode, batch, floor, plain)
     return {
         "mode": mode,
         "B": batch,
         "V": vocab,
         "us": timing.median,
+        "aim_us": "" if aimed_at is None else aimed_at,
         "low": timing.low,
         "high": timing.high,
         "floor_us": floor,
@@ -177,17 +203,23 @@ def peers_table(batches: list[int]) -> list[dict[str, Any]]:
     return rows
 
 
-def grid_table(vocab: int = 32000) -> list[dict[str, Any]]:
-    """Batch × spec_len: how many times faster than the Python loop."""
-    rows = []
+def grid_tables(vocab: int = 32000) -> dict[str, list[dict[str, Any]]]:
+    """Batch × spec_len: µs, and how many times faster than the loop and than PyTorch in a graph."""
+    fused, over_loop, over_graph = "sampling_grid_us", "sampling_grid", "sampling_grid_graph"
+    tables: dict[str, list[dict[str, Any]]] = {fused: [], over_loop: [], over_graph: []}
     for batch in (1, 2, 4, 8, 16, 32, 64):
-        entry: dict[str, Any] = {"batch": batch}
+        for rows in tables.values():
+            rows.append({"batch": batch})
         for spec_len in (1, 3, 5, 8):
             case = inputs(batch, spec_len, vocab, 0, mode={"probs": True})
             loop = time_eager(partial(reference.rejection_sample_loop, **case), 1)
-            entry[f"K={spec_len}"] = loop / time_gpu([partial(ops.spec_verify, **case)] * 8).median
-        rows.append(entry)
-    return rows
+            us = time_gpu([partial(ops.spec_verify, **case)] * 8).median
+            vectorized = partial(reference.rejection_sample_vectorized, **case)
+            times = {fused: us, over_loop: loop / us}
+            times[over_graph] = time_gpu([vectorized] * 2, 5).median / us
+            for name, rows in tables.items():
+                rows[-1][f"K={spec_len}"] = times[name]
+    return tables
 
 
 def plot(rows: list[dict[str, Any]], folder: Path) -> None:
@@ -208,6 +240,31 @@ def plot(rows: list[dict[str, Any]], folder: Path) -> None:
     figure.savefig(folder / "sampling.svg")
 
 
+def plot_speedups(tables: dict[str, list[dict[str, Any]]], folder: Path) -> None:
+    """A panel for each grid of speed-ups, with the least that was aimed at."""
+    if (plt := pyplot()) is None:
+        return
+
+    least = {
+        "sampling_grid": ("the Python loop", 35.57),
+        "sampling_grid_graph": ("PyTorch in a CUDA graph", 5.0),
+    }
+    grids = {name: rows for name, rows in tables.items() if name in least}
+    figure, axes = plt.subplots(1, len(grids), figsize=(5 * len(grids), 4), squeeze=False)
+    for panel, (name, rows) in zip(axes[0], grids.items(), strict=True):
+        over, aimed_at = least[name]
+        for column in list(rows[0])[1:]:
+            panel.plot(
+                [r["batch"] for r in rows], [r[column] for r in rows], marker="o", label=column
+            )
+        panel.axhline(aimed_at, linestyle="--", color="#888888")
+        panel.set(xscale="log", yscale="log", xlabel="sequences", ylabel="times as fast")
+        panel.set_title(f"over {over} (dashed: the least aimed at)", fontsize=10)
+        panel.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(folder / "sampling_speedup.svg")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="the first table only")
@@ -223,7 +280,7 @@ def main() -> int:
     tables = {"sampling_modes": modes_table(bandwidth, [16, 64, 256])}
     if not options.quick:
         tables["sampling_peers"] = peers_table([1, 16, 64])
-        tables["sampling_grid"] = grid_table()
+        tables |= grid_tables()
     for name, rows in tables.items():
         print(name)
         print_table(rows)
@@ -231,6 +288,8 @@ def main() -> int:
             save(name, rows, Path(options.out))
     if options.out:
         plot(tables["sampling_modes"], Path(options.out))
+        if not options.quick:
+            plot_speedups(tables, Path(options.out))
     return 0
 
 

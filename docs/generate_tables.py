@@ -31,12 +31,13 @@ PACKED = ["packed_pack", "packed_types", "packed_tokens", "packed_moe"]
 PACKED += ["packed_chain", "packed_heatmap"]
 LADDER = ["gemm_ladder", "gemm_types", "gemm_tokens"]
 CACHES = ["kv_cache", "kv_packing", "sparse_kv_attention", "sparse_kv_compression"]
-RESULTS = [*SPEED, *PACKED, *LADDER, *CACHES, "sampling_modes", "models", "speculation"]
+SAMPLING = ["sampling_modes", "sampling_peers", "sampling_grid"]
+RESULTS = [*SPEED, *PACKED, *LADDER, *CACHES, *SAMPLING, "models", "speculation"]
 DOCUMENTS: dict[Path, set[str]] = {
     ROOT / "docs" / "formats.md": {"formats-table"},
     ROOT / "docs" / "performance.md": {f"results-{name}" for name in SPEED + PACKED},
     ROOT / "docs" / "ladder.md": {f"results-{name}" for name in LADDER},
-    ROOT / "docs" / "sampling.md": {"results-sampling_modes"},
+    ROOT / "docs" / "sampling.md": {f"results-{name}" for name in SAMPLING},
     ROOT / "docs" / "sparse-kv.md": {f"results-{name}" for name in CACHES},
     ROOT / "docs" / "models.md": {"results-models", "results-speculation"},
     ROOT / "README.md": {"formats-table"},

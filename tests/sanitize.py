@@ -146,6 +146,21 @@ def run_sampling_cases(generator: torch.Generator) -> None:
                 }
                 ops.spec_verify(target, drafts, cu_rows, draft, **settings, **noise)
                 ops.draft_sample(target[:5], **settings, **noise, return_probs=True)
+    # Enough to be read in waves: three that overlap, two with laws between them, and many.
+    for batch, top_k in ((64, None), (64, torch.full((64,), 10)), (120, None)):
+        target = torch.randn(batch * 6, 32000, generator=generator).cuda()
+        draft = target.view(batch, 6, 32000)[:, :5].contiguous()
+        draft[::2, 2] = draft[::2, 2].flip(-1)  # half of the sequences stop there
+        order = torch.arange(batch).cuda()
+        ops.spec_verify(
+            target,
+            draft.argmax(-1),
+            torch.arange(batch + 1).cuda() * 6,
+            draft,
+            top_k=None if top_k is None else top_k.cuda(),
+            seed=order,
+            position=order,
+        )
 
 
 def run_sparse_kv_cases(generator: torch.Generator) -> None:

@@ -39,6 +39,22 @@ class Clock:
         return n * m / 1000
 
 
+def test_what_sampling_is_to_take(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(sys, "path", [str(FOLDER), *sys.path])
+    bench = importlib.import_module("bench_sampling")
+    assert bench.aim("probabilities f32", 16, 4.0, None) == 10
+    assert bench.aim("logits f32, all accepted", 64, 85.0, 77.0) == 115
+    assert bench.aim("logits bf16", 16, 10.0, 30.0) == 21
+    assert bench.aim("logits f32 top-k 50 top-p 0.9", 16, 21.0, 30.0) == 39
+    assert bench.aim("sample float32 top-k 50 top-p 0.9", 256, 30.0, None) == 45
+    assert bench.aim("sample float32", 256, 30.0, None) is None
+    assert bench.aim("logits f32", 1, 0.3, 9.0) is None
+    pytest.importorskip("matplotlib")
+    grid = [{"batch": b, "K=1": 100.0 * b, "K=5": 200.0 * b} for b in (1, 4)]
+    bench.plot_speedups({"sampling_grid_us": grid, "sampling_grid": grid}, tmp_path)
+    assert "<svg" in (tmp_path / "sampling_speedup.svg").read_text()
+
+
 def test_fractions(limits: Any) -> None:
     types = [format_by_name(name) for name in ("Q4_0", "Q4_K")]
     rows = limits.fractions(types, [(1000, 256), (500, 32)], [1, 64, 128], Clock())
