@@ -97,7 +97,7 @@ struct ExpertRoutes {
 };
 
 // y[m, n] = x[m, k] · wᵀ + bias + residual, or silu(x · wᵀ) · (x · upᵀ), w and up as strips; with routes m is
-// num_slots, rows of y.
+// num_slots, rows of y. With norm_weight rms_norm(x) takes the place of x: only where folds_norm().
 struct GemmPackedArgs {
   const void* x;          // [m, k] of type
   const uint8_t* packed;  // [num_strips(n), strip_bytes(k)] of qtype; of all experts
@@ -110,6 +110,10 @@ struct GemmPackedArgs {
   int64_t up_at = 0;               // bytes from w to up; 0: there is none
   void* gate = nullptr;            // [m, n] of type where wgmma leaves x · wᵀ, if there is up
   ExpertRoutes routes = {};
+  const void* norm_weight = nullptr;  // [k] of type
+  float norm_eps = 0;
+  const uint8_t* ahead = nullptr;  // weights of a later launch, to bring nearer when these are read
+  int64_t ahead_bytes = 0;
 };
 
 struct EmbeddingArgs {

@@ -32,6 +32,7 @@ from quantgemm.models import load_model, load_tokenizer
 from quantgemm.models.whisper import load_whisper, transcribe, whisper_processor
 from quantgemm.nn import QuantEmbedding, QuantLinear, ReplaceReport, replace_linear
 from quantgemm.plan import GemmPlan, explain_gemm
+from quantgemm.read_ahead import ReadAhead
 
 try:
     __version__ = version("quantgemm")
@@ -51,6 +52,7 @@ __all__ = [
     "QuantExpertLinear",
     "QuantExperts",
     "QuantLinear",
+    "ReadAhead",
     "ReplaceReport",
     "SparseKVCache",
     "__version__",

@@ -17,6 +17,7 @@ from torch.autograd import forward_ad
 
 import quantgemm._C  # noqa: F401  registers the ops
 from quantgemm.formats import Format, format_by_id
+from quantgemm.read_ahead import following
 
 __all__ = [
     "activation_row_bytes",
@@ -182,7 +183,7 @@ _autocast_rules = torch.library.Library("quantgemm", "FRAGMENT")  # type: ignore
 
 
 # Arguments that `torch.autocast` casts, of the ops that it has a rule for.
-_CAST = {"x", "bias", "residual"}
+_CAST = {"x", "bias", "residual", "norm_weight"}
 _IN_AUTOCAST = ("gemm", "gemm_packed", "gemm_packed_gated", "moe_gemm")
 
 
@@ -256,6 +257,9 @@ def gemm_packed(
     bias: torch.Tensor | None = None,
     algo: str = "auto",
     residual: torch.Tensor | None = None,
+    norm_weight: torch.Tensor | None = None,
+    norm_eps: float = 0,
+    ahead: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Product with packed weights: ``y[..., n] = x[..., k] · wᵀ + bias`` for ``packed = pack(w)``.
 
@@ -274,15 +278,24 @@ def gemm_packed(
     outputs on, else what ``auto`` takes, and is an error where ``int8`` is one. A row of y does not
     depend on the batch; NaN or infinity in x makes its row NaN. ``auto`` never rounds.
 
+    norm_weight: ``[k]`` of x's dtype; x is then ``rms_norm(x, norm_weight, norm_eps)``, with the
+    same bits. ``gemv`` has it inside for float16 and bfloat16; else it is a launch in front, as the
+    norm alone would be (`explain_gemm` says which).
+
+    ahead: packed weights that a later launch reads. ``gemv`` on sm_90 and newer brings the first of
+    them into the L2 while it ends; others do not look at it. `ReadAhead` finds them by itself.
+
     On sm_90 and newer the kernel starts to read `packed` before the one launched right before it
     has ended. Bytes from `pack` or a memory copy are complete by then; where another kernel of
     yours writes them (a gather, a collective), let some other launch come in between.
 
-    Differentiable in x, bias and residual; under `torch.autocast` all are cast.
+    Differentiable in x, bias, residual and norm_weight; under `torch.autocast` all are cast.
     """
-    with _no_more_autograd_than_needed("gemm_packed", x, bias, residual):
+    with _no_more_autograd_than_needed("gemm_packed", x, bias, residual, norm_weight):
+        if ahead is None:
+            ahead = following(packed)
         return torch.ops.quantgemm.gemm_packed(  # type: ignore[no-any-return]
-            x, packed, int(qtype), n, k, bias, algo, residual
+            x, packed, int(qtype), n, k, bias, algo, residual, norm_weight, norm_eps, ahead
         )
 
 
@@ -296,25 +309,47 @@ def _(
     bias: torch.Tensor | None = None,
     algo: str = "auto",
     residual: torch.Tensor | None = None,
+    norm_weight: torch.Tensor | None = None,
+    norm_eps: float = 0,
+    ahead: torch.Tensor | None = None,
 ) -> torch.Tensor:
     return x.new_empty([*x.shape[:-1], n])
 
 
 def _save_packed(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    _, packed, ctx.qtype, ctx.n, ctx.k, *_ = inputs
-    ctx.save_for_backward(packed)
+    x, packed, ctx.qtype, ctx.n, ctx.k, *rest = inputs
+    # torch leaves out arguments that have their defaults.
+    norm_weight = rest[3] if len(rest) > 3 else None
+    ctx.norm_eps = rest[4] if len(rest) > 4 else 0.0
+    ctx.save_for_backward(packed, *([] if norm_weight is None else [x, norm_weight]))
 
 
 def _gemm_packed_backward(ctx: Any, grad_y: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    (packed,) = ctx.saved_tensors
-    grad_x = grad_bias = grad_residual = None
-    if ctx.needs_input_grad[0]:
+    packed, *norm = ctx.saved_tensors
+    grad_x = grad_bias = grad_residual = grad_norm = None
+    needed = [*ctx.needs_input_grad, *[False] * 6]
+    if needed[0] or needed[8]:
         grad_x = _times_decoded(grad_y, unpack(packed, ctx.qtype, ctx.n, ctx.k), ctx.qtype)
-    if any(ctx.needs_input_grad[5:6]):  # torch leaves out arguments that have their defaults
+    if norm and grad_x is not None:
+        x, norm_weight = norm
+        grad_x, grad_norm = _rms_norm_backward(grad_x, x, norm_weight, ctx.norm_eps)
+    if needed[5]:
         grad_bias = grad_y.reshape(-1, ctx.n).sum(0)
-    if any(ctx.needs_input_grad[7:]):
+    if needed[7]:
         grad_residual = grad_y
-    return grad_x, None, None, None, None, grad_bias, None, grad_residual
+    return grad_x, None, None, None, None, grad_bias, None, grad_residual, grad_norm, None, None
+
+
+def _rms_norm_backward(
+    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """In x and in weight, computed in float32 by ops that autograd can follow."""
+    wide, grad = x.float(), grad.float()
+    factor = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    even, scaled = wide * factor, grad * weight.float()
+    grad_x = factor * (scaled - even * (scaled * even).mean(-1, keepdim=True))
+    grad_weight = (grad * even).reshape(-1, len(weight)).sum(0)
+    return grad_x.to(x.dtype), grad_weight.to(weight.dtype)
 
 
 torch.library.register_autograd(
@@ -330,16 +365,22 @@ def gemm_packed_gated(
     n: int,
     k: int,
     algo: str = "auto",
+    norm_weight: torch.Tensor | None = None,
+    norm_eps: float = 0,
+    ahead: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """``silu(x · gateᵀ) · (x · upᵀ)`` for two packed weights ``[n, k]`` of one type.
 
     One launch with ``gemv`` and ``mma``, rounded once; several with ``wgmma`` and ``int8``, which
     round the gate to x's dtype first (a float16 one below -65504 gives NaN). No gradients. When it
-    starts to read the weights, and what `torch.autocast` does: as for `gemm_packed`.
+    starts to read the weights, norm_weight, ahead, and what `torch.autocast` does: as for
+    `gemm_packed`.
     """
-    _without_gradients("gemm_packed_gated", x)
+    _without_gradients("gemm_packed_gated", x, norm_weight)
+    if ahead is None:
+        ahead = following(gate)
     return torch.ops.quantgemm.gemm_packed_gated(  # type: ignore[no-any-return]
-        x, gate, up, int(qtype), n, k, algo
+        x, gate, up, int(qtype), n, k, algo, norm_weight, norm_eps, ahead
     )
 
 
@@ -352,6 +393,9 @@ def _(
     n: int,
     k: int,
     algo: str = "auto",
+    norm_weight: torch.Tensor | None = None,
+    norm_eps: float = 0,
+    ahead: torch.Tensor | None = None,
 ) -> torch.Tensor:
     return x.new_empty([*x.shape[:-1], n])
 

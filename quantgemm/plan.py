@@ -27,7 +27,7 @@ class GemmPlan:
     algo: the rung of the ladder; reason: why this one; available: all that could serve;
     obstacles: ``{algo: why not}`` of the others; rounds_activations: whether x becomes int8 with a
     scale per 32 values, or per 256 with ``int8``, which rounds weights so too; device: ``"cpu"`` or
-    ``"sm_90"``.
+    ``"sm_90"``; folds_norm: whether norm_weight of `ops.gemm_packed` is no launch of its own.
     """
 
     m: int
@@ -41,6 +41,7 @@ class GemmPlan:
     available: tuple[str, ...]
     obstacles: dict[str, str]
     rounds_activations: bool
+    folds_norm: bool = False
 
     def __str__(self) -> str:
         rounding = "rounded to int8 per 32" if self.rounds_activations else "kept as they are"
@@ -52,6 +53,8 @@ class GemmPlan:
             f"  activations are {rounding}",
             f"  could serve: {', '.join(self.available)}",
         ]
+        if self.folds_norm:
+            lines.insert(3, "  norm_weight takes no launch of its own")
         lines += [f"  not {algo}: {why}" for algo, why in self.obstacles.items()]
         return "\n".join(lines)
 
@@ -121,6 +124,7 @@ def explain_gemm(
         available=available,
         obstacles=obstacles,
         rounds_activations=chosen in choice["rounding"],
+        folds_norm=chosen == choice["algo"] and bool(choice.get("folds_norm")),
     )
 
 

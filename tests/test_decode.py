@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,15 @@ pytest.importorskip("gguf", reason="PyPI gguf, which knows the names, is not ins
 
 from tiny_models import make
 
-from quantgemm import QuantLinear, replace_linear
+from quantgemm import QuantLinear, ops, replace_linear
 from quantgemm.models import compile_decode
 from quantgemm.models.fuse import fuse_steps
+from quantgemm.read_ahead import ReadAhead
 from quantgemm.sampling import NgramDraft, SamplingConfig, speculative_generate
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 GREEDY = SamplingConfig(temperature=0)
+Q4_0 = 2
 
 
 def tiny(device: str, case: str = "llama", dtype: torch.dtype = torch.bfloat16, **more: Any) -> Any:
@@ -218,7 +221,7 @@ def test_norms_are_fused_only_where_that_is_the_same() -> None:
     other, untouched = copy.deepcopy(model), copy.deepcopy(model)
     norms = 2 * model.config.num_hidden_layers + 1
     assert fuse_steps(model)[0] == norms
-    assert fuse_steps(model) == (0, 0, 0, 0)  # they are
+    assert fuse_steps(model) == (0, 0, 0, 0, 0)  # they are
     x = torch.randn(3, model.config.hidden_size).bfloat16()
     with torch.no_grad():
         torch.testing.assert_close(model.model.norm(x), untouched.model.norm(x), rtol=2**-7, atol=0)
@@ -387,3 +390,119 @@ def test_mistakes() -> None:
     assert len(decoder.generate(ids, 7, GREEDY, ())[0]) == 7
     with pytest.raises(ValueError, match=r"tokens: the cache is full, it holds 16 tokens"):
         decoder.step(ids[:, 0])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_sums_inside_of_products(dtype: torch.dtype, device: str) -> None:
+    """What a layer adds is added before the product is rounded, and nowhere else."""
+    model = packed(tiny(device, "llama", dtype))
+    layers = model.config.num_hidden_layers
+    assert fuse_steps(model).sums == 2 * layers and fuse_steps(model).sums == 0
+    down = model.model.layers[0].mlp.down_proj
+    x = torch.randn(1, 3, down.in_features, device=device).to(dtype)
+    residual = torch.randn(1, 3, down.out_features, device=device).to(dtype)
+    sizes = down.qtype, down.out_features, down.in_features
+    with torch.no_grad():
+        product = ops.gemm_packed(x, down.weight, *sizes)
+        want = ops.gemm_packed(x, down.weight, *sizes, residual=residual)
+        assert torch.equal(residual + down(x), want) and torch.equal(down(x) + residual, want)
+        assert torch.equal(torch.add(residual, down(x)), want)
+        lazy = down(x)
+        assert lazy.shape == product.shape and lazy.dtype == dtype and lazy.device == x.device
+        for use in (
+            lambda y: y,
+            lambda y: y * residual,
+            lambda y: torch.add(residual, y, alpha=2),
+            lambda y: residual[:, :1] + y,  # another shape
+            lambda y: y + residual.double(),
+            lambda y: y + 1,
+            lambda y: torch.cat([y, y]),
+            lambda y: y[:, 1:].mul_(2),
+            lambda y: copy.deepcopy(y),
+        ):
+            got, expected = use(down(x)), use(product.clone())
+            assert got.dtype == expected.dtype and torch.equal(got, expected)
+        both = down(x)
+        assert torch.equal(both * 1, product)  # and then as torch adds
+        assert torch.equal(residual + both, residual + product)
+        assert torch.equal(residual + (residual + down(x)), residual + want)
+        assert torch.equal(down(x) + down(x), product + product)
+
+        seen = []
+        hook = down.register_forward_hook(lambda _, __, y: seen.append(y * 1))
+        logits = [model(prompts(device, 1, 3), use_cache=False).logits]
+        hook.remove()
+        logits += [model(prompts(device, 1, 3), use_cache=False).logits]
+        assert len(seen) == 1 and torch.allclose(*logits, atol=0.05 * float(logits[0].abs().max()))
+
+        y = down(x)
+        x.add_(1)
+        with pytest.raises(RuntimeError, match="x of a product was written to before its output"):
+            residual + y
+        assert type(down(x.repeat(1, 3, 1))) is torch.Tensor  # many tokens
+    x.requires_grad_()
+    (residual + down(x)).sum().backward()
+    assert x.grad is not None
+
+
+@pytest.mark.cuda
+def test_launches_of_a_recorded_step() -> None:
+    """A sum inside of a product is no launch."""
+    model = packed(tiny("cuda"))
+    fuse_steps(model)
+    products = [m for m in model.modules() if type(m.__dict__.get("forward")).__name__ == "_Summand"]
+    counts = []
+    for fused in (True, False):
+        if not fused:
+            for product in products:
+                product.forward = partial(QuantLinear.forward, product)
+        decoder = compile_decode(model, 64, batch_sizes=(1,))
+        decoder.read(prompts("cuda"))
+        token = torch.ones(1, dtype=torch.int64, device="cuda")
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found:
+            decoder.step(token)
+            torch.cuda.synchronize()
+        counts.append(sum(event.count for event in found.key_averages()))
+    assert counts[1] - counts[0] == 2 * model.config.num_hidden_layers
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_products_know_what_is_read_next(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    hints: list[tuple[torch.Tensor, torch.Tensor | None]] = []
+    plain = ReadAhead.follow
+
+    def follow(self: ReadAhead, packed: torch.Tensor) -> torch.Tensor | None:
+        hints.append((packed, plain(self, packed)))
+        return hints[-1][1]
+
+    monkeypatch.setattr(ReadAhead, "follow", follow)
+    weights = [ops.pack(ops.quantize(torch.randn(n, 256, device=device), Q4_0), Q4_0) for n in (64, 128, 192)]
+    x = torch.randn(1, 256, device=device).bfloat16()
+
+    def step() -> list[torch.Tensor]:
+        first, second, third = weights
+        y = [ops.gemm_packed(x, first, Q4_0, 64, 256)]
+        y += [ops.gemm_packed_gated(x, second, second.clone(), Q4_0, 128, 256)]
+        return [*y, ops.gemm_packed(x, third, Q4_0, 192, 256)]
+
+    want = step()
+    assert not hints
+    ahead = ReadAhead()
+    for _ in range(2):
+        with ahead:
+            assert all(map(torch.equal, step(), want))
+    seen, told = zip(*hints, strict=True)
+    assert all(a is b for a, b in zip(seen, weights * 2, strict=True))
+    assert told[:3] == (None, None, None)
+    assert all(a is b for a, b in zip(told[3:], [*weights[1:], weights[0]], strict=True))
+    step()
+    assert len(hints) == 6
+
+    with pytest.raises(TypeError, match="ahead: expected uint8, got float32"):
+        ops.gemm_packed(x, weights[0], Q4_0, 64, 256, ahead=torch.zeros(16, device=device))
+    with pytest.raises(ValueError, match="ahead: expected packed weights, contiguous"):
+        ops.gemm_packed(x, weights[0], Q4_0, 64, 256, ahead=weights[1].t())
+    for count in (0, 16, 2100):  # less than a block's part, and parts that are no multiple of 16
+        few = torch.zeros(count, dtype=torch.uint8, device=device)
+        assert torch.equal(ops.gemm_packed(x, weights[0], Q4_0, 64, 256, ahead=few), want[0])

@@ -198,6 +198,104 @@ def test_residual_and_gate(fmt: Format, device: str) -> None:
     assert torch.equal(ops.gemm_packed_gated(x, gate, gate, fmt.type_id, n, k), twice)
 
 
+def assert_same_bits(a: torch.Tensor, b: torch.Tensor) -> None:
+    assert a.dtype == b.dtype and a.shape == b.shape
+    assert torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(7), b.nan_to_num(7))
+
+
+@on_devices
+@by_name
+def test_norm_in_front(fmt: Format, device: str) -> None:
+    """The bits of rms_norm and a product after it, wherever the norm is done."""
+    e = fmt.block_elems
+    ks = [e, 3 * e, 4096 + e]
+    ms: list[int] = [1, 3, 9]
+    if device == "cuda":  # ones with several panels, and passes of eight tokens
+        ks, ms = [*ks, 8192, 14336, 28672], list(range(1, 10))
+    dtypes = [torch.float16, torch.bfloat16, *([torch.float32] if device == "cpu" else [])]
+    for k, dtype in itertools.product(ks, dtypes):
+        n = 70 if k > 8192 else 200
+        blocks = [random_weights(fmt, n, k, device, seed)[0] for seed in (1, 2)]
+        w, up = (ops.pack(each, fmt.type_id) for each in blocks)
+        bias = random_x(n, dtype=dtype, device=device, seed=5)
+        weight = random_x(k, dtype=dtype, device=device, seed=4) + 1
+        for m in ms:
+            x = 3 * random_x(m, k, dtype=dtype, device=device, seed=m)
+            residual = random_x(m, n, dtype=dtype, device=device, seed=6)
+            plain = ops.rms_norm(x, weight, 1e-5)
+            for algo in ("auto", *(["gemv"] if device == "cuda" else [])):
+                rest = fmt.type_id, n, k
+                want = ops.gemm_packed(plain, w, *rest, bias, algo, residual)
+                got = ops.gemm_packed(x, w, *rest, bias, algo, residual, weight, 1e-5)
+                assert_same_bits(got, want)
+                want = ops.gemm_packed_gated(plain, w, up, *rest, algo)
+                assert_same_bits(ops.gemm_packed_gated(x, w, up, *rest, algo, weight, 1e-5), want)
+
+
+@on_devices
+@by_name
+def test_norm_of_what_is_no_number(fmt: Format, device: str) -> None:
+    n, k = 70, max(512, fmt.block_elems)
+    packed = ops.pack(random_weights(fmt, n, k, device)[0], fmt.type_id)
+    for dtype in (torch.float16, torch.bfloat16):
+        x = random_x(6, k, dtype=dtype, device=device)
+        x[1, 3], x[2, 17], x[3] = float("inf"), float("nan"), 0
+        weight = random_x(k, dtype=dtype, device=device, seed=4)
+        for weight[5], eps in itertools.product((1.0, float("inf"), float("nan")), (0.0, 1e-5)):
+            want = ops.gemm_packed(ops.rms_norm(x, weight, eps), packed, fmt.type_id, n, k)
+            for rows in (slice(0, 6), slice(0, 1), slice(1, 2), slice(3, 4)):
+                args = packed, fmt.type_id, n, k, None, "auto", None, weight, eps
+                assert_same_bits(ops.gemm_packed(x[rows], *args), want[rows])
+
+
+@pytest.mark.cuda
+def test_norm_in_graphs_and_one_launch() -> None:
+    """A chain of products as of layers, each with its norm; x and weights that start anywhere."""
+    fmt, k = FORMATS[QType.Q4_K], 2048
+    packed = ops.pack(random_weights(fmt, k, k, "cuda")[0], fmt.type_id)
+    weight = random_x(k + 1, dtype=torch.bfloat16, device="cuda", seed=4)[1:]
+    x = random_x(2, 3, 2 * k, dtype=torch.bfloat16, device="cuda")[..., ::2]
+    static = x.clone()
+
+    def chain(x: torch.Tensor, fold: bool) -> torch.Tensor:
+        for _ in range(5):
+            norm = (weight, 1e-5) if fold else ()
+            y = x if fold else ops.rms_norm(x, weight, 1e-5)
+            x = ops.gemm_packed(y, packed, fmt.type_id, k, k, None, "auto", x.contiguous(), *norm)
+        return x
+
+    want = chain(x, fold=False)
+    assert torch.equal(chain(x, fold=True), want)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = chain(static, fold=True)
+    for factor in (1.0, 2.0):
+        static.copy_(factor * x)
+        graph.replay()
+        assert torch.equal(out, chain(factor * x, fold=False))
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    counts = []
+    for fold in (False, True):
+        with torch.profiler.profile(activities=activities) as found:
+            chain(static, fold)
+            torch.cuda.synchronize()
+        counts.append(sum(e.count for e in found.key_averages() if "quantgemm" in e.key))
+    assert counts == [10, 5]
+
+
+def test_who_has_the_norm_inside() -> None:
+    def folds(m: int, **more: object) -> bool:
+        args = {"device": "sm_90", "dtype": torch.bfloat16, "packed": True} | more
+        return explain_gemm(m, 64, 256, "Q4_K", **args).folds_norm  # type: ignore[arg-type]
+
+    assert folds(1) and folds(8) and folds(8, algo="auto_int8") and folds(3, device="sm_80")
+    assert not folds(9) and not folds(1, dtype=torch.float32) and not folds(1, device="cpu")
+    assert not folds(1, packed=False)
+    plan = explain_gemm(1, 64, 256, "Q4_K", "sm_90", packed=True)
+    assert "norm_weight takes no launch of its own" in str(plan)
+
+
 @on_devices
 @by_name
 def test_infinite_and_nan_activations(fmt: Format, device: str) -> None:
@@ -304,6 +402,34 @@ def test_gradients(device: str) -> None:
     assert torch.allclose(bias.grad, grad.sum(0), rtol=1e-5, atol=1e-5)
 
 
+@on_devices
+def test_gradients_through_the_norm(device: str) -> None:
+    w, weights = random_weights(FORMATS[QType.Q4_0], 40, 96, device)
+    packed = ops.pack(w, 2)
+    x, weight, y_grad = (
+        random_x(*shape, dtype=torch.float32, device=device, seed=seed)
+        for seed, shape in enumerate([(5, 96), (96,), (5, 40)])
+    )
+    found = []
+    for wide in (False, True):
+        a, b = (t.double() if wide else t.clone() for t in (x, weight))
+        a.requires_grad_(), b.requires_grad_()
+        if wide:
+            even = a * torch.rsqrt(a.square().mean(-1, keepdim=True) + 1e-3)
+            y = (b * even) @ weights.T
+        else:
+            y = ops.gemm_packed(a, packed, 2, 40, 96, norm_weight=b, norm_eps=1e-3)
+        y.backward(y_grad.to(y.dtype))
+        found.append((a.grad, b.grad))
+    for got, want in zip(*found, strict=True):
+        assert got is not None and want is not None
+        assert torch.allclose(got.double(), want, rtol=1e-4, atol=1e-4)
+    with pytest.raises(NotImplementedError, match="gemm_packed_gated has no gradient"):
+        ops.gemm_packed_gated(
+            x, packed, packed, 2, 40, 96, "auto", weight.clone().requires_grad_(), 0.0
+        )
+
+
 def test_autocast() -> None:
     packed = ops.pack(random_weights(FORMATS[QType.Q4_0], 40, 96, "cpu")[0], 2)
     x, bias = torch.randn(2, 96), torch.randn(40)
@@ -311,6 +437,10 @@ def test_autocast() -> None:
         y = ops.gemm_packed(x, packed, 2, 40, 96, bias)
     assert y.dtype == torch.bfloat16
     assert torch.equal(y, ops.gemm_packed(x.bfloat16(), packed, 2, 40, 96, bias.bfloat16()))
+    with torch.autocast("cpu", torch.bfloat16):
+        y = ops.gemm_packed(x, packed, 2, 40, 96, norm_weight=x[0], norm_eps=1.0)
+    x = x.bfloat16()
+    assert torch.equal(y, ops.gemm_packed(ops.rms_norm(x, x[0], 1.0), packed, 2, 40, 96))
 
 
 def test_errors_name_the_argument() -> None:
@@ -340,6 +470,11 @@ def test_errors_name_the_argument() -> None:
          lambda: ops.gemm_packed(x, packed, 2, 3, 64, None, "auto", torch.zeros(3))),
         (TypeError, "residual: expected torch.float32 as x, got torch.float16",
          lambda: ops.gemm_packed(x, packed, 2, 3, 64, None, "auto", torch.zeros(2, 3).half())),
+        (ValueError, r"norm_weight: expected shape \[64\], got \[3\]",
+         lambda: ops.gemm_packed(x, packed, 2, 3, 64, norm_weight=torch.zeros(3))),
+        (TypeError, "norm_weight: expected torch.float32 as x, got torch.float16",
+         lambda: ops.gemm_packed_gated(
+             x, packed, packed, 2, 3, 64, "auto", torch.zeros(64).half())),
         (ValueError, r"up: expected shape \[4, 576\]",
          lambda: ops.gemm_packed_gated(x, packed, packed[:2], 2, 3, 64)),
         (ValueError, r"gate: expected shape \[4, 576\]",

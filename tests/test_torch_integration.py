@@ -87,6 +87,22 @@ def product_cases(device: str) -> dict[str, tuple[Callable, tuple]]:
             Q.gemm_packed.default,
             (x, packed, int(QType.Q4_K), 9, 512, None, "auto", weights[:7, :9].repeat(3, 1, 1)),
         ),
+        "gemm_packed with a norm": (
+            Q.gemm_packed.default,
+            (
+                x[0, :3].half(),
+                *(packed, int(QType.Q4_K), 9, 512, None, "auto", None),
+                *(weights[0].half(), 1e-5),
+            ),
+        ),
+        "gemm_packed_gated with a norm": (
+            Q.gemm_packed_gated.default,
+            (
+                x.half(),
+                *(packed, other, int(QType.Q4_K), 9, 512, "auto"),
+                *(weights[0].half(), 1e-5),
+            ),
+        ),
         "gemm_packed_gated": (
             Q.gemm_packed_gated.default,
             (x[0].half(), packed, other, int(QType.Q4_K), 9, 512, "auto"),

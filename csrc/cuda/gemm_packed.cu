@@ -69,7 +69,8 @@ cudaError_t launch_gemv_packed(const GemmPackedArgs& args, cudaStream_t stream) 
     const auto gemv = one ? (half ? packed_gemv::launch_f16_1 : packed_gemv::launch_bf16_1)
                           : (half ? packed_gemv::launch_f16_8 : packed_gemv::launch_bf16_8);
     const cudaError_t status = gemv(pass, stream);  // its rings may be too large for small shared memory
-    return status == cudaErrorNotSupported ? launch_mma_packed(pass, stream) : status;
+    const bool refused = status == cudaErrorNotSupported && pass.norm_weight == nullptr;
+    return refused ? launch_mma_packed(pass, stream) : status;
   };
   if (routed) return args.routes.tile <= kTokens ? launch(args) : cudaErrorNotSupported;  // groups are passes
   cudaError_t status = cudaSuccess;

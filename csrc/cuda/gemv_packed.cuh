@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: MIT
 // y[m, n] = x · wᵀ + bias for up to eight tokens, w packed. Limit: reading the weights. A thread block owns
-// some strips of 16 rows; its warps share their batches of 256 columns evenly, in order, so that a warp meets
-// few strips and leaves one sum of each in shared memory. Each warp keeps copies of its next batches under
-// way in a ring of its own, from before the previous kernel ends. How work is divided does not depend on the
-// tokens, so rows of y are the same in any batch; panels, runs of columns whose activations fit in shared
-// memory, are those of eight tokens.
+// some strips of 16 rows and goes through their batches of 256 columns in order, a stage of kWarps batches at
+// a time, each warp one of them, so that it reads long runs. One warp asks the copy engine for stages, from
+// before the previous kernel ends; the others never count bytes. A warp leaves a sum of each strip in shared
+// memory; a round of strips later the block adds them up. Which warp has which batch of a strip does not
+// depend on the tokens, so rows of y are the same in any batch; panels, runs of columns whose activations fit
+// in shared memory, are those of eight tokens.
 #pragma once
 #include "gemv_packed_stage.cuh"
 #include "launch.h"
@@ -13,91 +14,115 @@ namespace quantgemm::packed_gemv {
 
 using packed_gemm::Pieces;
 
-// A warp's way through its batches, panel by panel, strip by strip, a run of a strip's at a time.
+// Batches of 256 columns of a panel.
+template <class P>
+__device__ __forceinline__ int batches_of(const Split& split, int panel) {
+  const int tiles = min(split.tiles - panel * split.panel_tiles, split.panel_tiles);
+  return (tiles + P::B::kTiles - 1) / P::B::kTiles;
+}
+
+// The way of one place of all stages through the batches of a block: round by round of strips, in it panel by
+// panel, strip by strip; a stage has as many batches as there are warps, side by side.
 template <class P>
 struct Cursor {
-  int panel = -1, left = 0, strip, batch;  // left in the panel
+  int first = 0, base = 0;  // where the panels that are staged at a time, and the round, begin
+  int panel = 0, strip = 0, batch, batches;
 
-  // Of `strips · batches` units of a panel, warp w takes those from first_of(w) to first_of(w + 1) − 1.
-  static __device__ __forceinline__ int first_of(int units, int w) { return units * w / P::kWarps; }
-  static __device__ __forceinline__ int batches_of(const Split& split, int panel) {
-    const int tiles = min(split.tiles - panel * split.panel_tiles, split.panel_tiles);
-    return (tiles + P::B::kTiles - 1) / P::B::kTiles;
+  __device__ __forceinline__ Cursor(const Split& split, int strips, int place) {
+    batch = place, batches = batches_of<P>(split, 0);
+    settle(split, strips);
   }
-  __device__ __forceinline__ void next_panel(const Split& split, int strips) {
-    while (left == 0 && ++panel < split.panels) {
-      const int warp = threadIdx.x / 32;
-      const int batches = batches_of(split, panel), begin = first_of(strips * batches, warp);
-      left = first_of(strips * batches, warp + 1) - begin;
-      strip = begin / batches, batch = begin % batches;
+  __device__ __forceinline__ bool at_end(const Split& split) const { return first >= split.panels; }
+  __device__ __forceinline__ void next(const Split& split, int strips) {
+    batch += P::kWarps;
+    settle(split, strips);
+  }
+  __device__ __forceinline__ void settle(const Split& split, int strips) {
+#pragma unroll 1
+    while (batch >= batches && !at_end(split)) {
+      batch -= batches;
+      if (++strip < min(base + split.round, strips)) continue;
+      if (++panel == min(first + split.staged, split.panels)) {
+        base += split.round;
+        if (base >= strips) base = 0, first += split.staged;
+        panel = first;
+      }
+      strip = base, batches = batches_of<P>(split, panel);
     }
-  }
-  __device__ __forceinline__ int tile(const Split& split) const {
-    return panel * split.panel_tiles + batch * P::B::kTiles;
-  }
-  __device__ __forceinline__ int run(const Split& split) const {
-    return min(left, batches_of(split, panel) - batch);
-  }
-  __device__ __forceinline__ void skip_run(const Split& split, int strips) {
-    left -= run(split), batch = 0, ++strip;
-    if (left == 0) next_panel(split, strips);
   }
 };
 
-// The slots of warps that have nothing to do, in the middle of a strip. Panels from `first` on.
-template <class P>
-__device__ __forceinline__ void clear_slots(const Shared<P>& shared, const Split& split, int strips,
-                                            int first) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+// A place in the ring, and the parity of its barriers' phase.
+struct Turn {
+  int at = 0, parity = 0;
+  __device__ __forceinline__ void next(int ring) {
+    if (++at == ring) at = 0, parity ^= 1;
+  }
+};
+
+// What the last warp does: asks for stages when there is room for them.
+template <PackableFormat F, class P, class StripAt>
+__device__ __forceinline__ void fill(const Shared<P>& shared, const Split& split, int strips, Turn& turn,
+                                     const StripAt& strip_at, bool let_next) {
+  using B = Batch<F>;
+  const int place = threadIdx.x % 32, panel_batches = split.panel_tiles / B::kTiles;
+  const int units = strips * ((split.tiles + B::kTiles - 1) / B::kTiles);
+  Cursor<P> to(split, strips, place);
 #pragma unroll 1
-  for (int panel = first; panel < min(first + split.staged, split.panels); ++panel) {
-    const int batches = Cursor<P>::batches_of(split, panel), units = strips * batches;
-    const int begin = Cursor<P>::first_of(units, warp);
-    if (units >= P::kWarps || begin < Cursor<P>::first_of(units, warp + 1)) continue;
-    float* const slot = shared.slot(split, strips, panel - first, begin / batches, warp);
-    for (int i = lane; i < split.columns * kStripRows; i += 32) slot[i] = 0;
+  for (int stage = 0; stage < units; stage += P::kWarps) {
+    const uint32_t full = shared_address(shared.full + turn.at);
+    mbarrier_wait(shared_address(shared.empty + turn.at), turn.parity ^ 1);
+    if (let_next && stage == split.ring * P::kWarps) let_next_kernel_start();
+    const bool some = place < P::kWarps && !to.at_end(split), asks = some && (place == 0 || to.batch == 0);
+    const int before = to.panel - to.first;  // panels
+    const Run<F> run(strip_at(to.strip), split.tiles, to.panel * panel_batches + to.batch,
+                     min(P::kWarps - place, to.batches - to.batch), place);
+    const uint32_t target = shared_address(shared.ring + turn.at * B::kStage);
+    run.clear_rest(asks, target);
+    if (place < P::kWarps) {
+      const int row = (before * split.round + to.strip - to.base) * P::kWarps + to.batch % P::kWarps;
+      shared.notes[turn.at * P::kWarps + place] = {before * panel_batches + to.batch,
+                                                   row * split.columns * kStripRows,
+                                                   to.batch + P::kWarps >= to.batches};
+      if constexpr (kCopyEngine)
+        mbarrier_arrive_expecting(full, static_cast<uint32_t>(asks ? run.bytes() : 0));
+    }
+    run.copy(asks, target, full);
+    if constexpr (!kCopyEngine) mbarrier_arrive_after_copies(full);
+    to.next(split, strips);
+    turn.next(split.ring);
   }
 }
 
-// total and what the warps left of a strip, in the order of panels, from `first` on, and of warps.
+// total and what the warps left of a strip of a round: in the order of panels, from `first` on, and of
+// columns.
 template <class P>
-__device__ __forceinline__ float add_slots(float total, const Shared<P>& shared, const Split& split,
-                                           int strips, int first, int strip, int within) {
-  const int count = min(split.panels - first, split.staged);
+__device__ __forceinline__ float add_sums(float total, const float* sums, const Split& split, int first) {
+  const int count = min(split.panels - first, split.staged), step = split.columns * kStripRows;
 #pragma unroll 1
-  for (int panel = 0; panel < count; ++panel) {
-    const int2 ends = shared.ends[panel * strips + strip];
-    const float* const slots = shared.slot(split, strips, panel, strip, 0) + within;
+  for (int panel = 0; panel < count; ++panel, sums += split.round * P::kWarps * step) {
+    const int batches = batches_of<P>(split, first + panel);
     float sum = 0;
 #pragma unroll
     for (int w = 0; w < P::kWarps; ++w)  // all loads at once
-      sum += w >= ends.x && w <= ends.y ? slots[w * split.columns * kStripRows] : 0.0f;
+      sum += w < batches ? sums[w * step] : 0.0f;
     total += sum;
   }
   return total;
 }
 
-// Until the oldest of a ring's copies is there.
-template <class P>
-__device__ __forceinline__ void wait_for_slot(int ring) {
-  if (P::kDeepRing == 2 || ring == 2)
-    cp_async_wait<1>();
-  else if (ring == P::kRing)
-    cp_async_wait<P::kRing - 1>();
-  else
-    cp_async_wait<P::kDeepRing - 1>();
-}
-
 template <PackableFormat F, class X, int Tokens>
-__global__ void __launch_bounds__(Plan<F, X, Tokens>::kThreads, 1)
+__global__ void __launch_bounds__(Plan<F, X, Tokens>::kAllThreads, 1)
     gemv_kernel(const __grid_constant__ GemmPackedArgs args, const __grid_constant__ Split split) {
   using P = Plan<F, X, Tokens>;
   using B = typename P::B;
   using L = PackedLayout<F>;
-  constexpr int kBias = Fragment<F, X>::kBias;
+  constexpr float kBias = Fragment<F, X>::kBias;
   extern __shared__ uint4 memory[];
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int64_t strip_bytes = L::strip_bytes(args.k);
+  __shared__ typename Norm<X, Tokens>::Memory norm_memory;
+  const Norm<X, Tokens> norm{static_cast<const X*>(args.norm_weight), args.norm_eps, norm_memory};
+  const int lane = threadIdx.x % 32, warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
+  const auto strip_bytes = static_cast<uint32_t>(L::strip_bytes(args.k));
   const X* const x = static_cast<const X*>(args.x);
   const bool routed = Tokens > 1 && args.routes.ids != nullptr;
   Pieces& pieces = *reinterpret_cast<Pieces*>(reinterpret_cast<uint8_t*>(memory) + split.pieces_at);
@@ -110,124 +135,139 @@ __global__ void __launch_bounds__(Plan<F, X, Tokens>::kThreads, 1)
     let_next_kernel_start();
     pieces.begin(args.routes, split);
   }
-  const uint8_t* const ring = reinterpret_cast<const uint8_t*>(memory) + warp * split.ring * B::kBytes;
-  const uint32_t ring_address = shared_address(ring);
-#pragma unroll 1
-  do {
+  const Shared<P> shared(memory, split);
+  if (threadIdx.x < split.ring) {
+    mbarrier_init(shared_address(shared.full + threadIdx.x), kCopyEngine ? P::kWarps : 32);
+    mbarrier_init(shared_address(shared.empty + threadIdx.x), P::kWarps);
+    publish_barriers();
+  }
+  __syncthreads();
+  const uint32_t full = shared_address(shared.full), empty = shared_address(shared.empty);
+  Turn turn;
+  const auto start = [&] {  // a piece
     if (routed) {
       first_strip = pieces.first_strip, strips = pieces.strips;
-      if (strips == 0) break;
       w = args.packed + pieces.expert * args.routes.expert_bytes;
     }
-    w += first_strip * strip_bytes;
+    w += int64_t{first_strip} * strip_bytes;
     strips <<= gated;  // of w and up in turn
-    const Shared<P> shared(memory, split, strips);
-    const auto strip_at = [&](int strip) {
-      return w + (strip >> gated) * strip_bytes + (strip & gated ? args.up_at : 0);
-    };
-    const auto row_of_x = [&](int token) {
-      return int64_t{routed ? pieces.slots[token] / args.routes.slots_per_row : token};
-    };
-
-    Cursor<P> now, ahead;
-    now.next_panel(split, strips);
-    ahead = now;
-    Copier<F> copier{};
-    int run_ahead = 0, tiles_ahead = 0;
-    const auto aim = [&] {
-      if (ahead.panel >= split.panels) return;
-      copier.aim(strip_at(ahead.strip), args.k, ahead.tile(split) / B::kTiles);
-      run_ahead = ahead.run(split), tiles_ahead = split.tiles - ahead.tile(split);
-    };
-    const auto fetch = [&](int at) {
-      if (run_ahead > 0) {
-        copier.copy(ring_address + at, tiles_ahead);
-        tiles_ahead -= B::kTiles;
-        if (--run_ahead == 0) {
-          ahead.skip_run(split, strips);
-          aim();
-        }
-      }
-      cp_async_commit();
-    };
-    aim();
-    const int ring_end = split.ring * B::kBytes;
+  };
+  const auto strip_at = [&](int strip) {
+    return w + static_cast<uint64_t>(static_cast<uint32_t>(strip >> gated)) * strip_bytes +
+           (strip & gated ? args.up_at : 0);
+  };
+  const auto row_of_x = [&](int token) {
+    return int64_t{routed ? pieces.slots[token] / args.routes.slots_per_row : token};
+  };
+  if (warp >= P::kWarps) {
+    shrink_registers<P::kCopierRegisters>();
+    if (warp > P::kWarps) return;
 #pragma unroll 1
-    for (int at = 0; at < ring_end; at += B::kBytes) fetch(at);
+    while (!routed || pieces.strips > 0) {
+      start();
+      fill<F>(shared, split, strips, turn, strip_at, !routed);
+      if (!routed) return read_ahead(args.ahead, args.ahead_bytes);
+      pieces.next(split);
+    }
+    return;
+  }
+  grow_registers<P::kMultiplierRegisters>();
+#pragma unroll 1
+  while (!routed || pieces.strips > 0) {
+    start();
+    norm.template prefetch<P>(args.k);
     if (!routed) wait_for_previous_kernel();
 
     const int tokens = routed ? pieces.tokens : split.columns;
     float sums[Tokens][4] = {};
-    int at = 0;
+    int units = warp, until = 0;  // the warp's next, and all of the rounds so far
 #pragma unroll 1
     for (int first = 0; first < split.panels; first += split.staged) {
-      clear_slots(shared, split, strips, first);
-      stage<P, kBias>(shared, x, args.k, split, first, tokens, row_of_x, !routed && first == 0);
-      __syncthreads();
-      const int end = min(first + split.staged, split.panels);
+      const bool let_next = !routed && first == 0;
+      if (norm.weight == nullptr)
+        stage<P, kBias>(shared, x, args.k, split, first, tokens, row_of_x, let_next);
+      else
+        stage_normalized<P, kBias>(shared, x, static_cast<int>(args.k), split, first, let_next, norm);
+      sync_some<1, P::kThreads>();
+      const bool final = first + split.staged >= split.panels;
+      const int tiles = min(split.tiles - first * split.panel_tiles, split.staged * split.panel_tiles);
       const int token = Tokens == 1 ? 0 : min(lane / 4, split.columns - 1);  // of others nobody takes the sum
-      const uint8_t* const zeros = shared.x + Shared<P>::x_pitch(split) - P::kBatchBytes;  // one token's
-      const uint8_t* const own_x = shared.x + token * Shared<P>::x_pitch(split) + lane % 4 * 16;
+      const uint8_t* const own_x = shared.x + token * Shared<P>::x_pitch(split) + lane % 4 * 16 +
+                                   (Tokens == 1 ? group_at<B::kSumSteps>(lane / 4) : 0);
+      Activations of{};
+#pragma unroll
+      for (int i = 0; Tokens == 1 && i < 8; ++i) {
+        of.own[i] = lane / 4 == i;
+        keep_in_register(of.own[i]);
+      }
 #pragma unroll 1
-      while (now.panel < end) {
-        const int batch = now.tile(split) / B::kTiles - first * (split.panel_tiles / B::kTiles);
-        const uint8_t* x_at = own_x + batch * P::kBatchBytes;
-        const float* starts = shared.starts + batch * P::kSums * Tokens;
-        const int run = now.run(split);
+      for (int base = 0; base < strips; base += split.round) {
+        until += min(strips - base, split.round) * ((tiles + B::kTiles - 1) / B::kTiles);
 #pragma unroll 1
-        for (int i = 0; i < run; ++i, x_at += P::kBatchBytes, starts += P::kSums * Tokens) {
-          wait_for_slot<P>(split.ring);
+        for (; units < until; units += P::kWarps) {
+          mbarrier_wait(full + 8 * turn.at, turn.parity);
+          const Note note = shared.notes[turn.at * P::kWarps + warp];
+          of.at = own_x + note.batch * P::kBatchBytes;
+          of.starts = shared.starts + note.batch * P::kSums * Tokens;
+          multiply<F, X, Tokens>(sums, shared.ring + turn.at * B::kStage, warp, of);
           __syncwarp();
-          multiply<F, X, Tokens>(sums, ring + at, x_at, zeros, starts);
-          __syncwarp();
-          fetch(at);
-          at = at + B::kBytes == ring_end ? 0 : at + B::kBytes;
+          if (lane == 0) mbarrier_arrive(empty + 8 * turn.at);
+          turn.next(split.ring);
+          if (note.last) finish<Tokens>(sums, shared.sums + note.sums, split.columns);
         }
-        finish<Tokens>(sums, shared.slot(split, strips, now.panel - first, now.strip, warp), split.columns);
-        int2& ends = shared.ends[(now.panel - first) * strips + now.strip];
-        if (lane == 0 && now.batch == 0) ends.x = warp;
-        if (lane == 0 && now.batch + run == Cursor<P>::batches_of(split, now.panel)) ends.y = warp;
-        now.skip_run(split, strips);
-      }
-      __syncthreads();
-      if (end == split.panels && first == 0) break;
+        sync_some<1, P::kThreads>();
+        const int own_strips = min(strips - base, split.round), step = split.columns * kStripRows;
+        if (!final) {
 #pragma unroll 1
-      for (int i = threadIdx.x; i < strips * split.columns * kStripRows; i += P::kThreads) {
-        const int strip = i / (split.columns * kStripRows), within = i % (split.columns * kStripRows);
-        const float before = first == 0 ? 0.0f : shared.totals[i];
-        shared.totals[i] = add_slots(before, shared, split, strips, first, strip, within);
+          for (int i = threadIdx.x; i < own_strips * step; i += P::kThreads) {
+            float& total = shared.totals[base * step + i];
+            total = add_sums<P>(first == 0 ? 0.0f : total,
+                                shared.sums + i / step * P::kWarps * step + i % step, split, first);
+          }
+        } else {
+#pragma unroll 1
+          for (int i = threadIdx.x; i < (own_strips >> gated) * Tokens * kStripRows; i += P::kThreads) {
+            const int row = i % kStripRows, token = i / kStripRows % Tokens;
+            const int own = (base >> gated) + i / kStripRows / Tokens;
+            const int64_t output = static_cast<int64_t>(first_strip + own) * kStripRows + row;
+            if (output >= args.n || token >= tokens) continue;
+            float sum = 0, factor = 1;
+#pragma unroll 1
+            for (int strip = own << gated; strip < (own + 1) << gated; ++strip) {
+              if (strip > own << gated) factor = silu(sum);
+              const int within = token * kStripRows + row;
+              sum = add_sums<P>(first == 0 ? 0.0f : shared.totals[strip * step + within],
+                                shared.sums + (strip - base) * P::kWarps * step + within, split, first);
+              if (sum != sum) {
+                const X* const x_row = x + row_of_x(token) * args.k;
+                sum = norm.weight == nullptr
+                          ? packed_gemm::dot_decoded<F>(strip_at(strip), row, x_row, args.k)
+                          : dot_normalized<F>(strip_at(strip), row, x_row, args.k, norm.weight,
+                                              norm.memory.factors[token]);
+              }
+            }
+            if (gated) sum *= factor;
+            const X* const bias = static_cast<const X*>(args.bias) + (routed ? pieces.expert * args.n : 0);
+            if (args.bias != nullptr) sum += to_float(bias[output]);
+            const int64_t y_row = routed ? pieces.slots[token] : token;
+            if (args.routes.weights != nullptr) sum *= args.routes.weights[y_row];
+            if (args.residual != nullptr)
+              sum += to_float(static_cast<const X*>(args.residual)[y_row * args.n + output]);
+            store1(static_cast<X*>(args.y) + y_row * args.n + output, sum);
+          }
+        }
+        if (!final || base + split.round < strips) sync_some<1, P::kThreads>();  // sums are read, x is used
       }
-      __syncthreads();  // the slots are read, the activations used
     }
-
-#pragma unroll 1
-    for (int i = threadIdx.x; i < (strips >> gated) * Tokens * kStripRows; i += P::kThreads) {
-      const int row = i % kStripRows, token = i / kStripRows % Tokens, own = i / kStripRows / Tokens;
-      const int64_t output = static_cast<int64_t>(first_strip + own) * kStripRows + row;
-      if (output >= args.n || token >= tokens) continue;
-      float sum = 0, factor = 1;
-#pragma unroll 1
-      for (int strip = own << gated; strip < (own + 1) << gated; ++strip) {
-        if (strip > own << gated) factor = silu(sum);
-        const int within = token * kStripRows + row;
-        sum = split.panels <= split.staged ? add_slots(0, shared, split, strips, 0, strip, within)
-                                           : shared.totals[strip * split.columns * kStripRows + within];
-        if (sum != sum)
-          sum = packed_gemm::dot_decoded<F>(strip_at(strip), row, x + row_of_x(token) * args.k, args.k);
-      }
-      if (gated) sum *= factor;
-      const X* const bias = static_cast<const X*>(args.bias) + (routed ? pieces.expert * args.n : 0);
-      if (args.bias != nullptr) sum += to_float(bias[output]);
-      const int64_t y_row = routed ? pieces.slots[token] : token;
-      if (args.routes.weights != nullptr) sum *= args.routes.weights[y_row];
-      if (args.residual != nullptr)
-        sum += to_float(static_cast<const X*>(args.residual)[y_row * args.n + output]);
-      store1(static_cast<X*>(args.y) + y_row * args.n + output, sum);
+    if (!routed) return;
+    if (units < (until + P::kWarps - 1) / P::kWarps * P::kWarps) {  // nothing for this warp in the last stage
+      mbarrier_wait(full + 8 * turn.at, turn.parity);
+      if (lane == 0) mbarrier_arrive(empty + 8 * turn.at);
+      turn.next(split.ring);
     }
-    if (!routed) break;
     pieces.next(split);
-  } while (true);
-  if (routed && args.routes.groups == nullptr)
+  }
+  if (args.routes.groups == nullptr)
     for (int64_t slot = blockIdx.x; slot < args.routes.num_slots; slot += gridDim.x)
       if (expert_of(args.routes, slot) < 0)
         clear_row(static_cast<X*>(args.y) + slot * args.n, args.n, threadIdx.x, P::kThreads);
@@ -239,8 +279,8 @@ bool plan(Split& split, int strips, int limit) {
   Split eight = split;
   eight.columns = P::kPlannedTokens, eight.staged = 1, eight.ring = 2;
   const int batches = (split.tiles + P::B::kTiles - 1) / P::B::kTiles;
-  for (int panels = batches > 0 ? 1 : 0; panels <= batches; ++panels) {
-    const int each = panels > 0 ? (batches + panels - 1) / panels : 0;
+  for (int panels = 1; panels <= (batches > 1 ? batches : 1); ++panels) {
+    const int each = (batches + panels - 1) / panels;
     if (panels > 1 && each < P::kFewestBatches) return false;
     if (panels > 1 && (panels - 1) * each >= batches) continue;
     eight.panels = panels, eight.panel_tiles = each * P::B::kTiles;
@@ -262,13 +302,15 @@ cudaError_t launch(const GemmPackedArgs& args, const Device& device, cudaStream_
   split.columns = routed ? args.routes.tile : static_cast<int>(args.m);
   split.staged = P::kPlannedTokens / Tokens;
   const int pieces_bytes = routed ? static_cast<int>(sizeof(Pieces)) : 0, gated = args.up_at != 0;
-  const int limit = device.shared_per_block - kReservedShared - pieces_bytes;
+  const int limit = device.shared_per_block - kReservedShared - pieces_bytes -
+                    static_cast<int>(sizeof(typename Norm<X, P::kPlannedTokens>::Memory));
   int blocks = 0, strips = 0;
   for (int most = P::kMostStrips >> gated; blocks == 0 && most > 0; most /= 2) {
     int some = split.strips < device.multiprocessors && !routed ? split.strips : device.multiprocessors;
     while (!routed && (split.strips + some - 1) / some > most) some += device.multiprocessors;
     split.most_strips = most;
     strips = (routed ? most : (split.strips + some - 1) / some) << gated;
+    split.round = strips < P::kFewestRound ? strips : P::kFewestRound;
     if (plan<P>(split, strips, limit)) blocks = some;
   }
   if (blocks == 0) return cudaErrorNotSupported;
@@ -276,6 +318,9 @@ cudaError_t launch(const GemmPackedArgs& args, const Device& device, cudaStream_
   const bool long_work = int64_t{split.each} * P::B::L::strip_bytes(args.k) << gated >= P::kLongWork;
   split.ring = long_work ? P::kDeepRing : P::kRing;
   if (Shared<P>::bytes(split, strips) > limit) split.ring = 2;
+  const int64_t room = limit - Shared<P>::bytes(split, strips), each = Shared<P>::round_bytes(split);
+  const int64_t round = split.round + (room < 0 || each == 0 ? 0 : room / each / 2 * 2);
+  split.round = round < strips ? static_cast<int>(round) : strips;
   split.pieces_at = static_cast<int>((Shared<P>::bytes(split, strips) + 15) / 16 * 16);
   const int bytes = split.pieces_at + pieces_bytes;
 
@@ -286,7 +331,7 @@ cudaError_t launch(const GemmPackedArgs& args, const Device& device, cudaStream_
   if (status != cudaSuccess) return status;
   // The first weights are on their way while the launch before this one ends; the kernel waits for that
   // launch before it reads x or writes y.
-  const DependentLaunch launch(static_cast<unsigned>(blocks), P::kThreads, device, stream, bytes);
+  const DependentLaunch launch(static_cast<unsigned>(blocks), P::kAllThreads, device, stream, bytes);
   return cudaLaunchKernelEx(&launch.config, kernel, args, split);
 }
 

@@ -1,86 +1,15 @@
 // SPDX-License-Identifier: MIT
-// 256 columns of a packed strip in a slot of a warp's ring in shared memory: how they get there, and their
-// product with activations on tensor cores. For one token the eight columns of a product are eight groups of
-// columns that share a scale: in a group's steps only its column has activations, the others have zeros. So
-// one accumulator gathers eight groups' sums, and a lane decodes the scales of two groups, not of all.
-// Sums of a unit (eight groups) are kept apart until a strip ends: then eight tokens add up in the same
-// order.
+// A batch of a packed strip (gemv_packed_copy.cuh) times activations on tensor cores. For one token the eight
+// columns of a product are eight groups of columns that share a scale: in a group's steps only its column has
+// activations, the others have zeros. So one accumulator gathers eight groups' sums, and a lane decodes the
+// scales of two groups, not of all. Sums of a unit (eight groups) are kept apart until a strip ends: then
+// eight tokens add up in the same order.
 #pragma once
-#include "packed_tile.cuh"
+#include "gemv_packed_copy.cuh"
 
 namespace quantgemm::packed_gemv {
 
-template <PackableFormat F>
-struct Batch {
-  using L = PackedLayout<F>;
-  static constexpr int kCols = 256, kTiles = kCols / kTileCols;
-  static constexpr int kSumCols = F::kGroup < 32 ? F::kGroup : 32, kUnits = kCols / (8 * kSumCols);
-  static constexpr int kSumSteps = kSumCols / 16;
-  static constexpr int kRecords = kCols / L::kSpan;
-  static constexpr int kHeadChunks = kRecords * L::kRecordBytes;  // of 16 bytes
-  static constexpr int kHighAt = kTiles * L::kLowTile, kHeadsAt = kHighAt + kTiles * L::kHighTile;
-  static constexpr int kBytes = kHeadsAt + 16 * kHeadChunks;
-  static_assert((kSumCols == 16 || kSumCols == 32) && kHeadChunks <= 32 && L::kSpan <= kCols);
-};
-
-// Copies batches into slots, one after the other. A lane copies the same 16 bytes of each batch.
-template <PackableFormat F>
-struct Copier {
-  using B = Batch<F>;
-  using L = PackedLayout<F>;
-  bytes_ptr low, high, heads;
-
-  // Of the lane's chunk of heads: the begin of its piece, the piece's size, and its place in it.
-  struct HeadChunk {
-    int first = 0, size = L::piece_bytes(0), at;
-    __device__ __forceinline__ HeadChunk() {
-      at = static_cast<int>(threadIdx.x % 32);
-#pragma unroll
-      for (int next = size; next < L::kRecordBytes; next += L::piece_bytes(next))
-        if (static_cast<int>(threadIdx.x % 32) >= next * B::kRecords)
-          first = next, size = L::piece_bytes(next);
-      at -= first * B::kRecords;
-    }
-    __device__ __forceinline__ int step() const { return B::kRecords * kStripRows * size; }
-  };
-  __device__ __forceinline__ void aim(bytes_ptr strip, int64_t k, int batch) {
-    const HeadChunk chunk;
-    const int lane_at = 16 * static_cast<int>(threadIdx.x % 32);
-    low = strip + lane_at + int64_t{batch} * B::kHighAt;
-    high = strip + lane_at + L::high_at(k) + int64_t{batch} * (B::kHeadsAt - B::kHighAt);
-    heads = strip + L::heads_at(k) + L::spans(k) * kStripRows * chunk.first + 16 * chunk.at +
-            int64_t{batch} * chunk.step();
-  }
-  // The next batch. What is behind the strip's last tile, `left` from here, becomes zero: its scales must be
-  // finite.
-  __device__ __forceinline__ void copy(uint32_t slot, int left) {
-    const HeadChunk chunk;
-    const int lane_at = 16 * static_cast<int>(threadIdx.x % 32);
-    slot += lane_at;
-    if (left >= B::kTiles) {
-#pragma unroll
-      for (int i = 0; i < L::kLowBits; ++i) cp_async16(slot + 512 * i, low + 512 * i);
-#pragma unroll
-      for (int i = 0; i < L::kHighBits; ++i) cp_async16(slot + B::kHighAt + 512 * i, high + 512 * i);
-      if (lane_at < 16 * B::kHeadChunks) cp_async16(slot + B::kHeadsAt, heads);
-    } else {
-      const auto valid = [&](int i, int tile_bytes) {
-        return 512 * i + lane_at < left * tile_bytes ? 16 : 0;
-      };
-#pragma unroll 1
-      for (int i = 0; i < L::kLowBits; ++i) cp_async16(slot + 512 * i, low + 512 * i, valid(i, L::kLowTile));
-#pragma unroll 1
-      for (int i = 0; i < L::kHighBits; ++i)
-        cp_async16(slot + B::kHighAt + 512 * i, high + 512 * i, valid(i, L::kHighTile));
-      if (lane_at < 16 * B::kHeadChunks)
-        cp_async16(slot + B::kHeadsAt, heads, chunk.at / chunk.size * L::kSpan < left * kTileCols ? 16 : 0);
-    }
-    low += B::kHighAt, heads += chunk.step();
-    if constexpr (L::kHighBits > 0) high += B::kHeadsAt - B::kHighAt;
-  }
-};
-
-// A lane's words of a tile of a slot.
+// A lane's words of a tile of a batch, which is in place `place` of a stage.
 template <PackableFormat F>
 struct SlotTile {
   using L = PackedLayout<F>;
@@ -102,14 +31,16 @@ struct SlotTile {
       words[0] = *reinterpret_cast<const uint32_t*>(own);
     }
   }
-  __device__ __forceinline__ void load(const uint8_t* slot, int i) {
-    read<L::kLowBits>(low[0], slot + i * L::kLowTile);
-    if constexpr (L::kHighBits > 0) read<L::kHighBits>(high[0], slot + Batch<F>::kHighAt + i * L::kHighTile);
+  __device__ __forceinline__ void load(const uint8_t* stage, int place, int i) {
+    using B = Batch<F>;
+    read<L::kLowBits>(low[0], stage + place * B::kLow + i * L::kLowTile);
+    if constexpr (L::kHighBits > 0)
+      read<L::kHighBits>(high[0], stage + B::kHighAt + place * B::kHigh + i * L::kHighTile);
   }
 };
 
 // The affines of the groups 2c and 2c + 1 of a unit that lane 4r + c is in charge of, rows r and r + 8.
-template <PackableFormat F, int Bias>
+template <PackableFormat F, class Fragment>
 struct OwnAffines {
   using B = Batch<F>;
   using L = PackedLayout<F>;
@@ -123,29 +54,31 @@ struct OwnAffines {
       return words[at / 4] >> (8 * (at % 4));
     }
     template <int First = 0>
-    __device__ __forceinline__ void load(const uint8_t* heads, int record) {
+    __device__ __forceinline__ void load(const uint8_t* stage, int place, int record) {
       if constexpr (First < L::kRecordBytes) {
         constexpr int kSize = L::piece_bytes(First);
         const int r = threadIdx.x % 32 / 4;
         const uint8_t* piece =
-            heads + kStripRows * B::kRecords * First + (record * kStripRows + 2 * r) * kSize;
+            stage + Run<F>::template heads_at<First>(place) + (record * kStripRows + 2 * r) * kSize;
         memcpy(words + First / 2, __builtin_assume_aligned(piece, kSize < 8 ? 2 * kSize : 16), 2 * kSize);
-        load<First + kSize>(heads, record);
+        load<First + kSize>(stage, place, record);
       }
     }
   };
 
-  __device__ __forceinline__ OwnAffines(const uint8_t* slot, int u) {
+  __device__ __forceinline__ OwnAffines(const uint8_t* stage, int place, int u) {
     const int c = threadIdx.x % 4;
     Record record;
-    record.load(slot + B::kHeadsAt, (u * 8 + 2 * c) * B::kSumCols / L::kSpan);
-    constexpr float kOffsetFactor = Bias == 0 ? 1.0f : -1.0f / Bias;  // offsets meet − bias · Σ x
-    static_assert(!F::kOffset || (Bias & (Bias - 1)) == 0);           // exact
+    record.load(stage, place, (u * 8 + 2 * c) * B::kSumCols / L::kSpan);
+    constexpr float kBias = Fragment::kBias, kOffsetFactor = kBias == 0 ? 1.0f : -1.0f / kBias;
+    static_assert(!F::kOffset || -1.0f / kOffsetFactor == kBias || kBias == 0);  // offsets meet − kBias · Σ x
+    constexpr float kScaleFactor = 1 << Fragment::kDown;
     if constexpr (TwoLevelFormat<F> || ByteScales<F>) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const HeadBlock<F> block(record, 0, half);
-        const Affine factors = F::factors(block.bytes);
+        Affine factors = F::factors(block.bytes);
+        factors.scale *= kScaleFactor;
         uint64_t scales;
         if constexpr (TwoLevelFormat<F>)
           scales = F::scale_codes(block.bytes, u);
@@ -180,6 +113,7 @@ struct OwnAffines {
           for (int place = 0; place < kPlaces; ++place) {
             const int col = u * 8 * B::kSumCols % L::kSpan + place * kPair + h * B::kSumCols;
             Affine affine = F::affine(HeadBlock<F>(record, col, half).bytes, col % F::kElems / F::kGroup);
+            affine.scale *= kScaleFactor;
             if constexpr (F::kOffset) affine.offset *= kOffsetFactor;
             if (place == 0 || c % kPlaces == place) own[h][half] = affine;
           }
@@ -193,13 +127,24 @@ struct OwnAffines {
   }
 };
 
-// The A fragment of a step. Four-bit floats are 16-bit ones but for their exponent: a power of two.
+// pair · 2^power + added in bfloat16, in which the low byte of each half, the rest zero, is a number of
+// 2^−133: so bits become a number without a shift. Integer instructions are what a batch has most of (64
+// lanes a clock), this is none. Exact for eight bits. PTX ISA 9.7.4.4 (fma).
+__device__ __forceinline__ uint32_t scale_bits(uint32_t pair, int power, uint32_t added) {
+  asm("fma.rn.bf16x2 %0, %0, %1, %2;" : "+r"(pair) : "r"((127 + power) * 0x00800080u), "r"(added));
+  return pair;
+}
+
+// The A fragment of a step: (code + kAdded) · 2^−kDown; kBias is kAdded · 2^−kDown.
 template <PackableFormat F, class T>
-struct Fragment : PackedFragment<F, T, false> {};
+struct Fragment : PackedFragment<F, T, false> {
+  static constexpr int kDown = 0;
+};
+// Four-bit floats are 16-bit ones but for their exponent: a power of two.
 template <PackableFormat F, class T>
   requires MiniFloats<F>
 struct Fragment<F, T> {
-  static constexpr int kBias = 0;
+  static constexpr int kBias = 0, kDown = 0;
   static constexpr bool kHalf = std::is_same_v<T, Half>;
   static constexpr int kAt = kHalf ? 9 : 6;  // of the lowest bit
 
@@ -213,45 +158,114 @@ struct Fragment<F, T> {
       if constexpr (kHalf)
         asm("fma.rn.f16x2 %0, %0, %1, %2;" : "+r"(a[j]) : "r"(0x78007800u), "r"(0x80008000u));
       else
-        asm("fma.rn.bf16x2 %0, %0, %1, %2;" : "+r"(a[j]) : "r"(0x7f007f00u), "r"(0x80008000u));
+        a[j] = scale_bits(a[j], 127, 0x80008000u);
+    }
+  }
+};
+// Signed bytes, of a plane or by table.
+template <PackableFormat F>
+  requires(!MiniFloats<F> && !SmallLevels<F> && PackedFragment<F, BFloat16, false>::kBytes)
+struct Fragment<F, BFloat16> {
+  static constexpr int kBias = 0, kDown = 6;
+  static __device__ __forceinline__ void make(const SlotTile<F>& tile, int, int s, uint32_t (&a)[4]) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      uint32_t quad;
+      if constexpr (PackedLayout<F>::kBits == 8)
+        quad = tile.low[0][2 * s + half];
+      else
+        quad = F::levels((tile.low[0][s] >> (4 * half)) & 0x0f0f0f0fu);
+      quad ^= 0x80808080u;
+      a[half] = scale_bits(quad & 0x00ff00ffu, 127, 0xc000c000u);  // less 128 · 2^−6
+      a[half + 2] = scale_bits(__byte_perm(quad, 0, 0x4341), 127, 0xc000c000u);
+    }
+  }
+};
+// Bits of one plane or two. kDown: the largest factor a bit wants is 2^127.
+template <PackableFormat F>
+  requires(!MiniFloats<F> && !PackedFragment<F, BFloat16, false>::kBytes)
+struct Fragment<F, BFloat16> {
+  using L = PackedLayout<F>;
+  static constexpr int kDown = L::kHighBits > 0 ? 6 + L::kLowBits : 6 - L::kLowBits;
+  static constexpr float kBias = static_cast<float>(PackedFragment<F, BFloat16, false>::kBias) / (1 << kDown);
+  static constexpr uint32_t k128 = (134 - kDown) * 0x00800080u;  // 128 · 2^−kDown
+
+  // Bits of a code from bit Shift on, which lie at bit `at` of a byte: 2^(at − 133) and are worth 2^(Shift −
+  // kDown).
+  template <int Shift>
+  static __device__ __forceinline__ uint32_t add_bits(uint32_t word, uint32_t mask, int at, uint32_t added) {
+    static_assert(133 - kDown + Shift - (Shift > 0 ? 0 : L::kLowBits) <=
+                  127);  // those at bit 0 need no factor
+    return scale_bits(word & mask << at, 133 - kDown + Shift - at, added);
+  }
+  static __device__ __forceinline__ void make(const SlotTile<F>& tile, int, int s, uint32_t (&a)[4]) {
+    using Low = PackedField<L::kLowBits>;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const int at = Low::bit(s, j);
+      const uint32_t word = tile.low[0][Low::word(s, j)] >> (at & 8);
+      a[j] = at % 8 == 0 ? masked_or(word, Low::kMask, k128) : add_bits<0>(word, Low::kMask, at % 8, k128);
+      if constexpr (L::kHighBits > 0) {
+        using High = PackedField<L::kHighBits>;
+        const int to = High::bit(s, j);
+        a[j] = add_bits<L::kLowBits>(tile.high[0][High::word(s, j)] >> (to & 8), High::kMask, to % 8, a[j]);
+      }
     }
   }
 };
 
-// A batch's activations as B fragments: x is the lane's place among those of its token, [groups of 32][4]
-// uint4 of two steps, and `zeros` one of so many zeros; starts, − bias · Σ x of groups, [groups][Tokens].
+// A batch's activations. One token: lanes 4r … 4r + 3 load group r of a unit, and multiply with 1 or 0 where
+// others would choose: integer multiplications have slots of their own.
+struct Activations {
+  const float* starts;  // − kBias · Σ x of groups, [groups][Tokens]
+  const uint8_t* at;    // the lane's, B fragments: [groups of 32][4] uint4 of two steps
+  uint32_t own[8];      // one token: 1 for column r, else 0
+};
+
+// Where a group of one or two steps begins among a lane's.
+template <int Steps>
+__device__ __forceinline__ int group_at(int group) {
+  return Steps == 2 ? group * 64 : group / 2 * 64 + group % 2 * 8;
+}
+template <int Steps>
+__device__ __forceinline__ void load_group(const uint8_t* at, uint32_t (&words)[2 * Steps]) {
+  if constexpr (Steps == 2) {
+    const uint4 v = *reinterpret_cast<const uint4*>(at);
+    words[0] = v.x, words[1] = v.y, words[2] = v.z, words[3] = v.w;
+  } else {
+    const uint2 v = *reinterpret_cast<const uint2*>(at);
+    words[0] = v.x, words[1] = v.y;
+  }
+}
+
+// A batch in its place of a stage times activations.
 // sums[i]: one token: those of groups 2c and 2c + 1 of units (elements 0, 1), rows r and r + 8 (0, 2);
 // eight: of group i, tokens 2c and 2c + 1.
 template <PackableFormat F, class T, int Tokens>
-__device__ __forceinline__ void multiply(float (&sums)[Tokens][4], const uint8_t* slot, const uint8_t* x,
-                                         const uint8_t* zeros, const float* starts) {
+__device__ __forceinline__ void multiply(float (&sums)[Tokens][4], const uint8_t* stage, int place,
+                                         const Activations& x) {
   using B = Batch<F>;
   using Fragment = Fragment<F, T>;
   static_assert(Tokens == 1 || Tokens == 8);
   constexpr int kColumns = 8 / Tokens;  // groups in the columns of a product
   constexpr bool kStarts = Fragment::kBias != 0 || F::kOffset;
-  const int r = threadIdx.x % 32 / 4, c = threadIdx.x % 4;
+  const int c = threadIdx.x % 4;
 #pragma unroll
   for (int u = 0; u < B::kUnits; ++u) {
-    const OwnAffines<F, Fragment::kBias> affines(slot, u);
+    const OwnAffines<F, Fragment> affines(stage, place, u);
     SlotTile<F> tile;
-    uint32_t b[2 * B::kSumSteps];
+    uint32_t words[2 * B::kSumSteps], b[2 * B::kSumSteps];
     float parts[2][4];  // two chains of products, half as long
     float2 start = {0, 0};
 #pragma unroll
     for (int g = 0; g < 8; ++g) {
       const int column = g % kColumns, chain = 2 * column / kColumns;
-      const uint8_t* const from = kColumns == 1 || r == column ? x : zeros;
-      if constexpr (B::kSumSteps == 2) {
-        const uint4 v = *reinterpret_cast<const uint4*>(from + (u * 8 + g) * 64);
-        b[0] = v.x, b[1] = v.y, b[2] = v.z, b[3] = v.w;
-      } else {
-        const uint2 v = *reinterpret_cast<const uint2*>(from + (u * 8 + g) / 2 * 64 + g % 2 * 8);
-        b[0] = v.x, b[1] = v.y;
-      }
+      if (kColumns == 1 || g == 0) load_group<B::kSumSteps>(x.at + group_at<B::kSumSteps>(u * 8 + g), words);
+#pragma unroll
+      for (int i = 0; i < 2 * B::kSumSteps; ++i) b[i] = kColumns == 1 ? words[i] : words[i] * x.own[column];
       if (column == 0) {
         if constexpr (kStarts)
-          start = *reinterpret_cast<const float2*>(starts + (u * 8 + g) * Tokens + 2 * c);
+          start = *reinterpret_cast<const float2*>(x.starts + (u * 8 + g) * Tokens + 2 * c);
         const float2 v = Fragment::kBias != 0 ? start : make_float2(0, 0);
 #pragma unroll
         for (int i = 0; i < (kColumns > 1 ? 2 : 1); ++i)
@@ -260,7 +274,7 @@ __device__ __forceinline__ void multiply(float (&sums)[Tokens][4], const uint8_t
 #pragma unroll
       for (int i = 0; i < B::kSumSteps; ++i) {
         const int step = (u * 8 + g) * B::kSumSteps + i;
-        if (step % 4 == 0) tile.load(slot, step / 4);
+        if (step % 4 == 0) tile.load(stage, place, step / 4);
         uint32_t a[4];
         Fragment::make(tile, 0, step % 4, a);
         mma_16x8x16(parts[chain], a, b[2 * i], b[2 * i + 1], T{});

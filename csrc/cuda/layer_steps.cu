@@ -5,19 +5,13 @@
 // Limit: with one token the launch itself, with many DRAM.
 #include "dependent_launch.cuh"
 #include "launch.h"
-#include "memory.cuh"
+#include "rms_norm.cuh"
 
 namespace quantgemm {
 namespace {
 
-constexpr int kNormThreads = 512, kRotaryThreads = 256;
-
-template <class T>
-__device__ __forceinline__ float rounded(float x) {
-  T stored;
-  store1(&stored, x);
-  return to_float(stored);
-}
+constexpr int kNormThreads = rms::kThreads, kRotaryThreads = 256;
+using rms::rounded;
 
 // Eight values of a row, 8 v and on.
 template <class T>
@@ -25,7 +19,7 @@ __device__ __forceinline__ void store_scaled(T* out, const float (&x)[8], const 
                                              float factor) {
   alignas(16) T stored[8];
 #pragma unroll
-  for (int j = 0; j < 8; ++j) store1(stored + j, __fmul_rn(weight[j], rounded<T>(__fmul_rn(x[j], factor))));
+  for (int j = 0; j < 8; ++j) store1(stored + j, rms::normalized<T>(x[j], weight[j], factor));
 #pragma unroll
   for (int i = 0; i < static_cast<int>(sizeof(T)) / 2; ++i)
     reinterpret_cast<uint4*>(out)[i] = reinterpret_cast<const uint4*>(stored)[i];
@@ -33,7 +27,7 @@ __device__ __forceinline__ void store_scaled(T* out, const float (&x)[8], const 
 
 template <class T>
 __global__ void __launch_bounds__(kNormThreads) rms_norm_kernel(RmsNormArgs args) {
-  __shared__ float sums[kNormThreads / 32];
+  __shared__ float sums[rms::kWarps];
   const int64_t row = blockIdx.x;
   const T* const x = static_cast<const T*>(args.x) + row * args.cols;
   const T* const weight = static_cast<const T*>(args.weight);
@@ -44,26 +38,20 @@ __global__ void __launch_bounds__(kNormThreads) rms_norm_kernel(RmsNormArgs args
   let_next_kernel_start();
   float sum = 0, values[8], scales[8];  // of the first vector, the only one of rows up to 4096
   if (aligned) {
-    const auto add = [&] {
+    if (first < vectors) load8(values, x + 8 * first), load8(scales, weight + 8 * first);
+    for (int64_t unit = first; unit < rms::num_units(args.cols); unit += kNormThreads)
 #pragma unroll
-      for (const float value : values) sum += value * value;
-    };
-    if (first < vectors) load8(values, x + 8 * first), load8(scales, weight + 8 * first), add();
-    if (vectors > kNormThreads) {
-      for (int64_t v = first + kNormThreads; v < vectors; v += kNormThreads) load8(values, x + 8 * v), add();
-      load8(values, x + 8 * first);
-    }
+      for (int w = 0; w < 4; ++w) {
+        const int64_t col = rms::first_col(unit) + 8 * w;
+        if (col < args.cols) rms::add_squares(sum, x + col);
+      }
   } else {
     for (int64_t i = first; i < args.cols; i += kNormThreads) sum += to_float(x[i]) * to_float(x[i]);
   }
-#pragma unroll
-  for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
+  sum = rms::sum_of_lanes(sum);
   if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = sum;
   __syncthreads();
-  sum = sums[threadIdx.x % (kNormThreads / 32)];
-#pragma unroll
-  for (int step = kNormThreads / 64; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
-  const float factor = rsqrtf(__fadd_rn(sum / static_cast<float>(args.cols), args.eps));
+  const float factor = rms::factor_of(rms::sum_of_warps(sums), args.cols, args.eps);
   if (aligned) {
     for (int64_t v = first; v < vectors; v += kNormThreads) {
       if (v != first) load8(values, x + 8 * v), load8(scales, weight + 8 * v);
@@ -71,7 +59,7 @@ __global__ void __launch_bounds__(kNormThreads) rms_norm_kernel(RmsNormArgs args
     }
   } else {
     for (int64_t i = first; i < args.cols; i += kNormThreads)
-      store1(out + i, __fmul_rn(to_float(weight[i]), rounded<T>(__fmul_rn(to_float(x[i]), factor))));
+      store1(out + i, rms::normalized<T>(to_float(x[i]), to_float(weight[i]), factor));
   }
 }
 

@@ -35,7 +35,7 @@ __global__ void __launch_bounds__(kStripThreads, 4)
   const int part = static_cast<int>(blockIdx.x) & ((1 << share) - 1);
   read_strips<Streams>(view_of<T>(args, info), part * kStripWarps + static_cast<int>(threadIdx.x) / 32,
                        kStripWarps << share, info.parameters.slope, scratch.strips + info.slot * kMaxStrips,
-                       keys_of(scratch, info.slot, info.parameters));
+                       keys_of(scratch, info.slot));
 }
 
 // The same in three waves that overlap: the second is read without asking while its first layer of blocks
@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(kStripThreads, 4)
   if (wanted)
     read_strips<true>(view_of<T>(args, info), part * kStripWarps + static_cast<int>(threadIdx.x) / 32,
                       kStripWarps << share, info.parameters.slope, scratch.strips + info.slot * kMaxStrips,
-                      keys_of(scratch, info.slot, info.parameters));
+                      keys_of(scratch, info.slot));
   if (wave.known > 0 && blockIdx.x == 0 && blockIdx.y == 0) wait_for_previous_kernel();
 }
 

@@ -104,13 +104,14 @@ struct Running {
   }
 };
 
-// Where the keys of a row go that is truncated; else null.
+// Where the keys of a row go, if there is truncation; else null. Not only of rows whose own parameters truncate:
+// to look at those first would be a round trip to memory.
 struct RowKeys {
   uint32_t* groups = nullptr;
   uint16_t* lanes = nullptr;
 };
-__device__ __forceinline__ RowKeys keys_of(const RowScratch& scratch, int64_t slot, const Parameters& s) {
-  if (!s.truncates()) return {};
+__device__ __forceinline__ RowKeys keys_of(const RowScratch& scratch, int64_t slot) {
+  if (!scratch.has_keys) return {};
   return {scratch.group_keys + slot * scratch.num_groups, scratch.lane_keys + slot * scratch.num_lanes};
 }
 

@@ -60,6 +60,12 @@ __device__ __forceinline__ void copy_bulk(uint32_t target, const void* source, u
       : "memory");
 #endif
 }
+// `bytes`, as above, into the L2. PTX ISA 9.7.9.25.5.3 (cp.async.bulk.prefetch).
+__device__ __forceinline__ void prefetch_bulk(const void* source, uint32_t bytes) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(source), "r"(bytes) : "memory");
+#endif
+}
 // The tile that begins with byte `col` of row `row`.
 __device__ __forceinline__ void copy_tile(uint32_t target, const CUtensorMap& map, int col, int row,
                                           uint32_t barrier) {

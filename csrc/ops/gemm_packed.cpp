@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: MIT
 // gemm_packed(x [..., k], packed uint8 [strips, strip_bytes], qtype, n, k, bias [n] or None, algo,
-//             residual [..., n] or None)
+//             residual [..., n] or None, norm_weight [k] or None, norm_eps)
 //     -> y [..., n] of x's dtype; y = x · wᵀ + bias + residual, sums and bias in float32, y rounded once
-// gemm_packed_gated(x, gate, up, qtype, n, k, algo) -> silu(x · gateᵀ) · (x · upᵀ), gate and up like packed
+// gemm_packed_gated(x, gate, up, qtype, n, k, algo, norm_weight, norm_eps)
+//     -> silu(x · gateᵀ) · (x · upᵀ), gate and up like packed
+// With norm_weight of rms_norm(x, norm_weight, norm_eps) in place of x, the same bits in fewer launches.
 #include "gemm_packed.h"
 
 #include <vector>
@@ -35,11 +37,16 @@ PackedAlgo check_packed_algo(const std::string& name, const PackedProblem& probl
 }
 
 #ifdef QG_WITH_CUDA
-cudaError_t launch_gemm_packed(const std::pair<PackedAlgo, GemmPackedArgs>& job, cudaStream_t stream) {
-  switch (job.first) {
-    case PackedAlgo::kGemv: return launch_gemv_packed(job.second, stream);
-    case PackedAlgo::kMma: return launch_mma_packed(job.second, stream);
-    case PackedAlgo::kWgmma: return launch_wgmma_and_finish(job.second, stream);
+cudaError_t launch_gemm_packed(const PackedJob& job, cudaStream_t stream) {
+  switch (job.algo) {
+    case PackedAlgo::kGemv: {
+      const cudaError_t status = launch_gemv_packed(job.args, stream);
+      if (status != cudaErrorNotSupported || job.launched == nullptr) return status;
+      *job.launched = false;
+      return cudaSuccess;
+    }
+    case PackedAlgo::kMma: return launch_mma_packed(job.args, stream);
+    case PackedAlgo::kWgmma: return launch_wgmma_and_finish(job.args, stream);
     case PackedAlgo::kInt8: break;  // wants memory
   }
   return cudaErrorInvalidValue;
@@ -134,10 +141,19 @@ static void finish_on_cpu(const GemmPackedArgs& args, const float* gate) {
 
 namespace {
 
-// With `up` silu(x · wᵀ) · (x · upᵀ).
-Tensor product(const char* op, const Tensor& x, const Tensor& packed_weights, const OptTensor& up,
-               int64_t qtype, int64_t n, int64_t k, const OptTensor& bias, const OptTensor& residual,
-               const std::string& algo) {
+// What x is multiplied by, and what is done before and after. With `up` silu(x · wᵀ) · (x · upᵀ).
+struct Product {
+  const char* op;
+  const Tensor& packed_weights;
+  int64_t qtype, n, k;
+  const std::string& algo;
+  OptTensor up = {}, bias = {}, residual = {}, norm_weight = {};
+  double norm_eps = 0;
+  OptTensor ahead = {};
+};
+
+Tensor product(const Tensor& x, const Product& of) {
+  const auto& [op, packed_weights, qtype, n, k, algo, up, bias, residual, norm_weight, norm_eps, ahead] = of;
   // check
   const PackedShape shape = check_strips(packed_weights, qtype, n, k, up ? "gate" : "packed");
   if (up) check_strips(*up, qtype, n, k, "up");
@@ -162,9 +178,24 @@ Tensor product(const char* op, const Tensor& x, const Tensor& packed_weights, co
   if (up) same_device("up", *up);
   if (bias) as_x("bias", *bias, {n});
   if (residual) as_x("residual", *residual, sizes);
+  if (norm_weight) as_x("norm_weight", *norm_weight, {k});
+  if (ahead) {
+    same_device("ahead", *ahead);
+    check_type(ahead->scalar_type() == ScalarType::Byte, "ahead: expected uint8, got ",
+               dtype_name(ahead->scalar_type()));
+    check_value(ahead->is_contiguous() && reinterpret_cast<uintptr_t>(ahead->const_data_ptr()) % 16 == 0,
+                "ahead: expected packed weights, contiguous and at a multiple of 16 bytes");
+  }
   int64_t m = 1;
   for (int64_t i = 0; i + 1 < x.dim(); ++i) m *= x.size(i);
-  const PackedAlgo chosen = check_packed_algo(algo, {m, n, k, type, architecture_of(x)});
+  const PackedProblem problem{m, n, k, type, architecture_of(x)};
+  const PackedAlgo chosen = check_packed_algo(algo, problem);
+  const auto norm_first = [&] {
+    Product rest = of;
+    rest.norm_weight = std::nullopt;
+    return product(rms_norm(x, *norm_weight, norm_eps), rest);
+  };
+  if (norm_weight && (m == 0 || n == 0 || !folds_norm(chosen, problem))) return norm_first();
 
   // arguments and output
   const bool widen = !x.is_cuda() && type != Real::kFloat32;
@@ -172,10 +203,11 @@ Tensor product(const char* op, const Tensor& x, const Tensor& packed_weights, co
     return packed(widen ? torch::stable::to(t, ScalarType::Float) : t);
   };
   const Tensor rows = as_numbers(x), strips = packed(packed_weights);
-  OptTensor second, added, carried, gate;
+  OptTensor second, added, carried, gate, norm;
   if (up) second = packed(*up);
   if (bias) added = as_numbers(*bias);
   if (residual) carried = as_numbers(*residual);
+  if (norm_weight) norm = as_numbers(*norm_weight);
   Tensor y = new_output(op, rows, sizes, rows.scalar_type());
   const bool in_int8 = chosen == PackedAlgo::kInt8;
   if (up && (!x.is_cuda() || chosen == PackedAlgo::kWgmma || in_int8))
@@ -196,6 +228,9 @@ Tensor product(const char* op, const Tensor& x, const Tensor& packed_weights, co
     args.up_at = second->const_data_ptr<uint8_t>() - args.packed;
   }
   args.gate = gate ? gate->mutable_data_ptr() : nullptr;
+  args.norm_weight = norm ? norm->const_data_ptr() : nullptr;
+  args.norm_eps = static_cast<float>(norm_eps);
+  if (ahead && x.is_cuda()) args.ahead = ahead->const_data_ptr<uint8_t>(), args.ahead_bytes = ahead->numel();
   // The kernel reads weights before the launch in front of it has ended, which must not be their copy.
   const bool is_copy = strips.const_data_ptr() != packed_weights.const_data_ptr() ||
                        (up && second->const_data_ptr() != up->const_data_ptr());
@@ -213,9 +248,10 @@ Tensor product(const char* op, const Tensor& x, const Tensor& packed_weights, co
     return y;
   }
   if (x.is_cuda()) {
-    [[maybe_unused]] const std::pair job{chosen, args};
+    bool launched = true;
+    [[maybe_unused]] const PackedJob job{chosen, args, norm ? &launched : nullptr};
     QG_RUN_ON_GPU(gemm_packed, rows, job);
-    return y;
+    return launched ? y : norm_first();
   }
   if (k == 0) torch::stable::zero_(y);
   if (k == 0 && gate) torch::stable::zero_(*gate);
@@ -227,13 +263,16 @@ Tensor product(const char* op, const Tensor& x, const Tensor& packed_weights, co
 }  // namespace
 
 Tensor gemm_packed(Tensor x, Tensor packed_weights, int64_t qtype, int64_t n, int64_t k, OptTensor bias,
-                   std::string algo, OptTensor residual) {
-  return product("gemm_packed", x, packed_weights, std::nullopt, qtype, n, k, bias, residual, algo);
+                   std::string algo, OptTensor residual, OptTensor norm_weight, double norm_eps,
+                   OptTensor ahead) {
+  return product(x, {"gemm_packed", packed_weights, qtype, n, k, algo, std::nullopt, bias, residual,
+                     norm_weight, norm_eps, ahead});
 }
 
 Tensor gemm_packed_gated(Tensor x, Tensor gate, Tensor up, int64_t qtype, int64_t n, int64_t k,
-                         std::string algo) {
-  return product("gemm_packed_gated", x, gate, up, qtype, n, k, std::nullopt, std::nullopt, algo);
+                         std::string algo, OptTensor norm_weight, double norm_eps, OptTensor ahead) {
+  return product(x, {"gemm_packed_gated", gate, qtype, n, k, algo, up, std::nullopt, std::nullopt,
+                     norm_weight, norm_eps, ahead});
 }
 
 }  // namespace quantgemm

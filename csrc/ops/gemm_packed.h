@@ -12,8 +12,13 @@
 namespace quantgemm {
 
 PackedAlgo check_packed_algo(const std::string& name, const PackedProblem& problem);
+struct PackedJob {
+  PackedAlgo algo;
+  GemmPackedArgs args;
+  bool* launched = nullptr;  // with a norm: false, if this device has no room for the kernel that has one
+};
 #ifdef QG_WITH_CUDA
-cudaError_t launch_gemm_packed(const std::pair<PackedAlgo, GemmPackedArgs>& job, cudaStream_t stream);
+cudaError_t launch_gemm_packed(const PackedJob& job, cudaStream_t stream);
 #endif
 inline float silu_on_cpu(float x) { return x / (1.0f + std::exp(-x)); }
 

@@ -15,10 +15,10 @@ STABLE_TORCH_LIBRARY(quantgemm, m) {
   m.def("unpack(Tensor packed, int qtype, int n, int k) -> Tensor");
   m.def(
       "gemm_packed(Tensor x, Tensor packed, int qtype, int n, int k, Tensor? bias=None, str algo='auto', "
-      "Tensor? residual=None) -> Tensor");
+      "Tensor? residual=None, Tensor? norm_weight=None, float norm_eps=0, Tensor? ahead=None) -> Tensor");
   m.def(
-      "gemm_packed_gated(Tensor x, Tensor gate, Tensor up, int qtype, int n, int k, str algo='auto') -> "
-      "Tensor");
+      "gemm_packed_gated(Tensor x, Tensor gate, Tensor up, int qtype, int n, int k, str algo='auto', "
+      "Tensor? norm_weight=None, float norm_eps=0, Tensor? ahead=None) -> Tensor");
   m.def(
       "moe_gemm(Tensor x, Tensor packed, int qtype, int n, int k, Tensor expert_ids, Tensor? weights=None, "
       "Tensor? bias=None, str algo='auto', Tensor? up=None) -> Tensor");
@@ -170,6 +170,7 @@ py::dict choose_packed_gemm(int64_t m, int64_t n, int64_t k, const std::string& 
   result["reason"] = nameless ? "strips are decoded to float32, row by row" : reason_for(chosen);
   result["obstacles"] = obstacles;
   result["rounding"] = rounding;
+  result["folds_norm"] = folds_norm(chosen, problem);
   return result;
 }
 

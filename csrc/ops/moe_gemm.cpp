@@ -22,8 +22,8 @@ cudaError_t launch_moe_gemm(const std::pair<PackedAlgo, GemmPackedArgs>& job, cu
     const cudaError_t status = launch_expert_routes(args, stream);
     if (status != cudaSuccess) return status;
   }
-  std::pair product = job;
-  if (args.routes.sorted != nullptr) product.second.x = args.routes.sorted;
+  PackedJob product{algo, args};
+  if (args.routes.sorted != nullptr) product.args.x = args.routes.sorted;
   return launch_gemm_packed(product, stream);
 }
 #endif

@@ -20,9 +20,10 @@ std::tuple<Tensor, Tensor> rotary(Tensor q, Tensor k, Tensor cos, Tensor sin);
 
 using OptTensor = std::optional<Tensor>;
 Tensor gemm_packed(Tensor x, Tensor packed_weights, int64_t qtype, int64_t n, int64_t k, OptTensor bias,
-                   std::string algo, OptTensor residual);
+                   std::string algo, OptTensor residual, OptTensor norm_weight, double norm_eps,
+                   OptTensor ahead);
 Tensor gemm_packed_gated(Tensor x, Tensor gate, Tensor up, int64_t qtype, int64_t n, int64_t k,
-                         std::string algo);
+                         std::string algo, OptTensor norm_weight, double norm_eps, OptTensor ahead);
 Tensor moe_gemm(Tensor x, Tensor packed_weights, int64_t qtype, int64_t n, int64_t k, Tensor expert_ids,
                 OptTensor weights, OptTensor bias, std::string algo, OptTensor up);
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> spec_verify(

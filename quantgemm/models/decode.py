@@ -22,6 +22,7 @@ import torch
 from quantgemm import ops
 from quantgemm.integrations.transformers_cache import quantized_cache
 from quantgemm.models.fuse import fuse_steps
+from quantgemm.read_ahead import ReadAhead
 from quantgemm.sampling import SamplingConfig
 
 __all__ = ["Decoder", "compile_decode"]
@@ -336,7 +337,7 @@ class _Step:
         device = self.ids.device
         side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream(device))
-        with torch.no_grad(), torch.cuda.device(device):
+        with torch.no_grad(), torch.cuda.device(device), ReadAhead():
             with torch.cuda.stream(side):
                 for _ in range(2):  # what is set up at a first call must not be recorded
                     run()

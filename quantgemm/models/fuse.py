@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from torch.utils import _pytree as pytree
 
 from quantgemm import ops
 from quantgemm.models.loader import DTYPES
@@ -16,14 +17,20 @@ from quantgemm.nn import QuantLinear
 
 __all__ = ["Fused", "fuse_steps"]
 
+FEW_ROWS = 8  # of x, for which a product takes what is added to it inside
+
 
 class Fused(NamedTuple):
-    """How many modules, and functions of transformers' modules, were given another forward."""
+    """How many modules, and functions of transformers' modules, were given another forward.
+
+    sums: products that add, for few tokens, what the layer would add to them.
+    """
 
     norms: int
     gates: int
     heads: int
     rotations: int
+    sums: int
 
 
 def fuse_steps(model: torch.nn.Module) -> Fused:
@@ -32,8 +39,9 @@ def fuse_steps(model: torch.nn.Module) -> Fused:
     Only where the result is the same but for roundings: the first norm and the first gated product
     of each class and size are compared, and rotations are the same bit for bit. Where gradients are
     asked for, all is as before. Products become one where their weights are packed and of one type;
-    those of q, k and v then lie one behind the other. The rotary embedding is a function of
-    transformers' module, so it is replaced for all models of that module.
+    those of q, k and v then lie one behind the other. What a decoder layer adds to the product of
+    o, and of down, is added before that is rounded, for up to eight tokens. The rotary embedding is
+    a function of transformers' module, so it is replaced for all models of that module.
     """
     agreed: dict[tuple[Any, ...], bool] = {}
     norms = gates = heads = 0
@@ -48,8 +56,9 @@ def fuse_steps(model: torch.nn.Module) -> Fused:
             module.forward = fused  # type: ignore[assignment]
             norms += isinstance(fused, _FusedNorm)
             gates += isinstance(fused, _FusedGate)
+    sums = sum(_fuse_sums(module) for module in model.modules())
     names = {type(module).__module__ for module in model.modules()}
-    return Fused(norms, gates, heads, sum(_fuse_rotary(name) for name in names))
+    return Fused(norms, gates, heads, sum(_fuse_rotary(name) for name in names), sums)
 
 
 @dataclass(frozen=True)
@@ -139,6 +148,103 @@ class _FusedGate:
         return bool(((want - got).abs() <= close).all())
 
 
+class _Product(torch.Tensor):
+    """A product that nobody has computed yet, for the sum that it is part of.
+
+    Whoever else uses it is given the numbers, by torch's rule for subclasses: another layer, a
+    hook, a view. So a product may wait without knowing who will come.
+    """
+
+    x: torch.Tensor
+    of: _Summand
+    version: int
+    numbers: torch.Tensor | None
+
+    @staticmethod
+    def make(x: torch.Tensor, of: _Summand) -> _Product:
+        shaped = x.new_empty([*x.shape[:-1], of.layer.out_features])
+        made = shaped.as_subclass(_Product)
+        made.x, made.of, made.version, made.numbers = x, of, x._version, None
+        return made
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if func in _ASKS_ONLY:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **(kwargs or {}))
+        if func in _ADDS and not kwargs:
+            product, other = args if isinstance(args[0], cls) else args[::-1]
+            if product.can_add(other):
+                return product.compute(other)
+        args, kwargs = pytree.tree_map_only(cls, cls.compute, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+    def can_add(self, other: Any) -> bool:
+        alike = type(other) is torch.Tensor and other.shape == self.shape
+        alike = alike and (other.dtype, other.device) == (self.dtype, self.device)
+        return alike and self.numbers is None and _is_plain(other)
+
+    def compute(self, residual: torch.Tensor | None = None) -> torch.Tensor:
+        if self.numbers is not None:
+            return self.numbers
+        if self.x._version != self.version:
+            raise RuntimeError("fuse_steps: x of a product was written to before its output was used")
+        with torch.no_grad():
+            y = self.of.compute(self.x, residual)
+        if residual is None:
+            self.numbers = y
+        return y
+
+
+# Of shape and kind, which are known.
+_ASKS_ONLY = {
+    getattr(torch.Tensor, name).__get__
+    for name in ("shape", "dtype", "device", "ndim", "is_cuda", "requires_grad")
+} | {torch.Tensor.size, torch.Tensor.dim, torch.Tensor.numel, torch.Tensor.is_floating_point}
+_ADDS = {torch.add, torch.Tensor.add, torch.Tensor.__add__, torch.Tensor.__radd__}
+
+
+@dataclass(frozen=True)
+class _Summand:
+    """The forward of a product that a decoder layer adds to something."""
+
+    layer: QuantLinear
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        cols = self.layer.in_features
+        few = type(x) is torch.Tensor and x.shape[-1:] == (cols,) and x.numel() <= FEW_ROWS * cols
+        if few and _is_plain(x) and _is_bare(self.layer):
+            return _Product.make(x, self)
+        return QuantLinear.forward(self.layer, x)
+
+    def compute(self, x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
+        layer = self.layer
+        if residual is None:
+            return QuantLinear.forward(layer, x)
+        layer._check_type()
+        sizes = layer.out_features, layer.in_features
+        weights = layer.weight, layer.qtype, *sizes
+        return ops.gemm_packed(x, *weights, algo=layer.packed_algo, residual=residual)
+
+
+def _fuse_sums(layer: torch.nn.Module) -> int:
+    """The last products of a decoder layer's two halves."""
+    count = 0
+    for half, name in (("self_attn", "o_proj"), ("mlp", "down_proj")):
+        product = getattr(getattr(layer, half, None), name, None)
+        is_new = isinstance(product, QuantLinear) and "forward" not in product.__dict__
+        if is_new and _is_bare(product):
+            product.forward = _Summand(product)
+            count += 1
+    return count
+
+
 def _gate_and_up(module: torch.nn.Module) -> tuple[QuantLinear, QuantLinear]:
     return module.gate_proj, module.up_proj  # type: ignore[return-value]
 
@@ -155,7 +261,7 @@ def _is_gated(module: torch.nn.Module) -> bool:
 def _is_bare(layer: QuantLinear) -> bool:
     """Whether its forward is the product with packed weights and nothing else."""
     own = layer.__dict__.get("forward")
-    replaced = type(layer) is not QuantLinear or not (own is None or isinstance(own, _Part))
+    replaced = type(layer) is not QuantLinear or not (own is None or isinstance(own, (_Part, _Summand)))
     hooked = bool(layer._forward_hooks or layer._forward_pre_hooks)
     return layer.is_packed and layer.bias is None and not replaced and not hooked
 
