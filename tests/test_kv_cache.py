@@ -520,6 +520,33 @@ def test_portions_do_not_matter(form: str, window: int, device: str) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("form", ["dense2", "bitmap2", "4of8_4", "dense4/bitmap4"])
+def test_a_portion_around_a_ring_of_many_pages(form: str, device: str) -> None:
+    """New tokens take the slots of a thousand that the same call packs, and of each other's."""
+    k, v = (x.to(device) for x in tokens_of(2, 2, 2700, 64, seed=4))
+    options = {**formats(form), "window": 1000, "max_tokens": 5000, "batch": 2}
+    whole, cache = (SparseKVCache(1, 2, 64, **options, device=device) for _ in range(2))
+    whole.append(0, k, v)
+    whole.advance(2700)
+    at = [0, 0]
+    for portion in ([950, 1063], [1750, 137], [0, 1500]):  # the ring has 1000 and some slots
+        new = [torch.zeros(2, 2, max(portion), 64, dtype=k.dtype, device=device) for _ in range(2)]
+        for b, n in enumerate(portion):
+            for to, x in zip(new, (k, v), strict=True):
+                to[b, :, :n] = x[b, :, at[b] : at[b] + n]
+            at[b] += n
+        counts = torch.tensor(portion, device=device)
+        cache.append(0, *new, counts)
+        cache.advance(max(portion), counts)
+    assert at == [2700, 2700]
+    assert_same(cache.key_pages, whole.key_pages)
+    assert_same(cache.value_pages, whole.value_pages)
+    for b in range(2):
+        for a, w in zip(cache.dense(0, b), whole.dense(0, b), strict=True):
+            assert_same(a, w)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_sequences_join_and_leave(device: str) -> None:
     k, v = (x.to(device) for x in tokens_of(3, 1, 300, 64))
     query = torch.randn(3, 4, 64, device=device).half()

@@ -33,14 +33,6 @@ __device__ __forceinline__ uint4 centred(uint4 v, uint4 mean, Real16 type) {
                     centred(v.w, mean.w, type));
 }
 
-// The page that a block packs; none: null. In shared memory: registers are scarce.
-struct PageTask {
-  uint8_t* page;
-  const uint4* from;  // where all tokens are neighbours as they will be kept, or null
-  int first, before;
-  int next;  // number of the block's pages so far
-};
-
 // What a block has to do with one head's keys or values.
 template <class Real16, int Channels, bool IsValue>
 struct Appending {
@@ -68,33 +60,49 @@ struct Appending {
     return position < before ? recent(position)[i] : added(position - before, i);
   }
 
-  // Packs 64 tokens, where they are before anything has moved.
+  // Number `index` of the sequence's pages, of this head; null: it has no place.
+  __device__ __forceinline__ uint8_t* page(unsigned sequence, int index, PageFormat format) const {
+    const KvCacheArgs& c = args.cache;
+    const auto page =
+        static_cast<unsigned>(c.page_table[sequence * static_cast<unsigned>(c.max_pages) + index]);
+    const int64_t bytes = IsValue ? value_page_bytes(Channels, format) : key_page_bytes(Channels, format);
+    const unsigned place = page * static_cast<unsigned>(c.heads) + blockIdx.y;
+    return page >= static_cast<unsigned>(c.num_pages)
+               ? nullptr
+               : (IsValue ? c.value_pages : c.key_pages) + uint64_t{place} * static_cast<uint32_t>(bytes);
+  }
+
+  // Packs the 64 tokens from position `first` on, where they are before anything has moved.
   template <PageKind Kind>
-  __device__ __forceinline__ void pack(void* room, const PageTask& task) const {
+  __device__ __forceinline__ void pack(void* room, unsigned sequence, int index, int first) const {
     using Packer = PagePacker<Real16, Channels, IsValue, Kind>::type;
     int thread;  // as if it were new for each page: what follows from it need not be kept. PTX ISA 10.1
     asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
     thread &= kThreads - 1;
-    const PageFormat wanted = IsValue ? args.cache.value_format : args.cache.key_format;
-    Packer packer{
-        *static_cast<typename Packer::Room*>(room), {Kind, wanted.bits, wanted.keep}, task.page, thread};
-    constexpr int kEach = kPageTokens * kVectors / kThreads;
-    uint4 v[kEach];
-    if (task.from != nullptr) {
+    auto& packer_room = *static_cast<typename Packer::Room*>(room);
+    // A warp has 16 tokens: vectors that are neighbours.
+    constexpr int kEach = kPageTokens * kVectors / kThreads, kStep = 32 / kVectors * Packer::kStride;
+    const int own = thread / 32 * (32 * kEach) + thread % 32;
+    uint16_t* to = packer_room.x + own / kVectors * Packer::kStride + own % kVectors * 8;
+    if (first >= before && args.cache.means == nullptr) {  // a prompt's
+      const auto* from = static_cast<const uint4*>(IsValue ? args.values : args.keys) +
+                         uint64_t{row * static_cast<unsigned>(args.count) + (first - before)} * kVectors +
+                         own;
 #pragma unroll
-      for (int j = 0; j < kEach; ++j) v[j] = __ldcs(task.from + packer.place(j));
-      if constexpr (!Packer::kWantsOwn) packer.put(v);
+      for (int j = 0; j < kEach; ++j) cp_async16(shared_address(to + j * kStep), from + 32 * j);
+      cp_async_commit();
     } else {
 #pragma unroll 1
-      for (int i = thread; i < kPageTokens * kVectors; i += kThreads)
-        packer.put(i, vector(task.first + i / kVectors, i % kVectors));
-      if constexpr (Packer::kWantsOwn) {
-        __syncthreads();  // x
-        packer.take(v);
+      for (int j = 0; j < kEach; ++j) {
+        const int i = own + 32 * j;
+        *reinterpret_cast<uint4*>(to + j * kStep) = vector(first + i / kVectors, i % kVectors);
       }
     }
-    if constexpr (!Packer::kWantsOwn) __syncthreads();  // x
-    packer.run(v);
+    const PageFormat wanted = IsValue ? args.cache.value_format : args.cache.key_format;
+    const PageFormat format{Kind, wanted.bits, wanted.keep};
+    uint8_t* const place = page(sequence, index, format);  // while they are on their way
+    cp_async_wait<0>();
+    if (place != nullptr) Packer{packer_room, format, place, thread}.run();
   }
 };
 
@@ -116,7 +124,9 @@ struct AppendPlan {
   }
   static constexpr int kMostTokens = 1 << 30;
   static __device__ __forceinline__ int clamped(int64_t tokens, int most) {
-    return static_cast<int>(tokens < 0 ? 0 : (tokens < most ? tokens : most));
+    const int high = static_cast<int>(tokens >> 32);
+    const auto low = static_cast<int>(min(static_cast<uint32_t>(tokens), static_cast<uint32_t>(most)));
+    return high == 0 ? low : (high < 0 ? 0 : most);
   }
   // As parts_of has it.
   static __device__ __forceinline__ int pages_of(const KvCacheArgs& c, int tokens) {
@@ -138,45 +148,21 @@ struct AppendPlan {
   }
 };
 
-// The block's next page that has a place.
-template <int Channels, bool IsValue, PageKind Kind>
-__device__ __forceinline__ void next_page(PageTask& task, const KvAppendArgs& args, unsigned sequence,
-                                          int page_blocks) {
-  const KvCacheArgs& c = args.cache;
-  const AppendPlan plan(args, sequence, page_blocks);
-  for (int index; (index = plan.page(c, task.next++)) >= 0;) {
-    const int page = c.page_table[sequence * static_cast<unsigned>(c.max_pages) + index];
-    if (page < 0 || page >= static_cast<int>(c.num_pages)) continue;
-    const PageFormat wanted = IsValue ? c.value_format : c.key_format, format{Kind, wanted.bits, wanted.keep};
-    const int64_t bytes = IsValue ? value_page_bytes(Channels, format) : key_page_bytes(Channels, format);
-    const unsigned heads = static_cast<unsigned>(c.heads), row = sequence * heads + blockIdx.y;
-    task.page = (IsValue ? c.value_pages : c.key_pages) +
-                static_cast<uint64_t>(page * heads + blockIdx.y) * static_cast<uint32_t>(bytes);
-    task.first = AppendPlan::first_of(c, index), task.before = plan.before, task.from = nullptr;
-    if (task.first >= plan.before && c.means == nullptr)  // a prompt's
-      task.from =
-          static_cast<const uint4*>(IsValue ? args.values : args.keys) +
-          uint64_t{row * static_cast<unsigned>(args.count) + (task.first - plan.before)} * (Channels / 8);
-    return;
-  }
-  task.page = nullptr;
-}
-
 template <class Real16, int Channels, bool IsValue, PageKind Kind>
-__device__ __forceinline__ void append(const KvAppendArgs& args, void* room, PageTask& task, int page_blocks,
+__device__ __forceinline__ void append(const KvAppendArgs& args, void* room, int page_blocks,
                                        unsigned sequence) {
   const KvCacheArgs& c = args.cache;
   const unsigned row = sequence * static_cast<unsigned>(c.heads) + blockIdx.y;
-  if (threadIdx.x == 0) task.next = 0;
 #pragma unroll 1
-  while (true) {
-    // By one thread: for all of them it would be as much as packing one or two of their 64 values.
-    if (threadIdx.x == 0) next_page<Channels, IsValue, Kind>(task, args, sequence, page_blocks);
-    __syncthreads();  // task
-    if (task.page == nullptr) break;
-    Appending<Real16, Channels, IsValue>{args, row, task.before}.template pack<Kind>(room, task);
+  for (int n = 0;; ++n) {
+    // Anew for each page: registers are scarce.
+    const AppendPlan plan(args, sequence, page_blocks);
+    const int index = plan.page(c, n);
+    if (index < 0) break;
+    const Appending<Real16, Channels, IsValue> appending{args, row, plan.before};
+    appending.template pack<Kind>(room, sequence, index, AppendPlan::first_of(c, index));
     if (static_cast<int>(blockIdx.x) < page_blocks) return;
-    __syncthreads();  // room and task are free, and all tokens have been read
+    __syncthreads();  // room is free, and all tokens have been read
   }
   const AppendPlan plan(args, sequence, page_blocks);
   if (plan.store < 0) return;
@@ -206,7 +192,7 @@ union PackRoom {
 
 // Of a multiprocessor: as many as registers are there for without many spills.
 template <int Channels, PageKind Kind>
-constexpr int kBlocks = Kind == PageKind::kDense ? 7 : (Channels == 256 ? 3 : 8);
+constexpr int kBlocks = Channels == 256 && Kind != PageKind::kDense ? 3 : 8;
 template <>
 constexpr int kBlocks<128, PageKind::kBitmap> = 7;
 
@@ -214,14 +200,13 @@ template <class Real16, int Channels, PageKind Kind>
 __global__ void __launch_bounds__(kThreads, kBlocks<Channels, Kind>)
     append_kernel(KvAppendArgs args, int pages, unsigned first_side, unsigned both_sides) {
   __shared__ alignas(16) uint8_t room[sizeof(PackRoom<Real16, Channels, Kind>)];
-  __shared__ PageTask task;
   wait_for_previous_kernel();
   let_next_kernel_start();
   const unsigned sequence = blockIdx.z >> both_sides, side = first_side + (blockIdx.z & both_sides);
   if (side == 0)
-    append<Real16, Channels, false, Kind>(args, room, task, pages, sequence);
+    append<Real16, Channels, false, Kind>(args, room, pages, sequence);
   else
-    append<Real16, Channels, true, Kind>(args, room, task, pages, sequence);
+    append<Real16, Channels, true, Kind>(args, room, pages, sequence);
 }
 
 }  // namespace

@@ -6,12 +6,9 @@
 //   one thread per tile   codes, from one set element to the next, into shared memory
 //   one warp              where the block's words begin: the totals of the blocks before it, as far back
 //                         as the nearest one that knows its own beginning
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
-#include "../kv.h"
 #include "launch.h"
-#include "memory.cuh"
+#include "ptx.cuh"
+#include "sparse_kv_compress.cuh"
 #include "sparse_kv_prune.cuh"
 
 namespace quantgemm {
@@ -22,7 +19,6 @@ constexpr int kThreads = 2 * kTile;
 // What a block has published: nothing, its number of words, or also those of all blocks before it.
 enum State : uint32_t { kNothing, kTotal, kSum };
 struct Scratch {
-  unsigned long long ticket;    // blocks take their turn in the order in which they start
   unsigned long long state[1];  // [heads · blocks]: State in the upper half, words in the lower
 };
 
@@ -30,8 +26,8 @@ __device__ __forceinline__ void publish(unsigned long long* at, State state, int
   atomicExch(at, static_cast<unsigned long long>(state) << 32 | static_cast<uint32_t>(words));
 }
 
-// Words of all blocks before this one, which has published its own. By one warp; a block waits only for
-// blocks that have started.
+// Words of all blocks before this one, which has published its own. By one warp. Blocks start in the order of
+// their numbers (as the scans of NVIDIA's CUB rely on too): those that a block waits for have started.
 __device__ int words_before(Scratch* scratch, int64_t index, int total, int lane) {
   int sum = 0;
   for (int64_t first = index - 1; first >= 0; first -= 32) {
@@ -49,65 +45,6 @@ __device__ int words_before(Scratch* scratch, int64_t index, int total, int lane
   return sum;
 }
 
-template <class Real16>
-using Pair = std::conditional_t<std::is_same_v<Real16, Half>, __half2, __nv_bfloat162>;
-
-// Two tiles' values, or two values of a tile, side by side: what is set, and the extremes of that.
-template <class Real16>
-struct PairScan {
-  // Not a number: as an operand of minimum and maximum it yields to the other one.
-  uint32_t lo = ~0u, hi = ~0u, finite = 0;
-
-  // The halves of the mask say which values are set.
-  __device__ __forceinline__ uint32_t add(uint32_t values) {
-    using P = Pair<Real16>;
-    const uint32_t mask = __hneu2_mask(bit_cast<P>(values), bit_cast<P>(0u)), others = values | ~mask;
-    lo = bit_cast<uint32_t>(__hmin2(bit_cast<P>(lo), bit_cast<P>(others)));
-    hi = bit_cast<uint32_t>(__hmax2(bit_cast<P>(hi), bit_cast<P>(others)));
-    finite = bit_cast<uint32_t>(__hfma2(bit_cast<P>(values), bit_cast<P>(0u), bit_cast<P>(finite)));
-    return mask;  // finite: 0, or NaN
-  }
-};
-
-// round(x / scale) + zero, held in 0 … 2^bits - 1, without a division.
-template <class Real16>
-struct Coder {
-  static constexpr float kMagic = 12582912.0f;  // 1.5 · 2^23 + an integer is a float in steps of 1
-  static constexpr float kCoarse = 768.0f;      // and this is in steps of 2^-14
-  float scale, inverse, zero;
-  int top, shift;
-  bool is_plain;
-
-  __device__ Coder(TileFit<Real16> fit, int bits)
-      : scale(value_of(fit.scale)),
-        inverse(1.0f / scale),
-        zero(value_of(fit.zero)),
-        top((1 << bits) - 1),
-        shift(static_cast<int>(zero) - bit_cast<int>(kMagic)),
-        is_plain(fabsf(scale) > 1e-30f && fabsf(scale) < 1e30f && fabsf(zero) <= 128.0f) {}
-
-  // The quotient of two halves (or bfloat16) is half an integer or at least 2^-13 away from that, which the
-  // product is too after its rounding to 2^-14; so both have the same nearest integer (tried all).
-  __device__ __forceinline__ uint32_t plain_code(Real16 stored) const {
-    const float ratio = fmaf(value_of(stored), inverse, kCoarse) + (kMagic - kCoarse);
-    return static_cast<uint32_t>(__viaddmin_s32_relu(bit_cast<int>(ratio), shift, top));
-  }
-  __device__ __forceinline__ uint32_t code(Real16 stored) const {
-    return code_of(value_of(stored), scale, zero, top == 3 ? 2 : 4);
-  }
-};
-
-// The halves' bits side by side: bit b of the lower half becomes bit 2b + 1, of the upper one bit 2b.
-__device__ __forceinline__ uint32_t interleave_halves(uint32_t x) {
-  x = __byte_perm(x, 0u, 0x1302);
-  const auto exchange = [&](int step, uint32_t moved) {
-    const uint32_t t = (x ^ x >> step) & moved;
-    x = x ^ t ^ t << step;
-  };
-  exchange(4, 0x00f000f0u), exchange(2, 0x0c0c0c0cu), exchange(1, 0x22222222u);
-  return x;
-}
-
 template <class Real16, int Channels>
 struct CompressBlock {
   static constexpr int kStride = Channels + 2;            // an odd number of banks between tokens
@@ -123,8 +60,42 @@ struct CompressBlock {
     uint32_t words[kWords];
   };
   int sums[kThreads / 32];
-  int64_t turn;
   int begin;
+
+  // Where a warp's 16 tokens are until they are pruned, within those of x: vector i of a token lies at
+  // i ^ 2 · (token % 4), so that lanes with the same vector of four tokens use other banks.
+  static constexpr int kVectors = Channels / 8, kEachOwn = kVectors / 2;  // of a token, of a thread
+  __device__ __forceinline__ uint4* raw(int warp) const {
+    return reinterpret_cast<uint4*>(const_cast<uint16_t*>(x) + warp * 16 * kStride);
+  }
+  // Copies them, as neighbours of other lanes'; what is behind the first `rows` becomes zero.
+  __device__ __forceinline__ void copy_tokens(const uint4* from, int rows, int warp, int lane) {
+    constexpr int kRows = 32 / kVectors;  // at once
+    const int row = lane / kVectors, place = lane ^ row * 2;
+    const auto to = [&](int j) { return shared_address(raw(warp) + (place ^ j * kRows % 4 * 2) + 32 * j); };
+    if (rows >= 16) {
+#pragma unroll
+      for (int j = 0; j < kEachOwn; ++j) cp_async16(to(j), from + lane + 32 * j);
+    } else {
+#pragma unroll 1
+      for (int j = 0; j < kEachOwn; ++j) {
+        const bool is_there = row + j * kRows < rows;
+        cp_async16(to(j), from + (is_there ? lane + 32 * j : 0), is_there ? 16 : 0);
+      }
+    }
+    cp_async_commit();
+  }
+  // This lane's half of its token.
+  __device__ __forceinline__ void take_token(uint32_t (&pairs)[4 * kEachOwn], int warp, int lane) const {
+    const uint4* token = raw(warp) + lane / 2 * kVectors + lane % 2;
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+#pragma unroll
+      for (int j = i; j < kEachOwn; j += 4) {
+        const uint4 v = (token + (2 * i ^ lane / 2 % 4 * 2))[2 * (j - i)];
+        pairs[4 * j] = v.x, pairs[4 * j + 1] = v.y, pairs[4 * j + 2] = v.z, pairs[4 * j + 3] = v.w;
+      }
+  }
 
   // What a thread knows of its tiles, thread + n · kThreads.
   struct Tile {
@@ -251,7 +222,7 @@ struct CompressBlock {
           uint32_t highest;  // PTX ISA 9.7.1.20 (bfind), 9.7.8.6 (shl); of none -1, and no bit
           asm("bfind.u32 %0, %1;" : "=r"(i) : "r"(left));
           asm("shl.b32 %0, 1, %1;" : "=r"(highest) : "r"(i));
-          left &= ~highest;
+          left ^= highest;
           word = __funnelshift_r(word, code_of_value(Real16{from[-i * step]}), bits);
         }
         bit += Each * bits;
@@ -268,25 +239,22 @@ __global__ void __launch_bounds__(kThreads) compress_kernel(KvCompressArgs args)
   __shared__ alignas(16) uint8_t room[sizeof(Block)];
   Block& block = *reinterpret_cast<Block*>(room);
   auto* scratch = static_cast<Scratch*>(args.scratch);
-  const int thread = static_cast<int>(threadIdx.x), lane = thread % 32;
-  if (thread == 0) block.turn = static_cast<int64_t>(atomicAdd(&scratch->ticket, 1ull));
-  __syncthreads();  // turn
-  const int64_t index = block.turn, blocks = (args.tokens + kTile - 1) / kTile;
-  const int64_t head = static_cast<uint32_t>(index) / static_cast<uint32_t>(blocks);  // as a grid is
-  const int64_t first = (index - head * blocks) * kTile;
+  const int thread = static_cast<int>(threadIdx.x % kThreads), lane = thread % 32;
+  const int64_t index = blockIdx.x, blocks = static_cast<uint32_t>(args.tokens + kTile - 1) / kTile;
+  const int64_t head = blockIdx.x / static_cast<uint32_t>(blocks);  // as a grid is
+  const int64_t first = (blockIdx.x - static_cast<uint32_t>(head * blocks)) * kTile;
   {
     constexpr int kWords = Channels / 4;
-    const int token = thread / 2, half = thread % 2;
-    uint32_t pairs[kWords] = {};
-    if (first + token < args.tokens && args.keep > 0) {
-      const auto* row =
-          static_cast<const uint16_t*>(args.x) + (head * args.tokens + first + token) * Channels;
-#pragma unroll
-      for (int i = 0; i < kWords; i += 4) {
-        const uint4 v = __ldcs(reinterpret_cast<const uint4*>(row) + i / 2 + half);
-        pairs[i] = v.x, pairs[i + 1] = v.y, pairs[i + 2] = v.z, pairs[i + 3] = v.w;
-      }
-    }
+    const int warp = thread / 32, token = thread / 2, half = thread % 2;
+    const int64_t left = args.keep > 0 ? args.tokens - first : 0;
+    const int rows = static_cast<int>(left < kTile ? left : kTile) - warp * 16;
+    const int64_t row_of_warp = head * args.tokens + (rows > 0 ? first + warp * 16 : 0);
+    block.copy_tokens(static_cast<const uint4*>(args.x) + row_of_warp * Block::kVectors, rows, warp, lane);
+    cp_async_wait<0>();
+    __syncwarp();  // tokens
+    uint32_t pairs[kWords];
+    block.take_token(pairs, warp, lane);
+    __syncwarp();  // they have been read
     Pruning<kWords> pruning;
     if (args.keep > 0 && args.keep < Channels) {
       pruning.find(pairs, static_cast<int>(args.keep));

@@ -64,32 +64,15 @@ struct SparsePacker {
   };
   Room& room;
   PageFormat format;
-  uint8_t* const& page;
+  uint8_t* page;
   int thread;
 
-  // Vector i of the page's row-major tokens.
-  __device__ __forceinline__ void put(int i, uint4 v) {
-    *reinterpret_cast<uint4*>(room.x + i / (Channels / 8) * kStride + i % (Channels / 8) * 8) = v;
-  }
-
-  // Vectors of this thread. Bitmaps: its half of a token; else neighbours of other threads', by way of x.
-  static constexpr bool kWantsOwn = Kind == PageKind::kBitmap;
-  static constexpr int kVectors = Channels / 8, kEach = kVectors / 2, kRowsEach = kPackThreads / kVectors;
-  __device__ __forceinline__ unsigned place(int j) const {
-    return kWantsOwn ? thread / 2 * kVectors + 2 * j + thread % 2 : thread + j * kPackThreads;
-  }
-  __device__ __forceinline__ void put(const uint4 (&v)[kEach]) {
-    uint16_t* to = room.x + thread / kVectors * kStride + thread % kVectors * 8;
-#pragma unroll
-    for (int j = 0; j < kEach; ++j) *reinterpret_cast<uint4*>(to + j * kRowsEach * kStride) = v[j];
-  }
-  __device__ __forceinline__ void take(uint4 (&v)[kEach]) const {
-#pragma unroll
-    for (int j = 0; j < kEach; ++j) v[j] = vector(j);
-  }
-
-  // Bitmaps: from a thread's own vectors. Else x is there, and all threads know it.
-  __device__ __forceinline__ void run(const uint4 (&own)[kEach]) {
+  // x is there: of a warp's 16 tokens for the warp.
+  __device__ __forceinline__ void run() {
+    if constexpr (Kind == PageKind::kBitmap)
+      __syncwarp();  // it prunes them
+    else
+      __syncthreads();  // x
     const int half = thread % 2;
     uint16_t* row = room.x + thread / 2 * kStride;
     // The smallest magnitude that is kept, if all are kept that may be: it is no zero then.
@@ -107,14 +90,11 @@ struct SparsePacker {
         vector(i) = make_uint4(w[0], w[1], w[2], w[3]);
       }
       lowest = half_at(lowest, 0), has_nans = __vmaxu2(hi, 0x7c007c00u) != 0x7c007c00u;
-    } else if (format.keep == Channels) {
-#pragma unroll
-      for (int j = 0; j < kEach; ++j) vector(j) = own[j];
-    } else {
+    } else if (format.keep < Channels) {
       uint32_t pairs[kWords];
 #pragma unroll
       for (int i = 0; i < kWords; i += 4) {
-        const uint4 v = own[i / 4];
+        const uint4 v = vector(i / 4);
         pairs[i] = v.x, pairs[i + 1] = v.y, pairs[i + 2] = v.z, pairs[i + 3] = v.w;
       }
       Pruning<kWords> pruning;
@@ -152,10 +132,12 @@ struct SparsePacker {
     else
       is_odd = fit_keys<Bits>();
     // x and factors; parts have been read
-    if (__syncthreads_or(Bits == 4 && is_odd))
-      pack<Bits, Bits == 4>();
+    if constexpr (Bits == 2)
+      __syncthreads(), pack<2, false>();
+    else if (__syncthreads_or(is_odd))
+      pack<4, true>();
     else
-      pack<Bits, false>();
+      pack<4, false>();
   }
   template <int Bits, bool IsOdd>
   __device__ __forceinline__ void pack() {
@@ -165,7 +147,8 @@ struct SparsePacker {
       pack_planes<Bits, IsOdd>();
   }
 
-  // Whether it is an odd one: something is kept, but the scale is zero or no number.
+  // Whether it is an odd one: something is kept, but the scale is zero, no number, or so small that it is
+  // not within 2^-11 of what it should be.
   template <int Bits>
   __device__ __forceinline__ bool keep_fit(int k, const SparseGroup& group) {
     const uint16_t scale = fit_sparse_group(group, Bits);
@@ -185,7 +168,7 @@ struct SparsePacker {
     }
     const int place = IsValue ? sparse_value_scale_place(k) : sparse_key_scale_place(k, Channels);
     reinterpret_cast<uint16_t*>(page + sparse_codes_bytes(Channels, format))[place] = scale;
-    return group.hi != 0.0f && !(half_to_float(scale) > 0.0f);
+    return group.hi != 0.0f && (scale < 0x0400u || scale > 0x7c00u);
   }
   static __device__ __forceinline__ float magnitude(uint32_t bits) {
     return to_float(Real16{static_cast<uint16_t>(bits)});
@@ -238,13 +221,15 @@ struct SparsePacker {
       const auto* from =
           reinterpret_cast<const uint32_t*>(room.x + item / kPairs * 32 * kStride) + item % kPairs;
       KeptPairs<Real16> m;
+#pragma unroll
+      for (int first = 0; first < 32; first += kAsked<Bits>)
 #pragma unroll 8
-      for (int t = 0; t < 32; ++t) {
-        const uint32_t pair = from[t * (kStride / 2)];
-        if (t < kAsked<Bits>) m.add_lowest(pair);
-        m.add_highest(pair);
-        if (Bits == 2) m.add_count(pair), m.add_sums(pair);
-      }
+        for (int t = first; t < first + kAsked<Bits>; ++t) {
+          const uint32_t pair = from[t * (kStride / 2)];
+          if (first == 0) m.add_lowest(pair);
+          m.add_highest(pair);
+          if (Bits == 2) m.add_count(pair), m.add_sums(pair);
+        }
       room.parts[item] = {{m.sum[0], m.sum[1]}, m.lo, m.hi, m.counts};
     }
     __syncthreads();  // parts
@@ -302,8 +287,13 @@ struct SparsePacker {
   static __device__ __forceinline__ uint32_t signs_by_turns(uint32_t a, uint32_t b) {
     return pick_bytes(a, b, 0xfbd9u);
   }
+  // x · factor as an integer, in the lowest bits of a float's. With a scale that is no odd one it is no more
+  // than 7: see SparseCoder and keep_fit.
+  static __device__ __forceinline__ uint32_t rounded(float x, float factor) {
+    return bit_cast<uint32_t>(rounded_product(x, factor) + 12582912.0f);
+  }
   // 4 bits: the codes of a pair's halves, plus 8 (which is their highest bit, inverted); of what is not set
-  // they may be anything. With a scale that is no odd one a product is small, and so an integer of 16 bits.
+  // they may be anything.
   static constexpr uint32_t kLifts = 0x88888888u;
   template <bool IsOdd>
   static __device__ __forceinline__ uint32_t lifted_codes(uint32_t pair, float first, float second) {
@@ -315,17 +305,15 @@ struct SparsePacker {
       coder.factor = second;
       return (low | coder.code(b, 4) << 16) ^ 0x00080008u;
     } else {
-      constexpr float kMagic = 12582912.0f;  // see SparseCoder
-      const float low = rounded_product(a, first) + kMagic, high = rounded_product(b, second) + kMagic;
-      const uint32_t both = __byte_perm(bit_cast<uint32_t>(low), bit_cast<uint32_t>(high), 0x5410);
+      const uint32_t both = __byte_perm(rounded(a, first), rounded(b, second), 0x5410);
       return __viaddmin_s16x2_relu(both, 0x00080008u, 0x000f000fu);
     }
   }
 
   template <int Bits, bool IsOdd>
   __device__ __forceinline__ void pack_bitmap();
-  template <int Bits, bool IsOdd, class XOf>
-  __device__ __forceinline__ void chunk(const uint32_t (&pairs)[2][2][2], int o, XOf&& x_of, int j, int p,
+  template <int Bits, bool IsOdd, class Factors>
+  __device__ __forceinline__ void chunk(const uint32_t (&pairs)[2][2][2], int o, const Factors* factors,
                                         uint32_t selectors, uint32_t& mask, uint32_t& codes_of_set) const;
   template <int Bits>
   __device__ __forceinline__ void join_chunks();

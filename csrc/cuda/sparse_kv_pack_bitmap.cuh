@@ -5,75 +5,97 @@
 
 namespace quantgemm {
 
+// Of four bits: which bytes are to be taken, and behind that what their number of bits multiplies by (2 bits)
+// or is. 4 bits: of each two the second one first.
+template <int Bits>
+struct ByteSelectors {
+  uint32_t of[16] = {};
+
+  constexpr ByteSelectors() {
+    constexpr uint32_t kOrder = Bits == 4;
+    for (uint32_t set = 0; set < 16; ++set) {
+      uint32_t rank = 0;
+      for (uint32_t i = 0; i < 4; ++i)
+        if (set >> i & 1) of[set] |= i << 4 * (rank++ ^ kOrder);
+      for (uint32_t i = rank; i < 4; ++i) of[set] |= 4u << 4 * (i ^ kOrder);
+      of[set] |= (Bits == 2 ? 1u << rank * Bits : rank * Bits) << 16;
+    }
+  }
+};
+template <int Bits>
+__device__ const ByteSelectors<Bits> kSelectors;
+
 // A thread has of each word of its lane the byte of its warp.
 template <class Real16, int Channels, bool IsValue, PageKind Kind>
 template <int Bits, bool IsOdd>
 __device__ __forceinline__ void SparsePacker<Real16, Channels, IsValue, Kind>::pack_bitmap() {
   const int warp = thread / 32, lane = thread % 32;
-  // Of lane % 16 as four bits: which bytes are to be taken, and behind that what their number of bits
-  // multiplies by (2 bits) or is. 4 bits: of each two the second one first.
-  constexpr int kOrder = Bits == 4;
-  uint32_t selectors = 0;
-  int rank = 0;
-#pragma unroll
-  for (int i = 0; i < 4; ++i)
-    if (lane >> i & 1) selectors |= static_cast<uint32_t>(i) << 4 * (rank++ ^ kOrder);
-#pragma unroll
-  for (int i = 0; i < 4; ++i) selectors |= i >= rank ? 4u << 4 * (i ^ kOrder) : 0u;
-  selectors |= (Bits == 2 ? 1u << rank * Bits : static_cast<uint32_t>(rank * Bits)) << 16;
-  const auto x_of = [&](int n) { return IsValue ? warp / 2 * 4 + warp % 2 + 2 * n : 2 * warp + n; };
+  const uint32_t selectors = kSelectors<Bits>.of[lane % 16];
+  // Two elements each of four tokens or, of keys, of two: x_of(0) and x_of(1), even or not.
+  const SparseOrigin o = origin(IsValue ? warp / 2 * 4 + warp % 2 : 2 * warp, 0, 0);
+  constexpr int kNextX = (IsValue ? 16 : 8) * kStride, kEven = IsValue ? kStride : 32 * kBlocks;
+  const uint16_t* from = room.x + o.token * kStride + o.channel;
+  // Factors or limits of a pair of elements.
+  using Factors = std::conditional_t<Bits == 2, uint32_t, float>;
+  constexpr int kEach = Bits == 2 ? 1 : 2;
+  const auto* factors =
+      reinterpret_cast<const Factors*>(room.factors) + (IsValue ? o.token : o.channel / 2 * kEach);
+  auto* masks_to = reinterpret_cast<uint16_t*>(room.bitmap.masks + lane) + warp;
+  auto* chunks_to = reinterpret_cast<uint32_t*>(room.bitmap.chunks + lane * (Bits / 2)) + warp;
+  // Words 2 · place and the next; place = 32 · step + lane.
 #pragma unroll 1
-  for (int j = 0; j < kBlocks; ++j) {
-#pragma unroll 1
-    for (int p = 0; p < 4; p += 2) {
-      uint32_t pairs[2][2][2];  // [n][even]
+  for (int step = 0; step < 2 * kBlocks; ++step) {
+    uint32_t pairs[2][2][2];  // [n][even]
 #pragma unroll
-      for (int n = 0; n < 2; ++n)
+    for (int n = 0; n < 2; ++n)
 #pragma unroll
-        for (int even = 0; even < 2; ++even) {
-          const SparseOrigin o = origin(x_of(n), j, even);
-          const uint2 v = *reinterpret_cast<const uint2*>(room.x + o.token * kStride + o.channel + 2 * p);
-          pairs[n][even][0] = v.x, pairs[n][even][1] = v.y;
-        }
-      uint32_t masks[2], chunks[2];
+      for (int even = 0; even < 2; ++even) {
+        const uint2 v = *reinterpret_cast<const uint2*>(from + n * kNextX + even * kEven);
+        pairs[n][even][0] = v.x, pairs[n][even][1] = v.y;
+      }
+    uint32_t masks[2], chunks[2];
 #pragma unroll
-      for (int o = 0; o < 2; ++o) chunk<Bits, IsOdd>(pairs, o, x_of, j, p, selectors, masks[o], chunks[o]);
-      // Words 2 · place and the next.
-      const int place = (2 * j + p / 2) * 32 + lane;
-      reinterpret_cast<uint16_t*>(room.bitmap.masks + place)[warp] =
-          static_cast<uint16_t>(masks[0] | masks[1] << 8);
-      auto* to = reinterpret_cast<uint32_t*>(room.bitmap.chunks + place * (Bits / 2));
-      if constexpr (Bits == 2)
-        to[warp] = chunks[0] | chunks[1] << 16;
-      else
-        to[warp] = chunks[0], to[4 + warp] = chunks[1];
-    }
+    for (int i = 0; i < 2; ++i)
+      chunk<Bits, IsOdd>(pairs, i, IsValue ? factors : factors + i * kEach, selectors, masks[i], chunks[i]);
+    *masks_to = static_cast<uint16_t>(masks[0] | masks[1] << 8);
+    if constexpr (Bits == 2)
+      *chunks_to = chunks[0] | chunks[1] << 16;
+    else
+      chunks_to[0] = chunks[0], chunks_to[4] = chunks[1];
+    const int next = step % 2 == 0 ? 4 : (IsValue ? 64 : 32) - 4;  // elements
+    from += next, masks_to += 32 * 4, chunks_to += 32 * (Bits / 2) * 4;
+    if (!IsValue) factors += next / 2 * kEach;
   }
   __syncthreads();  // masks and chunks; x has been read
   join_chunks<Bits>();
 }
 // Element pairs p of eight bits of a bitmap: the bits, and the codes of what is set.
 template <class Real16, int Channels, bool IsValue, PageKind Kind>
-template <int Bits, bool IsOdd, class XOf>
+template <int Bits, bool IsOdd, class Factors>
 __device__ __forceinline__ void SparsePacker<Real16, Channels, IsValue, Kind>::chunk(
-    const uint32_t (&pairs)[2][2][2], int o, XOf&& x_of, int j, int p, uint32_t selectors, uint32_t& mask,
+    const uint32_t (&pairs)[2][2][2], int o, const Factors* factors, uint32_t selectors, uint32_t& mask,
     uint32_t& codes_of_set) const {
+  constexpr int kNextX = IsValue ? 16 : 0, kEven = IsValue ? 1 : 16 * kBlocks * (Bits == 2 ? 1 : 2);
   uint32_t bits = 0, four[2];
 #pragma unroll
   for (int n = 0; n < 2; ++n) {
     const uint32_t a = pairs[n][0][o], b = pairs[n][1][o];
-    const int pair = p + o;
-    const SparseOrigin first = origin(x_of(n), j, 0), second = origin(x_of(n), j, 1);
+    const Factors *first = factors + n * kNextX, *second = first + kEven;
+    constexpr int kOther = IsValue ? 0 : 1;  // the factor of a pair's second element
     const uint32_t at = IsValue ? 0x20100201u << 2 * n : 0x08040201u << 4 * n;
     bits |= signs_by_turns(set_signs(a), set_signs(b)) & at;
     if constexpr (Bits == 2) {
-      const uint32_t large =
-          signs_by_turns(large_signs(a, limits(first, pair)), large_signs(b, limits(second, pair)));
+      const uint32_t large = signs_by_turns(large_signs(a, *first), large_signs(b, *second));
       four[n] = chosen_bits(0x02020202u, signs_by_turns(a, b), large) & 0x03030303u;
-    } else {
-      const uint32_t of_a = lifted_codes<IsOdd>(a, factor(first, 2 * pair), factor(first, 2 * pair + 1));
-      const uint32_t of_b = lifted_codes<IsOdd>(b, factor(second, 2 * pair), factor(second, 2 * pair + 1));
+    } else if constexpr (IsOdd) {
+      const uint32_t of_a = lifted_codes<IsOdd>(a, first[0], first[kOther]);
+      const uint32_t of_b = lifted_codes<IsOdd>(b, second[0], second[kOther]);
       four[n] = (of_a + of_b * 256u) ^ (kLifts & 0x0f0f0f0fu);
+    } else {
+      const auto of = [](uint32_t pair, int i, float by) { return rounded(magnitude(half_at(pair, i)), by); };
+      const uint32_t low = __byte_perm(of(a, 0, first[0]), of(b, 0, second[0]), 0x0040),
+                     high = __byte_perm(of(a, 1, first[kOther]), of(b, 1, second[kOther]), 0x0040);
+      four[n] = __byte_perm(low, high, 0x5410) & 0x0f0f0f0fu;
     }
   }
   mask = __dp4a(bits, 0x01010101u, 0u);
@@ -105,7 +127,7 @@ __device__ __forceinline__ void SparsePacker<Real16, Channels, IsValue, Kind>::j
   for (int i = thread; i < kPageTokens * Channels * Bits / 128; i += kPackThreads)
     reinterpret_cast<uint4*>(codes)[i] = uint4{};
   uint32_t chunks[kEach][kChunks];
-  int lengths[kEach][kChunks], length = 0;
+  unsigned lengths[kEach][kChunks], length = 0;
 #pragma unroll
   for (int n = 0; n < kEach; ++n) {
     const int pair = thread * kEach + n;
@@ -141,10 +163,10 @@ __device__ __forceinline__ void SparsePacker<Real16, Channels, IsValue, Kind>::j
     for (int i = 0; i < kChunks; ++i) length += lengths[n][i];
   }
   // Where this thread's codes begin.
-  int bit = length;
+  unsigned bit = length;
 #pragma unroll
   for (int step = 1; step < 32; step *= 2) {
-    const int other = __shfl_up_sync(~0u, bit, step);
+    const unsigned other = __shfl_up_sync(~0u, bit, step);
     if (thread % 32 >= step) bit += other;
   }
   if (thread % 32 == 31) room.before[thread / 32] = bit;
@@ -159,7 +181,7 @@ __device__ __forceinline__ void SparsePacker<Real16, Channels, IsValue, Kind>::j
   for (int n = 0; n < kEach * kChunks; ++n) {
     const uint32_t own = chunks[n / kChunks][n % kChunks];
     word |= own << bit;
-    const int next = bit + lengths[n / kChunks][n % kChunks];
+    const unsigned next = bit + lengths[n / kChunks][n % kChunks];
     if (next >= 32) atomicOr(to++, word), word = __funnelshift_l(own, 0u, bit);
     bit = next % 32;
   }

@@ -45,26 +45,12 @@ struct DensePacker {
   };
   Room& room;
   PageFormat format;
-  uint8_t* const& page;
+  uint8_t* page;
   int thread;
 
-  // Vector i of the page's row-major tokens.
-  __device__ __forceinline__ void put(int i, uint4 v) {
-    *reinterpret_cast<uint4*>(room.x + i / kVectors * kStride + i % kVectors * 8) = v;
-  }
-
-  // Vectors of this thread, neighbours of other threads': number j of them, all of them.
-  static constexpr bool kWantsOwn = false;
-  static constexpr int kEach = kPageTokens * kVectors / kPackThreads, kRowsEach = kPackThreads / kVectors;
-  __device__ __forceinline__ unsigned place(int j) const { return thread + j * kPackThreads; }
-  __device__ __forceinline__ void put(const uint4 (&v)[kEach]) {
-    uint16_t* to = room.x + thread / kVectors * kStride + thread % kVectors * 8;
-#pragma unroll
-    for (int j = 0; j < kEach; ++j) *reinterpret_cast<uint4*>(to + j * kRowsEach * kStride) = v[j];
-  }
-
-  // x is there, and all threads know it.
-  __device__ __forceinline__ void run(const uint4 (&)[kEach]) {
+  // x is there.
+  __device__ __forceinline__ void run() {
+    __syncthreads();  // x
     format.bits == 2 ? run_bits<2>() : run_bits<4>();
   }
 
