@@ -86,12 +86,13 @@ inline GemmChoice select_gemm(const GemmProblem& p, bool may_round) {
 }
 
 // ---- packed weights (formats/packed.h) on a GPU ----
-enum class PackedAlgo { kGemv, kMma, kWgmma, kInt8 };
-inline constexpr PackedAlgo kPackedAlgos[] = {PackedAlgo::kGemv, PackedAlgo::kMma, PackedAlgo::kWgmma,
-                                              PackedAlgo::kInt8};
+enum class PackedAlgo { kGemv, kFew, kMma, kWgmma, kInt8 };
+inline constexpr PackedAlgo kPackedAlgos[] = {PackedAlgo::kGemv, PackedAlgo::kFew, PackedAlgo::kMma,
+                                              PackedAlgo::kWgmma, PackedAlgo::kInt8};
 inline const char* name_of(PackedAlgo algo) {
   switch (algo) {
     case PackedAlgo::kGemv: return "gemv";
+    case PackedAlgo::kFew: return "few";
     case PackedAlgo::kMma: return "mma";
     case PackedAlgo::kWgmma: return "wgmma";
     case PackedAlgo::kInt8: return "int8";
@@ -102,6 +103,7 @@ inline const char* name_of(PackedAlgo algo) {
 inline const char* reason_for(PackedAlgo algo) {
   switch (algo) {
     case PackedAlgo::kGemv: return "few tokens: weights are read once, as fast as memory gives them";
+    case PackedAlgo::kFew: return "few tokens: exact codes on tensor cores, scales for their sums";
     case PackedAlgo::kMma: return "tensor cores, activations kept as they are";
     case PackedAlgo::kWgmma: return "Hopper's tensor cores, activations kept as they are";
     case PackedAlgo::kInt8: return "many tokens: int8 tensor cores pay for rounding x and w";
@@ -137,8 +139,10 @@ inline const char* packed_obstacle(PackedAlgo algo, const PackedProblem& p) {
     return nullptr;
   }
   if (p.arch == 0) return "the CPU has no tensor cores";
-  if (algo == PackedAlgo::kWgmma) {
-    if (p.arch != 90) return "wgmma needs compute capability 9.0";
+  if (algo == PackedAlgo::kWgmma || algo == PackedAlgo::kFew) {
+    const bool few = algo == PackedAlgo::kFew;
+    if (few && p.experts) return "experts have tiles of other sizes";
+    if (p.arch != 90) return few ? "made for compute capability 9.0" : "wgmma needs compute capability 9.0";
     if (!kHasWgmma) return "this build has no machine code for 9.0a";
     if (p.type == Real::kFloat32) return "tensor cores would round float32 activations";
     if (p.k == 0) return "there are no columns to copy";
@@ -149,10 +153,12 @@ inline const char* packed_obstacle(PackedAlgo algo, const PackedProblem& p) {
 // Whether int8 products are faster: weights are rounded anew by each, which fewer tokens do not pay for.
 inline bool many_for_int8(const PackedProblem& p) { return p.m >= 2048 && p.n >= 1024; }
 // Thresholds of m as measured on an H200 (docs/performance.md).
+inline constexpr int64_t kFewTokens = 16;
 inline PackedAlgo select_packed_gemm(const PackedProblem& p, bool may_round = false) {
   if (may_round && many_for_int8(p) && packed_obstacle(PackedAlgo::kInt8, p) == nullptr)
     return PackedAlgo::kInt8;
   if (p.m <= 8) return PackedAlgo::kGemv;
+  if (p.m <= kFewTokens && packed_obstacle(PackedAlgo::kFew, p) == nullptr) return PackedAlgo::kFew;
   if (packed_obstacle(PackedAlgo::kWgmma, p) == nullptr) return PackedAlgo::kWgmma;
   return PackedAlgo::kMma;
 }

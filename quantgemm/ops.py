@@ -264,13 +264,14 @@ def gemm_packed(
     """Product with packed weights: ``y[..., n] = x[..., k] · wᵀ + bias`` for ``packed = pack(w)``.
 
     x: float32/float16/bfloat16, never rounded; bias: ``[n]`` of x's dtype; residual: ``[..., n]``
-    of it, added too: before y is rounded with ``gemv`` and ``mma``, after it, by a launch of its
-    own, with ``wgmma``. Weights of one type that share x are one call: ``torch.cat`` of what
+    of it, added too: before y is rounded with ``gemv``, ``few`` and ``mma``, after it, by a launch
+    of its own, with ``wgmma``. Weights of one type that share x are one call: ``torch.cat`` of what
     `pack` made of each, where their rows are multiples of 64. algo: ``gemv``
-    (weights are read once per 8 tokens), ``mma`` (per 16 or 32), ``wgmma`` (per 64 to 256; float16
-    and bfloat16 on compute capability 9.0, weights are rounded to x's dtype) or ``auto``; the CPU
-    has ``auto`` alone. A row of y does not depend on the batch with ``gemv`` and ``mma``; ``wgmma``
-    divides its work by the number of tokens, and gives the same bits for the same sizes.
+    (weights are read once per 8 tokens), ``few`` (per 32; float16 and bfloat16 on compute
+    capability 9.0), ``mma`` (per 16 or 32), ``wgmma`` (per 64 to 256; where ``few`` is, weights are
+    rounded to x's dtype) or ``auto``; the CPU has ``auto`` alone. A row of y does not depend on the
+    batch with ``gemv``, ``few`` and ``mma``; ``wgmma`` divides its work by the number of tokens,
+    and gives the same bits for the same sizes.
 
     ``int8`` rounds x, and the weights anew, to int8 with a scale per row and 256 columns, about 1 %
     of y on gaussian numbers (docs/performance.md): compute capability 9.0, and the CPU to compare
@@ -371,10 +372,10 @@ def gemm_packed_gated(
 ) -> torch.Tensor:
     """``silu(x · gateᵀ) · (x · upᵀ)`` for two packed weights ``[n, k]`` of one type.
 
-    One launch with ``gemv`` and ``mma``, rounded once; several with ``wgmma`` and ``int8``, which
-    round the gate to x's dtype first (a float16 one below -65504 gives NaN). No gradients. When it
-    starts to read the weights, norm_weight, ahead, and what `torch.autocast` does: as for
-    `gemm_packed`.
+    One launch with ``gemv``, ``few`` and ``mma``, rounded once; several with ``wgmma`` and
+    ``int8``, which round the gate to x's dtype first (a float16 one below -65504 gives NaN). No
+    gradients. When it starts to read the weights, norm_weight, ahead, and what `torch.autocast`
+    does: as for `gemm_packed`.
     """
     _without_gradients("gemm_packed_gated", x, norm_weight)
     if ahead is None:
@@ -420,7 +421,7 @@ def moe_gemm(
     (token, expert) has a row of its own, as the second product of an expert has. weights: float32
     ``[tokens, top]``, multiplied before y is rounded; bias: ``[experts, n]`` of x's dtype. up, like
     packed: ``weights · silu(x · w[e]ᵀ) · (x · up[e]ᵀ)`` as of `gemm_packed_gated`.
-    Returns ``[tokens, top, n]``. algo: as for `gemm_packed`.
+    Returns ``[tokens, top, n]``. algo: as for `gemm_packed`, without ``few`` and ``int8``.
 
     Tokens are put beside others of the same expert on the device: nothing waits for the GPU, and a
     CUDA graph can hold it. Sums may be added in another order for another batch. No gradients.

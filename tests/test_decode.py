@@ -499,7 +499,7 @@ def test_products_know_what_is_read_next(device: str, monkeypatch: pytest.Monkey
     step()
     assert len(hints) == 6
 
-    with pytest.raises(TypeError, match="ahead: expected uint8, got float32"):
+    with pytest.raises(TypeError, match="ahead: expected uint8, got torch.float32"):
         ops.gemm_packed(x, weights[0], Q4_0, 64, 256, ahead=torch.zeros(16, device=device))
     with pytest.raises(ValueError, match="ahead: expected packed weights, contiguous"):
         ops.gemm_packed(x, weights[0], Q4_0, 64, 256, ahead=weights[1].t())

@@ -10,13 +10,18 @@ import pytest
 import torch
 from conftest import DEVICES
 from test_gemm import random_weights, random_x
-from test_packed import PACKED, algos, assert_accurate
+from test_packed import PACKED, assert_accurate
+from test_packed import algos as algos_without_experts
 
 from quantgemm import ops
 from quantgemm.formats import FORMATS, Format, QType
 
 on_devices = pytest.mark.parametrize("device", DEVICES)
 by_name = pytest.mark.parametrize("fmt", PACKED, ids=lambda f: f.name)
+
+
+def algos(device: str, dtype: torch.dtype) -> list[str]:
+    return [algo for algo in algos_without_experts(device, dtype) if algo != "few"]
 
 
 def experts_of(

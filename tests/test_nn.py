@@ -233,7 +233,7 @@ def test_what_cannot_be_packed() -> None:
         QuantLinear(256, 4, "Q4_K", algo="auto_q8").pack()
     plan = QuantLinear(256, 4, "Q4_K").pack().explain(3)
     assert plan.algo == "auto" and plan.device == "cpu" and not plan.rounds_activations
-    assert set(plan.obstacles) == {"gemv", "mma", "wgmma"}
+    assert set(plan.obstacles) == {"gemv", "few", "mma", "wgmma"}
     choices = [explain_gemm(m, 64, 256, "Q4_K", "sm_80", packed=True).algo for m in (1, 8, 9)]
     assert choices == ["gemv", "gemv", "mma"]
 

@@ -330,6 +330,26 @@ def test_gemv_rows_do_not_depend_on_the_batch(fmt: Format) -> None:
 
 @pytest.mark.cuda
 @by_name
+def test_few_tokens(fmt: Format) -> None:
+    """Tiles of 16 and 32 tokens, several passes, rows shared by blocks of a cluster or not."""
+    if "few" not in algos("cuda", torch.bfloat16):
+        pytest.skip("few is of compute capability 9.0")
+    e = fmt.block_elems
+    sizes = [(64, e), (200, 3 * e), (77, 1024 + e), (4096, 4096), (4096 + 40, 2048), (17000, 512)]
+    for (n, k), dtype in itertools.product(sizes, (torch.float16, torch.bfloat16)):
+        w, weights = random_weights(fmt, n, k, "cuda")
+        packed = ops.pack(w, fmt.type_id)
+        x = random_x(70, k, dtype=dtype, device="cuda")
+        args = packed, fmt.type_id, n, k, None, "few"
+        whole = ops.gemm_packed(x, *args)
+        assert_accurate(whole, x, weights)
+        for first, m in ((0, 70), (0, 1), (3, 9), (1, 16), (20, 17), (5, 32), (7, 33)):
+            rows = slice(first, first + m)
+            assert torch.equal(ops.gemm_packed(x[rows], *args), whole[rows])
+
+
+@pytest.mark.cuda
+@by_name
 def test_tiles_of_wgmma(fmt: Format) -> None:
     """All tiles of tokens, one and several of them, whole and shared columns, ragged n, m and k."""
     if "wgmma" not in algos("cuda", torch.bfloat16):
@@ -483,7 +503,7 @@ def test_errors_name_the_argument() -> None:
          lambda: ops.gemm_packed(x, packed, 2, 3, 64, None, "gemv")),
         (NotImplementedError, "wgmma cannot serve this product: .*; these can: auto$",
          lambda: ops.gemm_packed(x, packed, 2, 3, 64, None, "wgmma")),
-        (ValueError, "algo: expected one of auto, auto_int8, gemv, mma, wgmma, int8, got 'fast'",
+        (ValueError, "algo: expected one of auto, auto_int8, gemv, few, mma, wgmma, int8, got 'fas",
          lambda: ops.gemm_packed(x, packed, 2, 3, 64, None, "fast")),
     ]  # fmt: skip
     for error, message, call in cases:

@@ -13,6 +13,7 @@
 #include "../int8_product.h"
 #include "ops.h"
 #ifdef QG_WITH_CUDA
+#include "../cuda/gemm_packed_few.h"
 #include "../cuda/gemm_packed_int8.h"
 #endif
 
@@ -24,7 +25,8 @@ PackedAlgo check_packed_algo(const std::string& name, const PackedProblem& probl
   if (may_round && problem.k == 0) return select_packed_gemm(problem);
   std::string known = problem.experts ? "auto" : "auto, auto_int8";
   for (const PackedAlgo algo : kPackedAlgos) {
-    if (algo != PackedAlgo::kInt8 || !problem.experts) known += concat(", ", name_of(algo));
+    const bool has_experts = algo != PackedAlgo::kInt8 && algo != PackedAlgo::kFew;
+    if (has_experts || !problem.experts) known += concat(", ", name_of(algo));
     if (name != name_of(algo) && !(may_round && algo == PackedAlgo::kInt8)) continue;
     const char* obstacle = packed_obstacle(algo, problem);
     check_implemented(obstacle == nullptr, "algo: ", name,
@@ -45,6 +47,7 @@ cudaError_t launch_gemm_packed(const PackedJob& job, cudaStream_t stream) {
       *job.launched = false;
       return cudaSuccess;
     }
+    case PackedAlgo::kFew: return launch_few_packed(job.args, stream);
     case PackedAlgo::kMma: return launch_mma_packed(job.args, stream);
     case PackedAlgo::kWgmma: return launch_wgmma_and_finish(job.args, stream);
     case PackedAlgo::kInt8: break;  // wants memory
