@@ -28,6 +28,7 @@ __all__ = [
     "gemm_fp32",
     "gemm_packed",
     "gemm_packed_gated",
+    "gemm_packed_pair",
     "invert_vocabulary_map",
     "moe_gemm",
     "pack",
@@ -184,7 +185,7 @@ _autocast_rules = torch.library.Library("quantgemm", "FRAGMENT")  # type: ignore
 
 # Arguments that `torch.autocast` casts, of the ops that it has a rule for.
 _CAST = {"x", "bias", "residual", "norm_weight"}
-_IN_AUTOCAST = ("gemm", "gemm_packed", "gemm_packed_gated", "moe_gemm")
+_IN_AUTOCAST = ("gemm", "gemm_packed", "gemm_packed_gated", "gemm_packed_pair", "moe_gemm")
 
 
 def _register_autocast(device_type: str, key: str) -> None:
@@ -356,6 +357,49 @@ def _rms_norm_backward(
 torch.library.register_autograd(
     "quantgemm::gemm_packed", _gemm_packed_backward, setup_context=_save_packed
 )
+
+
+def gemm_packed_pair(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    qtype: int,
+    n: int,
+    other: torch.Tensor,
+    other_qtype: int,
+    other_n: int,
+    k: int,
+    algo: str = "auto",
+    ahead: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``x · wᵀ`` and ``x · otherᵀ``, the same bits as of two calls of `gemm_packed`.
+
+    Weights of two types that share x, as q and v of a mixed file: one launch with ``gemv``, up to
+    eight tokens of float16 or bfloat16 and the types Q4_K and Q6_K, Q5_K and Q6_K, Q4_K and Q5_K,
+    either first; else two. (Of one type, `gemm_packed` with their strips joined is one launch.) No
+    gradients. ahead, when weights are first read, and `torch.autocast`: as for `gemm_packed`.
+    """
+    _without_gradients("gemm_packed_pair", x)
+    if ahead is None:
+        ahead = following(packed)
+    return torch.ops.quantgemm.gemm_packed_pair(  # type: ignore[no-any-return]
+        x, packed, int(qtype), n, other, int(other_qtype), other_n, k, algo, ahead
+    )
+
+
+@register_fake("quantgemm::gemm_packed_pair")
+def _(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    qtype: int,
+    n: int,
+    other: torch.Tensor,
+    other_qtype: int,
+    other_n: int,
+    k: int,
+    algo: str = "auto",
+    ahead: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return x.new_empty([*x.shape[:-1], n]), x.new_empty([*x.shape[:-1], other_n])
 
 
 def gemm_packed_gated(

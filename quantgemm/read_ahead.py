@@ -39,12 +39,15 @@ class ReadAhead:
         _ACTIVE.reset(self._tokens.pop())
 
     def follow(self, packed: torch.Tensor) -> torch.Tensor | None:
-        """Notes that `packed` is read now. What was read behind it the last time."""
+        """Notes that `packed` is read now. What came behind it before, if it may be a hint."""
         at = packed.data_ptr()
         if self._last is not None:
             self._behind[self._last] = packed
         self._last = at
-        return self._behind.get(at)
+        hint = self._behind.get(at)
+        if hint is None or hint.device != packed.device:
+            return None
+        return hint if hint.is_contiguous() and hint.data_ptr() % 16 == 0 else None
 
 
 def following(packed: torch.Tensor) -> torch.Tensor | None:

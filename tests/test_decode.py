@@ -15,6 +15,8 @@ pytest.importorskip("transformers", reason="transformers is not installed")
 pytest.importorskip("gguf", reason="PyPI gguf, which knows the names, is not installed")
 
 from tiny_models import make
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity
 
 from quantgemm import QuantLinear, ops, replace_linear
 from quantgemm.models import compile_decode
@@ -282,7 +284,7 @@ def test_queries_keys_and_values_are_one_product(device: str) -> None:
     plain.model.layers[1].self_attn.v_proj = copy.deepcopy(attention.v_proj)
     layers = model.config.num_hidden_layers
     rows = {name: x.clone() for name, x in model.state_dict().items()}
-    assert fuse_steps(model).heads == 3 * layers - 1  # another type alone
+    assert fuse_steps(model).heads == 3 * layers  # one of another type among them
     for name, x in model.state_dict().items():
         assert torch.equal(x, rows[name]), name
     x = torch.randn(2, 3, model.config.hidden_size, device=device).half()
@@ -436,6 +438,12 @@ def test_sums_inside_of_products(dtype: torch.dtype, device: str) -> None:
         logits += [model(prompts(device, 1, 3), use_cache=False).logits]
         assert len(seen) == 1 and torch.allclose(*logits, atol=0.05 * float(logits[0].abs().max()))
 
+        if device == "cpu":
+            compiled = torch.compile(lambda x: residual + down(x), backend="eager")
+            assert torch.equal(compiled(x), residual + product)
+        y = down(x)
+        with torch.autocast(device, torch.float16 if dtype == torch.bfloat16 else torch.bfloat16):
+            assert type(down(x)) is torch.Tensor and torch.equal(y.clone(), product)
         y = down(x)
         x.add_(1)
         with pytest.raises(RuntimeError, match="x of a product was written to before its output"):
@@ -451,7 +459,9 @@ def test_launches_of_a_recorded_step() -> None:
     """A sum inside of a product is no launch."""
     model = packed(tiny("cuda"))
     fuse_steps(model)
-    products = [m for m in model.modules() if type(m.__dict__.get("forward")).__name__ == "_Summand"]
+    products = [
+        m for m in model.modules() if type(m.__dict__.get("forward")).__name__ == "_Summand"
+    ]
     counts = []
     for fused in (True, False):
         if not fused:
@@ -460,10 +470,12 @@ def test_launches_of_a_recorded_step() -> None:
         decoder = compile_decode(model, 64, batch_sizes=(1,))
         decoder.read(prompts("cuda"))
         token = torch.ones(1, dtype=torch.int64, device="cuda")
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found:
-            decoder.step(token)
-            torch.cuda.synchronize()
-        counts.append(sum(event.count for event in found.key_averages()))
+        for _ in range(2):  # a process's first one may have more in it
+            with torch.profiler.profile(activities=[ProfilerActivity.CUDA]) as found:
+                decoder.step(token)
+                torch.cuda.synchronize()
+        counts.append(sum(event.device_type == DeviceType.CUDA for event in found.events()))
+    assert len(products) == 2 * model.config.num_hidden_layers
     assert counts[1] - counts[0] == 2 * model.config.num_hidden_layers
 
 
@@ -477,7 +489,10 @@ def test_products_know_what_is_read_next(device: str, monkeypatch: pytest.Monkey
         return hints[-1][1]
 
     monkeypatch.setattr(ReadAhead, "follow", follow)
-    weights = [ops.pack(ops.quantize(torch.randn(n, 256, device=device), Q4_0), Q4_0) for n in (64, 128, 192)]
+    weights = [
+        ops.pack(ops.quantize(torch.randn(n, 256, device=device), Q4_0), Q4_0)
+        for n in (64, 128, 192)
+    ]
     x = torch.randn(1, 256, device=device).bfloat16()
 
     def step() -> list[torch.Tensor]:
@@ -499,10 +514,16 @@ def test_products_know_what_is_read_next(device: str, monkeypatch: pytest.Monkey
     step()
     assert len(hints) == 6
 
-    with pytest.raises(TypeError, match="ahead: expected uint8, got torch.float32"):
+    with pytest.raises(TypeError, match=r"ahead: expected uint8, got torch\.float32"):
         ops.gemm_packed(x, weights[0], Q4_0, 64, 256, ahead=torch.zeros(16, device=device))
     with pytest.raises(ValueError, match="ahead: expected packed weights, contiguous"):
         ops.gemm_packed(x, weights[0], Q4_0, 64, 256, ahead=weights[1].t())
+    strided, misaligned = weights[1].t().contiguous().t(), weights[1].view(-1)[1:]
+    for odd in (strided, misaligned):  # products may be given such weights, hints may not
+        fresh = ReadAhead()
+        fresh.follow(weights[0])
+        fresh.follow(odd)
+        assert fresh.follow(weights[0]) is None and fresh.follow(odd) is weights[0]
     for count in (0, 16, 2100):  # less than a block's part, and parts that are no multiple of 16
         few = torch.zeros(count, dtype=torch.uint8, device=device)
         assert torch.equal(ops.gemm_packed(x, weights[0], Q4_0, 64, 256, ahead=few), want[0])

@@ -536,7 +536,7 @@ def test_a_portion_around_a_ring_of_many_pages(form: str, device: str) -> None:
                 to[b, :, :n] = x[b, :, at[b] : at[b] + n]
             at[b] += n
         counts = torch.tensor(portion, device=device)
-        cache.append(0, *new, counts)
+        cache.append(0, new[0], new[1], counts)
         cache.advance(max(portion), counts)
     assert at == [2700, 2700]
     assert_same(cache.key_pages, whole.key_pages)

@@ -5,6 +5,7 @@ exact inverse for any bytes, and products against float64 with torch's own error
 from __future__ import annotations
 
 import itertools
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from conftest import BLOCK_FORMATS, DEVICES, assert_same, random_blocks
 from test_gemm import assert_near, random_weights, random_x
 
 from quantgemm import _C, explain_gemm, ops
-from quantgemm.formats import FORMATS, Format, QType, format_by_id
+from quantgemm.formats import FORMATS, Format, QType, format_by_id, format_by_name
 
 PACKED = [FORMATS[row["type_id"]] for row in _C.format_table() if row["can_pack"]]
 NAMES = """Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K Q6_K IQ4_NL IQ4_XS MXFP4 NVFP4 TQ2_0 Q2_0"""
@@ -346,6 +347,74 @@ def test_few_tokens(fmt: Format) -> None:
         for first, m in ((0, 70), (0, 1), (3, 9), (1, 16), (20, 17), (5, 32), (7, 33)):
             rows = slice(first, first + m)
             assert torch.equal(ops.gemm_packed(x[rows], *args), whole[rows])
+        if dtype == torch.float16:  # products of random weights leave its range
+            continue
+        residual = random_x(70, n, dtype=dtype, device="cuda")
+        up = ops.pack(random_weights(fmt, n, k, "cuda", seed=1)[0], fmt.type_id)
+        sizes_of = fmt.type_id, n, k
+        close = {"rtol": 4 * torch.finfo(dtype).eps, "atol": 0.01 * float(whole.float().std())}
+        got = ops.gemm_packed(x, *args, residual).float()
+        torch.testing.assert_close(got, whole.float() + residual.float(), **close)
+        got, want = (
+            ops.gemm_packed_gated(x[:13], packed, up, *sizes_of, algo).float()
+            for algo in ("few", "gemv")
+        )
+        close["atol"] = 0.01 * float(want.std())
+        torch.testing.assert_close(got, want, **close)
+
+
+PAIRS = [("Q4_K", "Q6_K"), ("Q5_K", "Q6_K"), ("Q4_K", "Q5_K")]  # of one launch
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("names", [*PAIRS, ("Q6_K", "Q4_K"), ("Q8_0", "Q6_K"), ("Q4_K", "Q4_K")])
+def test_two_weights_of_one_x(names: tuple[str, str], device: str) -> None:
+    """In one launch or two: what each has alone."""
+    one, other = (format_by_name(name) for name in names)
+    dtypes = (torch.float16, torch.bfloat16, torch.float32)
+    sizes = [(64, 64, 256), (320, 40, 1024), (16, 1000, 4096), (1000, 16, 512), (5120, 1024, 4096)]
+    for (n, other_n, k), dtype in itertools.product(sizes[: 4 if device == "cpu" else 5], dtypes):
+        packed = ops.pack(random_weights(one, n, k, device)[0], one.type_id)
+        others = ops.pack(random_weights(other, other_n, k, device)[0], other.type_id)
+        for m in (1, 2, 8, 9) if n < 1000 else (1, 5):
+            x = random_x(m, k, dtype=dtype, device=device)
+            x[-1, 0] = torch.inf if m == 2 else x[-1, 0]
+            got = ops.gemm_packed_pair(x, packed, one.type_id, n, others, other.type_id, other_n, k)
+            assert_same_bits(got[0], ops.gemm_packed(x, packed, one.type_id, n, k))
+            assert_same_bits(got[1], ops.gemm_packed(x, others, other.type_id, other_n, k))
+            turned = x.t().contiguous().t()  # x and weights that are copied first
+            strided = torch.stack([others, others], -1)[..., 0]
+            same = ops.gemm_packed_pair(
+                turned, packed, one.type_id, n, strided, other.type_id, other_n, k
+            )
+            for a, b in zip(got, same, strict=True):
+                assert_same_bits(a, b)
+    empty = ops.gemm_packed_pair(x[:0], packed, one.type_id, n, others, other.type_id, other_n, k)
+    assert [y.shape for y in empty] == [(0, n), (0, other_n)]
+    with pytest.raises(ValueError, match="other: expected"):
+        ops.gemm_packed_pair(x, packed, one.type_id, n, others[:-1], other.type_id, other_n, k)
+    with pytest.raises(NotImplementedError, match="gemm_packed_pair has no gradient"):
+        leaf = x.clone().requires_grad_()
+        ops.gemm_packed_pair(leaf, packed, one.type_id, n, others, other.type_id, other_n, k)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("names", PAIRS)
+def test_one_launch_of_two_weights(names: tuple[str, str]) -> None:
+    one, other = (format_by_name(name) for name in names)
+    packed = ops.pack(random_weights(one, 320, 1024, "cuda")[0], one.type_id)
+    others = ops.pack(random_weights(other, 64, 1024, "cuda")[0], other.type_id)
+    for m, launches in ((1, 1), (8, 1), (9, 2)):
+        x = random_x(m, 1024, dtype=torch.bfloat16, device="cuda")
+        call = partial(
+            ops.gemm_packed_pair, x, packed, one.type_id, 320, others, other.type_id, 64, 1024
+        )
+        call()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found:
+            call()
+            torch.cuda.synchronize()
+        kernels = [e for e in found.key_averages() if e.key.startswith("void quantgemm")]
+        assert sum(e.count for e in kernels) == launches, [e.key for e in kernels]
 
 
 @pytest.mark.cuda

@@ -103,6 +103,10 @@ def product_cases(device: str) -> dict[str, tuple[Callable, tuple]]:
                 *(weights[0].half(), 1e-5),
             ),
         ),
+        "gemm_packed_pair": (
+            Q.gemm_packed_pair.default,
+            (x[0].half(), packed, int(QType.Q4_K), 9, other, int(QType.Q4_K), 9, 512),
+        ),
         "gemm_packed_gated": (
             Q.gemm_packed_gated.default,
             (x[0].half(), packed, other, int(QType.Q4_K), 9, 512, "auto"),

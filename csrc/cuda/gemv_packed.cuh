@@ -63,7 +63,7 @@ struct Turn {
 // What the last warp does: asks for stages when there is room for them.
 template <PackableFormat F, class P, class StripAt>
 __device__ __forceinline__ void fill(const Shared<P>& shared, const Split& split, int strips, Turn& turn,
-                                     const StripAt& strip_at, bool let_next) {
+                                     const StripAt& strip_at) {
   using B = Batch<F>;
   const int place = threadIdx.x % 32, panel_batches = split.panel_tiles / B::kTiles;
   const int units = strips * ((split.tiles + B::kTiles - 1) / B::kTiles);
@@ -72,7 +72,6 @@ __device__ __forceinline__ void fill(const Shared<P>& shared, const Split& split
   for (int stage = 0; stage < units; stage += P::kWarps) {
     const uint32_t full = shared_address(shared.full + turn.at);
     mbarrier_wait(shared_address(shared.empty + turn.at), turn.parity ^ 1);
-    if (let_next && stage == split.ring * P::kWarps) let_next_kernel_start();
     const bool some = place < P::kWarps && !to.at_end(split), asks = some && (place == 0 || to.batch == 0);
     const int before = to.panel - to.first;  // panels
     const Run<F> run(strip_at(to.strip), split.tiles, to.panel * panel_batches + to.batch,
@@ -88,7 +87,10 @@ __device__ __forceinline__ void fill(const Shared<P>& shared, const Split& split
         mbarrier_arrive_expecting(full, static_cast<uint32_t>(asks ? run.bytes() : 0));
     }
     run.copy(asks, target, full);
-    if constexpr (!kCopyEngine) mbarrier_arrive_after_copies(full);
+    if constexpr (!kCopyEngine) {
+      __threadfence_block();  // notes and cleared heads, which are no copies
+      mbarrier_arrive_after_copies(full);
+    }
     to.next(split, strips);
     turn.next(split.ring);
   }
@@ -111,22 +113,21 @@ __device__ __forceinline__ float add_sums(float total, const float* sums, const 
   return total;
 }
 
-template <PackableFormat F, class X, int Tokens>
-__global__ void __launch_bounds__(Plan<F, X, Tokens>::kAllThreads, 1)
-    gemv_kernel(const __grid_constant__ GemmPackedArgs args, const __grid_constant__ Split split) {
+// What block number `block` of a product does.
+template <PackableFormat F, class X, int Tokens, bool Experts>
+__device__ __forceinline__ void multiply_strips(const GemmPackedArgs& args, const Split& split, int block,
+                                                typename Norm<X, Tokens>::Memory& norm_memory) {
   using P = Plan<F, X, Tokens>;
   using B = typename P::B;
   using L = PackedLayout<F>;
   constexpr float kBias = Fragment<F, X>::kBias;
   extern __shared__ uint4 memory[];
-  __shared__ typename Norm<X, Tokens>::Memory norm_memory;
   const Norm<X, Tokens> norm{static_cast<const X*>(args.norm_weight), args.norm_eps, norm_memory};
   const int lane = threadIdx.x % 32, warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
   const auto strip_bytes = static_cast<uint32_t>(L::strip_bytes(args.k));
   const X* const x = static_cast<const X*>(args.x);
-  const bool routed = Tokens > 1 && args.routes.ids != nullptr;
+  const bool routed = Experts && args.routes.ids != nullptr;
   Pieces& pieces = *reinterpret_cast<Pieces*>(reinterpret_cast<uint8_t*>(memory) + split.pieces_at);
-  const int block = static_cast<int>(blockIdx.x);
   int first_strip = split.each * block + min(block, split.more), strips = split.each + (block < split.more);
   const int gated = args.up_at != 0;
   bytes_ptr w = args.packed;
@@ -165,7 +166,7 @@ __global__ void __launch_bounds__(Plan<F, X, Tokens>::kAllThreads, 1)
 #pragma unroll 1
     while (!routed || pieces.strips > 0) {
       start();
-      fill<F>(shared, split, strips, turn, strip_at, !routed);
+      fill<F>(shared, split, strips, turn, strip_at);
       if (!routed) return read_ahead(args.ahead, args.ahead_bytes);
       pieces.next(split);
     }
@@ -273,6 +274,13 @@ __global__ void __launch_bounds__(Plan<F, X, Tokens>::kAllThreads, 1)
         clear_row(static_cast<X*>(args.y) + slot * args.n, args.n, threadIdx.x, P::kThreads);
 }
 
+template <PackableFormat F, class X, int Tokens>
+__global__ void __launch_bounds__(Plan<F, X, Tokens>::kAllThreads, 1)
+    gemv_kernel(const __grid_constant__ GemmPackedArgs args, const __grid_constant__ Split split) {
+  __shared__ typename Norm<X, Tokens>::Memory norm_memory;
+  multiply_strips<F, X, Tokens, (Tokens > 1)>(args, split, static_cast<int>(blockIdx.x), norm_memory);
+}
+
 // How a product is divided: panels as eight tokens need them. No panels that fit: false.
 template <class P>
 bool plan(Split& split, int strips, int limit) {
@@ -291,11 +299,17 @@ bool plan(Split& split, int strips, int limit) {
   return false;
 }
 
-// args.m up to Tokens.
-template <PackableFormat F, class X, int Tokens>
-cudaError_t launch(const GemmPackedArgs& args, const Device& device, cudaStream_t stream) {
-  using P = Plan<F, X, Tokens>;
+struct Division {
   Split split{};
+  int blocks = 0, bytes = 0;  // 0: there is no room for the panels; shared memory of a block
+};
+
+// Among so many multiprocessors.
+template <PackableFormat F, class X, int Tokens>
+Division divide(const GemmPackedArgs& args, const Device& device, int multiprocessors) {
+  using P = Plan<F, X, Tokens>;
+  Division made;
+  auto& [split, blocks, bytes] = made;
   split.strips = static_cast<int>((args.n + kStripRows - 1) / kStripRows);
   split.tiles = static_cast<int>(P::B::L::tiles(args.k));
   const bool routed = args.routes.ids != nullptr;
@@ -304,16 +318,16 @@ cudaError_t launch(const GemmPackedArgs& args, const Device& device, cudaStream_
   const int pieces_bytes = routed ? static_cast<int>(sizeof(Pieces)) : 0, gated = args.up_at != 0;
   const int limit = device.shared_per_block - kReservedShared - pieces_bytes -
                     static_cast<int>(sizeof(typename Norm<X, P::kPlannedTokens>::Memory));
-  int blocks = 0, strips = 0;
+  int strips = 0;
   for (int most = P::kMostStrips >> gated; blocks == 0 && most > 0; most /= 2) {
-    int some = split.strips < device.multiprocessors && !routed ? split.strips : device.multiprocessors;
-    while (!routed && (split.strips + some - 1) / some > most) some += device.multiprocessors;
+    int some = split.strips < multiprocessors && !routed ? split.strips : multiprocessors;
+    while (!routed && (split.strips + some - 1) / some > most) some += multiprocessors;
     split.most_strips = most;
     strips = (routed ? most : (split.strips + some - 1) / some) << gated;
     split.round = strips < P::kFewestRound ? strips : P::kFewestRound;
     if (plan<P>(split, strips, limit)) blocks = some;
   }
-  if (blocks == 0) return cudaErrorNotSupported;
+  if (blocks == 0) return made;
   split.each = split.strips / blocks, split.more = split.strips % blocks;
   const bool long_work = int64_t{split.each} * P::B::L::strip_bytes(args.k) << gated >= P::kLongWork;
   split.ring = long_work ? P::kDeepRing : P::kRing;
@@ -322,16 +336,30 @@ cudaError_t launch(const GemmPackedArgs& args, const Device& device, cudaStream_
   const int64_t round = split.round + (room < 0 || each == 0 ? 0 : room / each / 2 * 2);
   split.round = round < strips ? static_cast<int>(round) : strips;
   split.pieces_at = static_cast<int>((Shared<P>::bytes(split, strips) + 15) / 16 * 16);
-  const int bytes = split.pieces_at + pieces_bytes;
+  bytes = split.pieces_at + pieces_bytes;
+  return made;
+}
 
+template <class Kernel>
+cudaError_t give_shared_memory(Kernel kernel, int bytes) {
+  const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  return status != cudaSuccess
+             ? status
+             : cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, 100);
+}
+
+// args.m up to Tokens.
+template <PackableFormat F, class X, int Tokens>
+cudaError_t launch(const GemmPackedArgs& args, const Device& device, cudaStream_t stream) {
+  const auto [split, blocks, bytes] = divide<F, X, Tokens>(args, device, device.multiprocessors);
+  if (blocks == 0) return cudaErrorNotSupported;
   const auto kernel = gemv_kernel<F, X, Tokens>;
-  cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  if (status == cudaSuccess)
-    status = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, 100);
+  const cudaError_t status = give_shared_memory(kernel, bytes);
   if (status != cudaSuccess) return status;
   // The first weights are on their way while the launch before this one ends; the kernel waits for that
   // launch before it reads x or writes y.
-  const DependentLaunch launch(static_cast<unsigned>(blocks), P::kAllThreads, device, stream, bytes);
+  const DependentLaunch launch(static_cast<unsigned>(blocks), Plan<F, X, Tokens>::kAllThreads, device, stream,
+                               bytes);
   return cudaLaunchKernelEx(&launch.config, kernel, args, split);
 }
 

@@ -24,8 +24,8 @@ struct Plan {
   using Eight = Plan<F, X, 8>;
   static constexpr int kTokens = Tokens, kPlannedTokens = 8, kMostStrips = 64, kFewestBatches = 4;
   static constexpr int kFewestRound = 2;  // a strip of w and one of up
-  // Warps that multiply; behind them one that asks for weights, whose group of four takes the fewest registers:
-  // what it gives away is what the others get.
+  // Warps that multiply; behind them one that asks for weights, whose group of four takes the fewest
+  // registers: what it gives away is what the others get.
   static constexpr int kWarps = B::kWarps, kThreads = 32 * kWarps, kAllThreads = kThreads + 128;
   static constexpr int kMultiplierRegisters = kWarps == 16 ? 112 : 152;
   static constexpr int kCopierRegisters = kWarps == 16 ? 32 : 56;

@@ -104,8 +104,8 @@ struct Running {
   }
 };
 
-// Where the keys of a row go, if there is truncation; else null. Not only of rows whose own parameters truncate:
-// to look at those first would be a round trip to memory.
+// Where the keys of a row go, if there is truncation; else null. Not only of rows whose own parameters
+// truncate: to look at those first would be a round trip to memory.
 struct RowKeys {
   uint32_t* groups = nullptr;
   uint16_t* lanes = nullptr;

@@ -4,6 +4,8 @@
 //     -> y [..., n] of x's dtype; y = x · wᵀ + bias + residual, sums and bias in float32, y rounded once
 // gemm_packed_gated(x, gate, up, qtype, n, k, algo, norm_weight, norm_eps)
 //     -> silu(x · gateᵀ) · (x · upᵀ), gate and up like packed
+// gemm_packed_pair(x, packed, qtype, n, other, other_qtype, other_n, k, algo)
+//     -> x · wᵀ and x · otherᵀ, in one launch for up to eight tokens and some pairs of types
 // With norm_weight of rms_norm(x, norm_weight, norm_eps) in place of x, the same bits in fewer launches.
 #include "gemm_packed.h"
 
@@ -15,6 +17,7 @@
 #ifdef QG_WITH_CUDA
 #include "../cuda/gemm_packed_few.h"
 #include "../cuda/gemm_packed_int8.h"
+#include "../cuda/gemv_packed_pair.h"
 #endif
 
 namespace quantgemm {
@@ -53,6 +56,14 @@ cudaError_t launch_gemm_packed(const PackedJob& job, cudaStream_t stream) {
     case PackedAlgo::kInt8: break;  // wants memory
   }
   return cudaErrorInvalidValue;
+}
+
+static cudaError_t launch_gemm_packed_pair(const std::pair<GemmPackedArgs, GemmPackedArgs>& jobs,
+                                           cudaStream_t stream) {
+  const cudaError_t status = launch_gemv_pair(jobs.first, jobs.second, stream);
+  if (status != cudaErrorNotSupported) return status;
+  const cudaError_t first = launch_gemv_packed(jobs.first, stream);
+  return first != cudaSuccess ? first : launch_gemv_packed(jobs.second, stream);
 }
 
 static cudaError_t launch_gemm_packed_int8(const std::pair<GemmPackedArgs, uint8_t*>& job,
@@ -153,12 +164,15 @@ struct Product {
   OptTensor up = {}, bias = {}, residual = {}, norm_weight = {};
   double norm_eps = 0;
   OptTensor ahead = {};
+  std::optional<GemmPackedArgs>* waiting = nullptr;  // where `gemv` is not launched but left, if it can be
+  const char* weights_name = "packed";
 };
 
 Tensor product(const Tensor& x, const Product& of) {
-  const auto& [op, packed_weights, qtype, n, k, algo, up, bias, residual, norm_weight, norm_eps, ahead] = of;
+  const auto& [op, packed_weights, qtype, n, k, algo, up, bias, residual, norm_weight, norm_eps, ahead,
+               waiting, weights_name] = of;
   // check
-  const PackedShape shape = check_strips(packed_weights, qtype, n, k, up ? "gate" : "packed");
+  const PackedShape shape = check_strips(packed_weights, qtype, n, k, weights_name);
   if (up) check_strips(*up, qtype, n, k, "up");
   check_device("x", x);
   const Real type = check_real("x", x.scalar_type());
@@ -177,7 +191,7 @@ Tensor product(const Tensor& x, const Product& of) {
     check_value(same, name, ": expected shape ", shape_of(sizes), ", got ", shape_of(t));
   };
   const std::vector<int64_t> sizes = with_last_dim(x, n);
-  same_device(up ? "gate" : "packed", packed_weights);
+  same_device(weights_name, packed_weights);
   if (up) same_device("up", *up);
   if (bias) as_x("bias", *bias, {n});
   if (residual) as_x("residual", *residual, sizes);
@@ -250,6 +264,11 @@ Tensor product(const Tensor& x, const Product& of) {
     QG_RUN_ON_GPU(gemm_packed_int8, rows, job);
     return y;
   }
+  if (x.is_cuda() && waiting != nullptr && chosen == PackedAlgo::kGemv && !is_copy &&
+      rows.const_data_ptr() == x.const_data_ptr()) {
+    *waiting = args;
+    return y;
+  }
   if (x.is_cuda()) {
     bool launched = true;
     [[maybe_unused]] const PackedJob job{chosen, args, norm ? &launched : nullptr};
@@ -274,8 +293,30 @@ Tensor gemm_packed(Tensor x, Tensor packed_weights, int64_t qtype, int64_t n, in
 
 Tensor gemm_packed_gated(Tensor x, Tensor gate, Tensor up, int64_t qtype, int64_t n, int64_t k,
                          std::string algo, OptTensor norm_weight, double norm_eps, OptTensor ahead) {
-  return product(x, {"gemm_packed_gated", gate, qtype, n, k, algo, up, std::nullopt, std::nullopt,
-                     norm_weight, norm_eps, ahead});
+  Product of{"gemm_packed_gated", gate,         qtype,       n,        k,    algo, up,
+             std::nullopt,        std::nullopt, norm_weight, norm_eps, ahead};
+  of.weights_name = "gate";
+  return product(x, of);
+}
+
+std::tuple<Tensor, Tensor> gemm_packed_pair(Tensor x, Tensor packed_weights, int64_t qtype, int64_t n,
+                                            Tensor other, int64_t other_qtype, int64_t other_n, int64_t k,
+                                            std::string algo, OptTensor ahead) {
+  const Tensor rows = x.is_cuda() ? packed(x) : x;  // lives until both are launched
+  std::optional<GemmPackedArgs> one, two;
+  Product first{"gemm_packed_pair", packed_weights, qtype, n, k, algo},
+      second{"gemm_packed_pair", other, other_qtype, other_n, k, algo};
+  first.waiting = &one, second.waiting = &two, first.ahead = second.ahead = ahead;
+  second.weights_name = "other";
+  Tensor y = product(rows, first), z = product(rows, second);
+  if (one && two) {
+    [[maybe_unused]] const std::pair job{*one, *two};
+    QG_RUN_ON_GPU(gemm_packed_pair, rows, job);
+  } else if (one || two) {
+    [[maybe_unused]] const PackedJob job{PackedAlgo::kGemv, one ? *one : *two};
+    QG_RUN_ON_GPU(gemm_packed, rows, job);
+  }
+  return {y, z};
 }
 
 }  // namespace quantgemm

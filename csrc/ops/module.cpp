@@ -20,6 +20,10 @@ STABLE_TORCH_LIBRARY(quantgemm, m) {
       "gemm_packed_gated(Tensor x, Tensor gate, Tensor up, int qtype, int n, int k, str algo='auto', "
       "Tensor? norm_weight=None, float norm_eps=0, Tensor? ahead=None) -> Tensor");
   m.def(
+      "gemm_packed_pair(Tensor x, Tensor packed, int qtype, int n, Tensor other, int other_qtype, int "
+      "other_n, "
+      "int k, str algo='auto', Tensor? ahead=None) -> (Tensor y, Tensor other_y)");
+  m.def(
       "moe_gemm(Tensor x, Tensor packed, int qtype, int n, int k, Tensor expert_ids, Tensor? weights=None, "
       "Tensor? bias=None, str algo='auto', Tensor? up=None) -> Tensor");
   m.def("embedding(Tensor ids, Tensor w, int qtype, ScalarType dtype=float) -> Tensor");
@@ -72,6 +76,7 @@ void register_backend(torch::stable::detail::StableLibrary& m) {
   m.impl("unpack", TORCH_BOX(&quantgemm::unpack));
   m.impl("gemm_packed", TORCH_BOX(&quantgemm::gemm_packed));
   m.impl("gemm_packed_gated", TORCH_BOX(&quantgemm::gemm_packed_gated));
+  m.impl("gemm_packed_pair", TORCH_BOX(&quantgemm::gemm_packed_pair));
   m.impl("moe_gemm", TORCH_BOX(&quantgemm::moe_gemm));
   m.impl("embedding", TORCH_BOX(&quantgemm::embedding));
   m.impl("rms_norm", TORCH_BOX(&quantgemm::rms_norm));

@@ -162,8 +162,10 @@ class _Product(torch.Tensor):
 
     @staticmethod
     def make(x: torch.Tensor, of: _Summand) -> _Product:
-        shaped = x.new_empty([*x.shape[:-1], of.layer.out_features])
-        made = shaped.as_subclass(_Product)
+        shape = [*x.shape[:-1], of.layer.out_features]
+        made: _Product = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            _Product, shape, dtype=x.dtype, device=x.device
+        )
         made.x, made.of, made.version, made.numbers = x, of, x._version, None
         return made
 
@@ -178,10 +180,18 @@ class _Product(torch.Tensor):
         if func in _ASKS_ONLY:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
-        if func in _ADDS and not kwargs:
+        if func in _ADDS and len(args) == 2 and not kwargs:
             product, other = args if isinstance(args[0], cls) else args[::-1]
             if product.can_add(other):
                 return product.compute(other)
+        args, kwargs = pytree.tree_map_only(cls, cls.compute, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """For C++ that was handed one: it has no memory of its own."""
         args, kwargs = pytree.tree_map_only(cls, cls.compute, (args, kwargs or {}))
         return func(*args, **kwargs)
 
@@ -194,8 +204,10 @@ class _Product(torch.Tensor):
         if self.numbers is not None:
             return self.numbers
         if self.x._version != self.version:
-            raise RuntimeError("fuse_steps: x of a product was written to before its output was used")
-        with torch.no_grad():
+            raise RuntimeError(
+                "fuse_steps: x of a product was written to before its output was used"
+            )
+        with torch.no_grad(), torch.autocast(self.x.device.type, enabled=False):
             y = self.of.compute(self.x, residual)
         if residual is None:
             self.numbers = y
@@ -218,6 +230,8 @@ class _Summand:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         cols = self.layer.in_features
+        if torch.compiler.is_compiling():
+            return QuantLinear.forward(self.layer, x)
         few = type(x) is torch.Tensor and x.shape[-1:] == (cols,) and x.numel() <= FEW_ROWS * cols
         if few and _is_plain(x) and _is_bare(self.layer):
             return _Product.make(x, self)
@@ -238,9 +252,10 @@ def _fuse_sums(layer: torch.nn.Module) -> int:
     count = 0
     for half, name in (("self_attn", "o_proj"), ("mlp", "down_proj")):
         product = getattr(getattr(layer, half, None), name, None)
-        is_new = isinstance(product, QuantLinear) and "forward" not in product.__dict__
-        if is_new and _is_bare(product):
-            product.forward = _Summand(product)
+        if not isinstance(product, QuantLinear) or not _is_bare(product):
+            continue
+        if "forward" not in product.__dict__:
+            product.forward = _Summand(product)  # type: ignore[method-assign]
             count += 1
     return count
 
@@ -261,7 +276,9 @@ def _is_gated(module: torch.nn.Module) -> bool:
 def _is_bare(layer: QuantLinear) -> bool:
     """Whether its forward is the product with packed weights and nothing else."""
     own = layer.__dict__.get("forward")
-    replaced = type(layer) is not QuantLinear or not (own is None or isinstance(own, (_Part, _Summand)))
+    replaced = type(layer) is not QuantLinear or not (
+        own is None or isinstance(own, (_Part, _Summand))
+    )
     hooked = bool(layer._forward_hooks or layer._forward_pre_hooks)
     return layer.is_packed and layer.bias is None and not replaced and not hooked
 
@@ -273,13 +290,18 @@ def _fused_gate(module: torch.nn.Module) -> _FusedGate | None:
 
 @dataclass(eq=False)
 class _Together:
-    """Layers that are given the same x in turn: the first computes for all, in one product."""
+    """Layers that are given the same x in turn: the first computes for all, in one product.
+
+    layers: of one type, their bytes one behind the other; other: one of another type, whose product
+    is part of the same launch where there is such a kernel.
+    """
 
     layers: list[QuantLinear]
+    other: QuantLinear | None = None
     seen: tuple[torch.Tensor, int, tuple[torch.Tensor, ...]] | None = None  # x, its version, y
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"layers": self.layers, "seen": None}
+        return {"layers": self.layers, "other": self.other, "seen": None}
 
     def serves(self) -> bool:
         """Whether the bytes still lie one behind the other, as `_fuse_heads` has put them."""
@@ -291,17 +313,25 @@ class _Together:
             if not inside or not alike or not _is_bare(layer):
                 return False
             at += weight.numel()
-        return True
+        first, other = self.layers[0], self.other
+        return other is None or (_is_bare(other) and other.packed_algo == first.packed_algo)
 
     def compute(self, x: torch.Tensor) -> torch.Tensor:
         first, rows = self.layers[0], [layer.out_features for layer in self.layers]
-        for layer in self.layers:
+        other = self.other
+        for layer in [*self.layers, *([] if other is None else [other])]:
             layer._check_type()
         strips = sum(len(layer.weight) for layer in self.layers)
         weights = first.weight.as_strided((strips, first.weight.shape[1]), first.weight.stride())
         sizes = sum(rows), first.in_features
-        y = ops.gemm_packed(x, weights, first.qtype, *sizes, algo=first.packed_algo)
-        parts = torch.split(y, rows, -1)
+        more: list[torch.Tensor] = []
+        if other is None:
+            y = ops.gemm_packed(x, weights, first.qtype, *sizes, algo=first.packed_algo)
+        else:
+            own = weights, first.qtype, sizes[0]
+            its = other.weight, other.qtype, other.out_features
+            y, *more = ops.gemm_packed_pair(x, *own, *its, sizes[1], first.packed_algo)
+        parts = (*torch.split(y, rows, -1), *more)
         self.seen = x, x._version, parts
         return parts[0]
 
@@ -309,7 +339,7 @@ class _Together:
         seen = self.seen
         if seen is None or seen[0] is not x or seen[1] != x._version:
             return None
-        if index == len(self.layers) - 1:
+        if index == len(seen[2]) - 1:
             self.seen = None
         return seen[2][index]
 
@@ -328,7 +358,8 @@ class _Part:
                 return together.compute(x)
             if self.index > 0 and (y := together.take(x, self.index)) is not None:
                 return y
-        return QuantLinear.forward(together.layers[self.index], x)
+        own = [*together.layers, together.other][self.index]
+        return QuantLinear.forward(own, x)  # type: ignore[arg-type]
 
 
 def _is_plain(x: torch.Tensor) -> bool:
@@ -338,7 +369,7 @@ def _is_plain(x: torch.Tensor) -> bool:
 
 
 def _fuse_heads(module: torch.nn.Module) -> int:
-    """q with those of k and v that are of its type. How many products became one."""
+    """q with those of k and v that are of its type, and one of another. How many became one."""
     layers = [getattr(module, name, None) for name in ("q_proj", "k_proj", "v_proj")]
     first = layers[0]
     if not isinstance(first, QuantLinear) or not _is_bare(first):
@@ -346,25 +377,37 @@ def _fuse_heads(module: torch.nn.Module) -> int:
     before = first.__dict__.get("forward")
     if before is not None and before.together.serves():
         return 0
-    alike = [
+    same_x = [
         layer
         for layer in layers
         if isinstance(layer, QuantLinear)
         and _is_bare(layer)
-        and (layer.qtype, layer.in_features) == (first.qtype, first.in_features)
-        and layer.out_features % 64 == 0  # a strip of the packed layout
+        and (layer.in_features, layer.packed_algo) == (first.in_features, first.packed_algo)
         and layer.weight.device == first.weight.device
     ]
-    distinct = len({id(layer.weight) for layer in alike}) == len(alike)
-    if len(alike) < 2 or alike[0] is not first or not distinct:
+    alike = [
+        layer
+        for layer in same_x
+        if layer.qtype == first.qtype
+        and layer.out_features % 64 == 0  # a strip of the packed layout
+    ]
+    others = [layer for layer in same_x if layer.qtype != first.qtype]
+    distinct = len({id(layer.weight) for layer in same_x}) == len(same_x)
+    if len(alike) + len(others) < 2 or alike[:1] != [first] or not distinct:
         return 0
-    together, at = _Together(alike), 0
+    # Who is asked last ends it: v, where it is the only one of another type.
+    other = others[0] if len(others) == 1 and others[0] is layers[-1] else None
+    if len(alike) < 2 and other is None:
+        return 0
+    together, at = _Together(alike, other), 0
     weights = torch.cat([layer.weight for layer in alike])
     for index, layer in enumerate(alike):
         layer.weight.data = weights[at : at + len(layer.weight)]
         layer.forward = _Part(together, index)  # type: ignore[method-assign]
         at += len(layer.weight)
-    return len(alike)
+    if other is not None:
+        other.forward = _Part(together, len(alike))  # type: ignore[method-assign]
+    return len(alike) + (other is not None)
 
 
 def _numbers(count: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
