@@ -49,8 +49,9 @@ def compile_decode(
 
     The model attends through quantgemm from now on where it is given such a cache, and its RMS
     norms, gated products, q, k and v, and rotary embeddings are one kernel each where that changes
-    nothing but roundings (`fuse_steps`, which moves the bytes of q, k and v; the rotary embedding
-    for all models of its module, bit for bit). On the CPU there are no graphs, and all else is the
+    nothing but roundings, and what a layer adds to a product is added inside of it (`fuse_steps`,
+    which moves the bytes of q, k and v; the rotary embedding for all models of its module, bit for
+    bit). A recorded product brings the next one's weights nearer (`ReadAhead`). On the CPU there are no graphs, and all else is the
     same. A recorded step reads the weights where they
     are: do not move, pack or replace them afterwards.
     """
