@@ -51,7 +51,7 @@ def compile_decode(
     norms, gated products, q, k and v, and rotary embeddings are one kernel each where that changes
     nothing but roundings, and what a layer adds to a product is added inside of it (`fuse_steps`,
     which moves the bytes of q, k and v; the rotary embedding for all models of its module, bit for
-    bit). A recorded product brings the next one's weights nearer (`ReadAhead`). On the CPU there are
+    bit). A recorded product brings the next weights nearer (`ReadAhead`). On the CPU there are
     no graphs, and all else is the same. A recorded step reads the weights where they are: do not
     move, pack or replace them afterwards.
     """
