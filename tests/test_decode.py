@@ -18,7 +18,7 @@ from tiny_models import make
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity
 
-from quantgemm import QuantLinear, ops, replace_linear
+from quantgemm import QType, QuantLinear, ops, replace_linear
 from quantgemm.models import compile_decode
 from quantgemm.models.fuse import fuse_steps
 from quantgemm.read_ahead import ReadAhead
@@ -26,7 +26,7 @@ from quantgemm.sampling import NgramDraft, SamplingConfig, speculative_generate
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 GREEDY = SamplingConfig(temperature=0)
-Q4_0 = 2
+Q4_0 = QType.Q4_0
 
 
 def tiny(device: str, case: str = "llama", dtype: torch.dtype = torch.bfloat16, **more: Any) -> Any:

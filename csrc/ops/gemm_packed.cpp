@@ -6,6 +6,7 @@
 //     -> silu(x · gateᵀ) · (x · upᵀ), gate and up like packed
 // gemm_packed_pair(x, packed, qtype, n, other, other_qtype, other_n, k, algo)
 //     -> x · wᵀ and x · otherᵀ, in one launch for up to eight tokens and some pairs of types
+// `ahead`, packed weights that a later launch reads, or None, is the last argument of all three: a hint.
 // With norm_weight of rms_norm(x, norm_weight, norm_eps) in place of x, the same bits in fewer launches.
 #include "gemm_packed.h"
 

@@ -393,7 +393,7 @@ def _fuse_heads(module: torch.nn.Module) -> int:
     ]
     others = [layer for layer in same_x if layer.qtype != first.qtype]
     distinct = len({id(layer.weight) for layer in same_x}) == len(same_x)
-    if len(alike) + len(others) < 2 or alike[:1] != [first] or not distinct:
+    if alike[:1] != [first] or not distinct:
         return 0
     # Who is asked last ends it: v, where it is the only one of another type.
     other = others[0] if len(others) == 1 and others[0] is layers[-1] else None
