@@ -152,13 +152,17 @@ inline const char* packed_obstacle(PackedAlgo algo, const PackedProblem& p) {
 }
 // Whether int8 products are faster: weights are rounded anew by each, which fewer tokens do not pay for.
 inline bool many_for_int8(const PackedProblem& p) { return p.m >= 2048 && p.n >= 1024; }
-// Thresholds of m as measured on an H200 (docs/performance.md).
-inline constexpr int64_t kFewTokens = 16;
+// Thresholds as measured on an H200 (docs/performance.md). With gemv every block has x of all tokens on its
+// way through shared memory, which gets slow where x is long; with few a part of it.
+inline bool few_tokens(const PackedProblem& p) {
+  const bool long_x = p.m > 1 && (p.k > 8192 || p.m * p.k > 32768);
+  return p.m <= 16 && (p.m > 8 || long_x);
+}
 inline PackedAlgo select_packed_gemm(const PackedProblem& p, bool may_round = false) {
   if (may_round && many_for_int8(p) && packed_obstacle(PackedAlgo::kInt8, p) == nullptr)
     return PackedAlgo::kInt8;
+  if (few_tokens(p) && packed_obstacle(PackedAlgo::kFew, p) == nullptr) return PackedAlgo::kFew;
   if (p.m <= 8) return PackedAlgo::kGemv;
-  if (p.m <= kFewTokens && packed_obstacle(PackedAlgo::kFew, p) == nullptr) return PackedAlgo::kFew;
   if (packed_obstacle(PackedAlgo::kWgmma, p) == nullptr) return PackedAlgo::kWgmma;
   return PackedAlgo::kMma;
 }

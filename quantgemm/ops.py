@@ -268,7 +268,7 @@ def gemm_packed(
     of it, added too: before y is rounded with ``gemv``, ``few`` and ``mma``, after it, by a launch
     of its own, with ``wgmma``. Weights of one type that share x are one call: ``torch.cat`` of what
     `pack` made of each, where their rows are multiples of 64. algo: ``gemv``
-    (weights are read once per 8 tokens), ``few`` (per 32; float16 and bfloat16 on compute
+    (weights are read once per 8 tokens), ``few`` (per 16; float16 and bfloat16 on compute
     capability 9.0), ``mma`` (per 16 or 32), ``wgmma`` (per 64 to 256; where ``few`` is, weights are
     rounded to x's dtype) or ``auto``; the CPU has ``auto`` alone. A row of y does not depend on the
     batch with ``gemv``, ``few`` and ``mma``; ``wgmma`` divides its work by the number of tokens,
@@ -284,8 +284,8 @@ def gemm_packed(
     same bits. ``gemv`` has it inside for float16 and bfloat16; else it is a launch in front, as the
     norm alone would be (`explain_gemm` says which).
 
-    ahead: packed weights that a later launch reads. ``gemv`` on sm_90 and newer brings the first of
-    them into the L2 while it ends; others do not look at it. `ReadAhead` finds them by itself.
+    ahead: packed weights that a later launch reads. ``gemv`` on sm_90 and newer, and
+    ``few``, bring the first of them into the L2 while they end; others do not look at it. `ReadAhead` finds them by itself.
 
     On sm_90 and newer the kernel starts to read `packed` before the one launched right before it
     has ended. Bytes from `pack` or a memory copy are complete by then; where another kernel of

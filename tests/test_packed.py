@@ -292,6 +292,8 @@ def test_who_has_the_norm_inside() -> None:
 
     assert folds(1) and folds(8) and folds(8, algo="auto_int8") and folds(3, device="sm_80")
     assert not folds(9) and not folds(1, dtype=torch.float32) and not folds(1, device="cpu")
+    long = explain_gemm(2, 64, 16384, "Q4_K", "sm_90", packed=True, dtype=torch.bfloat16)
+    assert long.algo == "few" and not long.folds_norm
     assert not folds(1, packed=False)
     plan = explain_gemm(1, 64, 256, "Q4_K", "sm_90", packed=True)
     assert "norm_weight takes no launch of its own" in str(plan)
@@ -332,11 +334,12 @@ def test_gemv_rows_do_not_depend_on_the_batch(fmt: Format) -> None:
 @pytest.mark.cuda
 @by_name
 def test_few_tokens(fmt: Format) -> None:
-    """Tiles of 16 and 32 tokens, several passes, rows shared by blocks of a cluster or not."""
+    """Tiles of 8 and 16 tokens, several passes, rows shared by blocks of a cluster or not."""
     if "few" not in algos("cuda", torch.bfloat16):
         pytest.skip("few is of compute capability 9.0")
     e = fmt.block_elems
     sizes = [(64, e), (200, 3 * e), (77, 1024 + e), (4096, 4096), (4096 + 40, 2048), (17000, 512)]
+    sizes.append((48, 18944))  # several runs of columns, of which the next comes while one is used
     for (n, k), dtype in itertools.product(sizes, (torch.float16, torch.bfloat16)):
         w, weights = random_weights(fmt, n, k, "cuda")
         packed = ops.pack(w, fmt.type_id)
@@ -344,7 +347,7 @@ def test_few_tokens(fmt: Format) -> None:
         args = packed, fmt.type_id, n, k, None, "few"
         whole = ops.gemm_packed(x, *args)
         assert_accurate(whole, x, weights)
-        for first, m in ((0, 70), (0, 1), (3, 9), (1, 16), (20, 17), (5, 32), (7, 33)):
+        for first, m in ((0, 70), (0, 1), (5, 8), (3, 9), (1, 16), (20, 17), (7, 33)):
             rows = slice(first, first + m)
             assert torch.equal(ops.gemm_packed(x[rows], *args), whole[rows])
         if dtype == torch.float16:  # products of random weights leave its range
@@ -373,7 +376,10 @@ def test_two_weights_of_one_x(names: tuple[str, str], device: str) -> None:
     one, other = (format_by_name(name) for name in names)
     dtypes = (torch.float16, torch.bfloat16, torch.float32)
     sizes = [(64, 64, 256), (320, 40, 1024), (16, 1000, 4096), (1000, 16, 512), (5120, 1024, 4096)]
-    for (n, other_n, k), dtype in itertools.product(sizes[: 4 if device == "cpu" else 5], dtypes):
+    sizes.append(
+        (6144, 1024, 6144)
+    )  # beside the first, the other's blocks want more panels than alone
+    for (n, other_n, k), dtype in itertools.product(sizes[: 4 if device == "cpu" else 6], dtypes):
         packed = ops.pack(random_weights(one, n, k, device)[0], one.type_id)
         others = ops.pack(random_weights(other, other_n, k, device)[0], other.type_id)
         for m in (1, 2, 8, 9) if n < 1000 else (1, 5):

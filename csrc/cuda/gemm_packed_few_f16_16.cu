@@ -2,8 +2,7 @@
 #include "gemm_packed_few.cuh"
 
 namespace quantgemm::packed_few {
-cudaError_t launch_f16_16(const GemmPackedArgs& args, const Schedule& schedule, const Device& device,
-                          cudaStream_t stream) {
-  return launch_type<Half, 16>(args, schedule, device, stream);
+cudaError_t launch_f16_16(const GemmPackedArgs& args, const Device& device, cudaStream_t stream) {
+  return launch_type<Half, 16>(args, device, stream);
 }
 }  // namespace quantgemm::packed_few

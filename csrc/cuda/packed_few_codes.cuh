@@ -37,7 +37,6 @@ struct Codes {
   QG_HD static constexpr uint32_t power(int p) {
     return ((kHalf ? 15 : 127) + p) * (kHalf ? 0x04000400u : 0x00800080u);
   }
-  static constexpr uint32_t kOne = power(-kDown);
   static constexpr uint32_t kZero = twice(-static_cast<float>(kBytes ? 128 : kZeroOf<F>) / (1 << kDown));
 
   static __device__ __forceinline__ void make(const uint32_t* low, const uint32_t* high, int s,
