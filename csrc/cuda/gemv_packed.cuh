@@ -1,117 +1,80 @@
 // SPDX-License-Identifier: MIT
 // y[m, n] = x · wᵀ + bias for up to eight tokens, w packed. Limit: reading the weights. A thread block owns
 // some strips of 16 rows and goes through their batches of 256 columns in order, a stage of kWarps batches at
-// a time, each warp one of them, so that it reads long runs. One warp asks the copy engine for stages, from
-// before the previous kernel ends; the others never count bytes. A warp leaves a sum of each strip in shared
-// memory; a round of strips later the block adds them up. Which warp has which batch of a strip does not
-// depend on the tokens, so rows of y are the same in any batch; panels, runs of columns whose activations fit
-// in shared memory, are those of eight tokens.
+// a time, each warp one of them, so that it reads long runs. For every four warps another asks the copy
+// engine for their batches, from before the previous kernel ends; the four never count bytes. A warp leaves a
+// sum of each strip in shared memory; a round of strips later the block adds them up. Which warp has which
+// batch of a strip does not depend on the tokens, so rows of y are the same in any batch; panels, runs of
+// columns whose activations fit in shared memory, are those of eight tokens.
 #pragma once
-#include "gemv_packed_stage.cuh"
+#include "gemv_packed_walk.cuh"
 #include "launch.h"
 
 namespace quantgemm::packed_gemv {
 
 using packed_gemm::Pieces;
 
-// Batches of 256 columns of a panel.
-template <class P>
-__device__ __forceinline__ int batches_of(const Split& split, int panel) {
-  const int tiles = min(split.tiles - panel * split.panel_tiles, split.panel_tiles);
-  return (tiles + P::B::kTiles - 1) / P::B::kTiles;
+// sync_some, if all of these threads want it.
+template <int Id, int Threads>
+__device__ __forceinline__ void sync_some_if(bool wanted) {
+  asm volatile("{ .reg .pred wanted; setp.ne.b32 wanted, %2, 0; @wanted bar.sync %0, %1; }" ::"n"(Id),
+               "n"(Threads), "r"(static_cast<int>(wanted))
+               : "memory");
 }
 
-// The way of one place of all stages through the batches of a block: round by round of strips, in it panel by
-// panel, strip by strip; a stage has as many batches as there are warps, side by side.
+// Sums of a row of a strip for some tokens.
 template <class P>
-struct Cursor {
-  int first = 0, base = 0;  // where the panels that are staged at a time, and the round, begin
-  int panel = 0, strip = 0, batch, batches;
-
-  __device__ __forceinline__ Cursor(const Split& split, int strips, int place) {
-    batch = place, batches = batches_of<P>(split, 0);
-    settle(split, strips);
-  }
-  __device__ __forceinline__ bool at_end(const Split& split) const { return first >= split.panels; }
-  __device__ __forceinline__ void next(const Split& split, int strips) {
-    batch += P::kWarps;
-    settle(split, strips);
-  }
-  __device__ __forceinline__ void settle(const Split& split, int strips) {
-#pragma unroll 1
-    while (batch >= batches && !at_end(split)) {
-      batch -= batches;
-      if (++strip < min(base + split.round, strips)) continue;
-      if (++panel == min(first + split.staged, split.panels)) {
-        base += split.round;
-        if (base >= strips) base = 0, first += split.staged;
-        panel = first;
-      }
-      strip = base, batches = batches_of<P>(split, panel);
+struct RowSums {
+  float of[P::kEach] = {};
+  __device__ __forceinline__ void load(const float* from) {
+    if constexpr (P::kEach == 2) {
+      const float2 v = *reinterpret_cast<const float2*>(from);
+      of[0] = v.x, of[1] = v.y;
+    } else {
+      of[0] = *from;
     }
   }
-};
-
-// A place in the ring, and the parity of its barriers' phase.
-struct Turn {
-  int at = 0, parity = 0;
-  __device__ __forceinline__ void next(int ring) {
-    if (++at == ring) at = 0, parity ^= 1;
-  }
-};
-
-// What the last warp does: asks for stages when there is room for them.
-template <PackableFormat F, class P, class StripAt>
-__device__ __forceinline__ void fill(const Shared<P>& shared, const Split& split, int strips, Turn& turn,
-                                     const StripAt& strip_at) {
-  using B = Batch<F>;
-  const int place = threadIdx.x % 32, panel_batches = split.panel_tiles / B::kTiles;
-  const int units = strips * ((split.tiles + B::kTiles - 1) / B::kTiles);
-  Cursor<P> to(split, strips, place);
-#pragma unroll 1
-  for (int stage = 0; stage < units; stage += P::kWarps) {
-    const uint32_t full = shared_address(shared.full + turn.at);
-    mbarrier_wait(shared_address(shared.empty + turn.at), turn.parity ^ 1);
-    const bool some = place < P::kWarps && !to.at_end(split), asks = some && (place == 0 || to.batch == 0);
-    const int before = to.panel - to.first;  // panels
-    const Run<F> run(strip_at(to.strip), split.tiles, to.panel * panel_batches + to.batch,
-                     min(P::kWarps - place, to.batches - to.batch), place);
-    const uint32_t target = shared_address(shared.ring + turn.at * B::kStage);
-    run.clear_rest(asks, target);
-    if (place < P::kWarps) {
-      const int row = (before * split.round + to.strip - to.base) * P::kWarps + to.batch % P::kWarps;
-      shared.notes[turn.at * P::kWarps + place] = {before * panel_batches + to.batch,
-                                                   row * split.columns * kStripRows,
-                                                   to.batch + P::kWarps >= to.batches};
-      if constexpr (kCopyEngine)
-        mbarrier_arrive_expecting(full, static_cast<uint32_t>(asks ? run.bytes() : 0));
-    }
-    run.copy(asks, target, full);
-    if constexpr (!kCopyEngine) {
-      __threadfence_block();  // notes and cleared heads, which are no copies
-      mbarrier_arrive_after_copies(full);
-    }
-    to.next(split, strips);
-    turn.next(split.ring);
-  }
-}
-
-// total and what the warps left of a strip of a round: in the order of panels, from `first` on, and of
-// columns.
-template <class P>
-__device__ __forceinline__ float add_sums(float total, const float* sums, const Split& split, int first) {
-  const int count = min(split.panels - first, split.staged), step = split.columns * kStripRows;
-#pragma unroll 1
-  for (int panel = 0; panel < count; ++panel, sums += split.round * P::kWarps * step) {
-    const int batches = batches_of<P>(split, first + panel);
-    float sum = 0;
+  __device__ __forceinline__ void store(float* to) const {
 #pragma unroll
-    for (int w = 0; w < P::kWarps; ++w)  // all loads at once
-      sum += w < batches ? sums[w * step] : 0.0f;
-    total += sum;
+    for (int j = 0; j < P::kEach; ++j) to[j] = of[j];
   }
-  return total;
-}
+  __device__ __forceinline__ void add(const RowSums& other) {
+#pragma unroll
+    for (int j = 0; j < P::kEach; ++j) of[j] += other.of[j];
+  }
+  // What the warps left of a strip of a round: in the order of panels, from `first` on, and of columns.
+  __device__ __forceinline__ void add_warps(const float* sums, const Split& split, int first) {
+    const int end = min(split.panels, first + split.staged);
+#pragma unroll 1
+    for (int panel = first; panel < end; ++panel, sums += split.round * P::kWarps * P::kStripSums) {
+      RowSums some, next;
+      if (split.whole_stages) {
+#pragma unroll
+        for (int w = 0; w < P::kWarps; ++w)  // all loads at once
+          next.load(sums + w * P::kStripSums), some.add(next);
+      } else {
+        const int count = min(batches_of<P>(split, panel), P::kWarps);
+#pragma unroll 1
+        for (int w = 0; w < count; ++w) next.load(sums + w * P::kStripSums), some.add(next);
+      }
+      add(some);
+    }
+  }
+};
+
+// A row of y and some tokens, and what is added to their sums.
+template <class P, class X>
+struct Line {
+  int count = 0;  // tokens from the first on that there are; those beyond kEach are others' as well
+  int strip = 0, output = 0;
+  X bias{kMinusZero}, residual[P::kEach];
+
+  static constexpr uint16_t kMinusZero = 0x8000;  // which changes no sum
+  __device__ __forceinline__ Line() {
+#pragma unroll
+    for (X& r : residual) r.bits = kMinusZero;
+  }
+};
 
 // What block number `block` of a product does.
 template <PackableFormat F, class X, int Tokens, bool Experts>
@@ -121,10 +84,11 @@ __device__ __forceinline__ void multiply_strips(const GemmPackedArgs& args, cons
   using B = typename P::B;
   using L = PackedLayout<F>;
   constexpr float kBias = Fragment<F, X>::kBias;
+  constexpr int kLines = P::kStripSums / P::kEach;  // threads that a strip's sums want
   extern __shared__ uint4 memory[];
   const Norm<X, Tokens> norm{static_cast<const X*>(args.norm_weight), args.norm_eps, norm_memory};
   const int lane = threadIdx.x % 32, warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
-  const auto strip_bytes = static_cast<uint32_t>(L::strip_bytes(args.k));
+  const auto strip_bytes = static_cast<uint32_t>(split.strip_bytes);
   const X* const x = static_cast<const X*>(args.x);
   const bool routed = Experts && args.routes.ids != nullptr;
   Pieces& pieces = *reinterpret_cast<Pieces*>(reinterpret_cast<uint8_t*>(memory) + split.pieces_at);
@@ -137,13 +101,8 @@ __device__ __forceinline__ void multiply_strips(const GemmPackedArgs& args, cons
     pieces.begin(args.routes, split);
   }
   const Shared<P> shared(memory, split);
-  if (threadIdx.x < split.ring) {
-    mbarrier_init(shared_address(shared.full + threadIdx.x), kCopyEngine ? P::kWarps : 32);
-    mbarrier_init(shared_address(shared.empty + threadIdx.x), P::kWarps);
-    publish_barriers();
-  }
-  __syncthreads();
-  const uint32_t full = shared_address(shared.full), empty = shared_address(shared.empty);
+  const int quarter = warp < P::kWarps ? warp / 4 : warp - P::kWarps;
+  const uint32_t full = shared_address(shared.full + quarter), empty = shared_address(shared.empty + quarter);
   Turn turn;
   const auto start = [&] {  // a piece
     if (routed) {
@@ -160,101 +119,141 @@ __device__ __forceinline__ void multiply_strips(const GemmPackedArgs& args, cons
   const auto row_of_x = [&](int token) {
     return int64_t{routed ? pieces.slots[token] / args.routes.slots_per_row : token};
   };
+  const auto row_of_y = [&](int token) { return int64_t{routed ? pieces.slots[token] : token}; };
   if (warp >= P::kWarps) {
     shrink_registers<P::kCopierRegisters>();
-    if (warp > P::kWarps) return;
+    if (warp >= P::kWarps + P::kQuarters) return;
+    if (routed) meet_makers<P>();
 #pragma unroll 1
     while (!routed || pieces.strips > 0) {
       start();
-      fill<F>(shared, split, strips, turn, strip_at);
-      if (!routed) return read_ahead(args.ahead, args.ahead_bytes);
+      fill<F>(shared, split, strips, quarter, turn, strip_at, !routed);
+      if (!routed && quarter == 0) read_ahead(args.ahead, args.ahead_bytes);
+      if (!routed) return;
       pieces.next(split);
     }
     return;
   }
+  make_barriers<P>(shared, split, warp);
   grow_registers<P::kMultiplierRegisters>();
+  sync_some<1, P::kThreads>();
 #pragma unroll 1
   while (!routed || pieces.strips > 0) {
     start();
     norm.template prefetch<P>(args.k);
-    if (!routed) wait_for_previous_kernel();
-
     const int tokens = routed ? pieces.tokens : split.columns;
-    float sums[Tokens][4] = {};
-    int units = warp, until = 0;  // the warp's next, and all of the rounds so far
-#pragma unroll 1
-    for (int first = 0; first < split.panels; first += split.staged) {
-      const bool let_next = !routed && first == 0;
-      if (norm.weight == nullptr)
-        stage<P, kBias>(shared, x, args.k, split, first, tokens, row_of_x, let_next);
-      else
-        stage_normalized<P, kBias>(shared, x, static_cast<int>(args.k), split, first, let_next, norm);
-      sync_some<1, P::kThreads>();
-      const bool final = first + split.staged >= split.panels;
-      const int tiles = min(split.tiles - first * split.panel_tiles, split.staged * split.panel_tiles);
-      const int token = Tokens == 1 ? 0 : min(lane / 4, split.columns - 1);  // of others nobody takes the sum
-      const uint8_t* const own_x = shared.x + token * Shared<P>::x_pitch(split) + lane % 4 * 16 +
-                                   (Tokens == 1 ? group_at<B::kSumSteps>(lane / 4) : 0);
-      Activations of{};
+    Sums<Tokens> sums;
+    Activations<Tokens> of{};
+    if constexpr (Tokens == 1) {
 #pragma unroll
-      for (int i = 0; Tokens == 1 && i < 8; ++i) {
+      for (int i = 0; i < 8; ++i) {
         of.own[i] = lane / 4 == i;
         keep_in_register(of.own[i]);
       }
+    }
+    const auto own_x = [&] {
+      if constexpr (Tokens == 1)
+        return shared.x + lane % 4 * 16 + group_at<B::kSumSteps>(lane / 4);
+      else
+        return matrix_row(shared, split);
+    }();
+    int units = warp, until = 0;  // the warp's next, and all of the rounds so far
+#pragma unroll 1
+    for (int first = 0; first < split.panels; first += split.staged) {
+      const bool begins = !routed && first == 0;
+      if (norm.weight != nullptr) {
+        if (begins) wait_for_previous_kernel();
+        stage_normalized<P, kBias>(shared, x, static_cast<int>(args.k), split, first, begins, norm);
+      } else if constexpr (Tokens == 1) {
+        stage_one<P, kBias>(shared, x, static_cast<int>(args.k), split, first, begins);
+      } else {
+        stage_rows<P, kBias>(shared, x, static_cast<int>(args.k), split, first, tokens, row_of_x, begins);
+      }
+      __syncwarp();
+      if (first == 0 && lane == 0) mbarrier_arrive(shared_address(shared.has_x + quarter));
+      const bool final = first + split.staged >= split.panels;
+      const int tiles = min(split.tiles - first * split.panel_tiles, split.staged * split.panel_tiles);
+      // Where stages are parts of a strip and panel, a warp's batches are those whose activations it staged.
+      constexpr int kStageTiles = P::kWarps * B::kTiles;
+      sync_some_if<1, P::kThreads>(split.panel_tiles % kStageTiles != 0 || tiles % kStageTiles != 0);
 #pragma unroll 1
       for (int base = 0; base < strips; base += split.round) {
-        until += min(strips - base, split.round) * ((tiles + B::kTiles - 1) / B::kTiles);
+        const int own_strips = min(strips - base, split.round), lines = (own_strips >> gated) * kLines;
+        until += own_strips * ((tiles + B::kTiles - 1) / B::kTiles);
+        const auto line_at = [&](int i) {
+          Line<P, X> line;
+          const int within = i % kLines * P::kEach, token = within % Tokens,
+                    strip = (base >> gated) + i / kLines;
+          const int64_t output = static_cast<int64_t>(first_strip + strip) * kStripRows + within / Tokens;
+          if (!final || i >= lines || output >= args.n) return line;
+          line.count = tokens - token, line.strip = strip << gated, line.output = static_cast<int>(output);
+          if (args.bias != nullptr)
+            line.bias = static_cast<const X*>(args.bias)[(routed ? pieces.expert * args.n : 0) + output];
+#pragma unroll
+          for (int j = 0; j < P::kEach; ++j)
+            if (args.residual != nullptr && j < line.count)
+              line.residual[j] = static_cast<const X*>(args.residual)[row_of_y(token + j) * args.n + output];
+          return line;
+        };
+        Line<P, X> line;
+        if constexpr (Tokens == 1)
+          line = line_at(threadIdx.x);  // while others wait; eight tokens lack registers
 #pragma unroll 1
         for (; units < until; units += P::kWarps) {
-          mbarrier_wait(full + 8 * turn.at, turn.parity);
+          mbarrier_wait(full + turn.at * P::kTurnBytes, turn.parity);
           const Note note = shared.notes[turn.at * P::kWarps + warp];
           of.at = own_x + note.batch * P::kBatchBytes;
           of.starts = shared.starts + note.batch * P::kSums * Tokens;
           multiply<F, X, Tokens>(sums, shared.ring + turn.at * B::kStage, warp, of);
           __syncwarp();
-          if (lane == 0) mbarrier_arrive(empty + 8 * turn.at);
+          if (lane == 0) mbarrier_arrive(empty + turn.at * P::kTurnBytes);
           turn.next(split.ring);
-          if (note.last) finish<Tokens>(sums, shared.sums + note.sums, split.columns);
+          if (note.last) finish<Tokens>(sums, shared.sums + note.sums);
         }
         sync_some<1, P::kThreads>();
-        const int own_strips = min(strips - base, split.round), step = split.columns * kStripRows;
         if (!final) {
 #pragma unroll 1
-          for (int i = threadIdx.x; i < own_strips * step; i += P::kThreads) {
-            float& total = shared.totals[base * step + i];
-            total = add_sums<P>(first == 0 ? 0.0f : total,
-                                shared.sums + i / step * P::kWarps * step + i % step, split, first);
+          for (int i = threadIdx.x; i < own_strips * kLines; i += P::kThreads) {
+            const int within = i % kLines * P::kEach, strip = i / kLines;
+            float* const total = shared.totals + (base + strip) * P::kStripSums + within;
+            RowSums<P> sum;
+            if (first > 0) sum.load(total);
+            sum.add_warps(shared.sums + strip * P::kWarps * P::kStripSums + within, split, first);
+            sum.store(total);
           }
         } else {
 #pragma unroll 1
-          for (int i = threadIdx.x; i < (own_strips >> gated) * Tokens * kStripRows; i += P::kThreads) {
-            const int row = i % kStripRows, token = i / kStripRows % Tokens;
-            const int own = (base >> gated) + i / kStripRows / Tokens;
-            const int64_t output = static_cast<int64_t>(first_strip + own) * kStripRows + row;
-            if (output >= args.n || token >= tokens) continue;
-            float sum = 0, factor = 1;
+          for (int i = threadIdx.x; i < lines; i += P::kThreads) {
+            if (Tokens > 1 || i >= P::kThreads) line = line_at(i);
+            const int within = i % kLines * P::kEach, token = within % Tokens;
+            if (line.count <= 0) continue;
+            RowSums<P> sum, gate;
 #pragma unroll 1
-            for (int strip = own << gated; strip < (own + 1) << gated; ++strip) {
-              if (strip > own << gated) factor = silu(sum);
-              const int within = token * kStripRows + row;
-              sum = add_sums<P>(first == 0 ? 0.0f : shared.totals[strip * step + within],
-                                shared.sums + (strip - base) * P::kWarps * step + within, split, first);
-              if (sum != sum) {
-                const X* const x_row = x + row_of_x(token) * args.k;
-                sum = norm.weight == nullptr
-                          ? packed_gemm::dot_decoded<F>(strip_at(strip), row, x_row, args.k)
-                          : dot_normalized<F>(strip_at(strip), row, x_row, args.k, norm.weight,
-                                              norm.memory.factors[token]);
+            for (int strip = line.strip; strip <= line.strip + gated; ++strip) {
+              gate = sum, sum = {};
+              if (first > 0) sum.load(shared.totals + strip * P::kStripSums + within);
+              sum.add_warps(shared.sums + (strip - base) * P::kWarps * P::kStripSums + within, split, first);
+#pragma unroll
+              for (int j = 0; j < P::kEach; ++j) {
+                if (sum.of[j] == sum.of[j] || j >= line.count) continue;
+                const X* const x_row = x + row_of_x(token + j) * args.k;
+                sum.of[j] = norm.weight == nullptr
+                                ? packed_gemm::dot_decoded<F>(strip_at(strip), within / Tokens, x_row, args.k)
+                                : dot_normalized<F>(strip_at(strip), within / Tokens, x_row, args.k,
+                                                    norm.weight, norm.memory.factors[token + j]);
               }
             }
-            if (gated) sum *= factor;
-            const X* const bias = static_cast<const X*>(args.bias) + (routed ? pieces.expert * args.n : 0);
-            if (args.bias != nullptr) sum += to_float(bias[output]);
-            const int64_t y_row = routed ? pieces.slots[token] : token;
-            if (args.routes.weights != nullptr) sum *= args.routes.weights[y_row];
-            if (args.residual != nullptr)
-              sum += to_float(static_cast<const X*>(args.residual)[y_row * args.n + output]);
-            store1(static_cast<X*>(args.y) + y_row * args.n + output, sum);
+#pragma unroll
+            for (int j = 0; j < P::kEach; ++j) {
+              if (j >= line.count) continue;
+              float y = sum.of[j];
+              if (gated) y *= silu(gate.of[j]);
+              y += to_float(line.bias);
+              const int64_t y_row = row_of_y(token + j);
+              if (routed && args.routes.weights != nullptr) y *= args.routes.weights[y_row];
+              y += to_float(line.residual[j]);
+              store1(static_cast<X*>(args.y) + y_row * args.n + line.output, y);
+            }
           }
         }
         if (!final || base + split.round < strips) sync_some<1, P::kThreads>();  // sums are read, x is used
@@ -262,8 +261,8 @@ __device__ __forceinline__ void multiply_strips(const GemmPackedArgs& args, cons
     }
     if (!routed) return;
     if (units < (until + P::kWarps - 1) / P::kWarps * P::kWarps) {  // nothing for this warp in the last stage
-      mbarrier_wait(full + 8 * turn.at, turn.parity);
-      if (lane == 0) mbarrier_arrive(empty + 8 * turn.at);
+      mbarrier_wait(full + turn.at * P::kTurnBytes, turn.parity);
+      if (lane == 0) mbarrier_arrive(empty + turn.at * P::kTurnBytes);
       turn.next(split.ring);
     }
     pieces.next(split);
@@ -292,7 +291,7 @@ bool plan(Split& split, int strips, int limit) {
     if (panels > 1 && each < P::kFewestBatches) return false;
     if (panels > 1 && (panels - 1) * each >= batches) continue;
     eight.panels = panels, eight.panel_tiles = each * P::B::kTiles;
-    if (Shared<typename P::Eight>::bytes(eight, strips) > limit) continue;
+    if (Shared<typename P::Eight>::place(eight, strips) > limit) continue;
     split.panels = panels, split.panel_tiles = eight.panel_tiles;
     return true;
   }
@@ -331,11 +330,14 @@ Division divide(const GemmPackedArgs& args, const Device& device, int multiproce
   split.each = split.strips / blocks, split.more = split.strips % blocks;
   const bool long_work = int64_t{split.each} * P::B::L::strip_bytes(args.k) << gated >= P::kLongWork;
   split.ring = long_work ? P::kDeepRing : P::kRing;
-  if (Shared<P>::bytes(split, strips) > limit) split.ring = 2;
-  const int64_t room = limit - Shared<P>::bytes(split, strips), each = Shared<P>::round_bytes(split);
+  if (Shared<P>::place(split, strips) > limit) split.ring = 2;
+  const int64_t room = limit - Shared<P>::place(split, strips), each = Shared<P>::round_bytes(split);
   const int64_t round = split.round + (room < 0 || each == 0 ? 0 : room / each / 2 * 2);
   split.round = round < strips ? static_cast<int>(round) : strips;
-  split.pieces_at = static_cast<int>((Shared<P>::bytes(split, strips) + 15) / 16 * 16);
+  split.pieces_at = static_cast<int>((Shared<P>::place(split, strips) + 15) / 16 * 16);
+  split.strip_bytes = static_cast<int>(P::B::L::strip_bytes(args.k));
+  const int last_tiles = split.tiles - (split.panels - 1) * split.panel_tiles;  // the fewest
+  split.whole_stages = (last_tiles + P::B::kTiles - 1) / P::B::kTiles >= P::kWarps;
   bytes = split.pieces_at + pieces_bytes;
   return made;
 }

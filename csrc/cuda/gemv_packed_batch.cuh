@@ -2,8 +2,8 @@
 // A batch of a packed strip (gemv_packed_copy.cuh) times activations on tensor cores. For one token the eight
 // columns of a product are eight groups of columns that share a scale: in a group's steps only its column has
 // activations, the others have zeros. So one accumulator gathers eight groups' sums, and a lane decodes the
-// scales of two groups, not of all. Sums of a unit (eight groups) are kept apart until a strip ends: then
-// eight tokens add up in the same order.
+// scales of two groups, not of all. Sums of the pairs of groups of a unit (eight groups) are kept apart until
+// a strip ends, as lanes have them for one token: so eight tokens add up in the same order.
 #pragma once
 #include "gemv_packed_copy.cuh"
 
@@ -216,10 +216,16 @@ struct Fragment<F, BFloat16> {
 
 // A batch's activations. One token: lanes 4r … 4r + 3 load group r of a unit, and multiply with 1 or 0 where
 // others would choose: integer multiplications have slots of their own.
+template <int Tokens>
 struct Activations {
   const float* starts;  // − kBias · Σ x of groups, [groups][Tokens]
   const uint8_t* at;    // the lane's, B fragments: [groups of 32][4] uint4 of two steps
-  uint32_t own[8];      // one token: 1 for column r, else 0
+  uint32_t own[8];      // 1 for column r, else 0
+};
+template <>
+struct Activations<8> {
+  const float* starts;
+  uint32_t at;  // what the lane gives ldmatrix the address of
 };
 
 // Where a group of one or two steps begins among a lane's.
@@ -238,12 +244,18 @@ __device__ __forceinline__ void load_group(const uint8_t* at, uint32_t (&words)[
   }
 }
 
+// A lane's sums of a strip. One token: [0][half], of the groups 2c and 2c + 1 of units, of row r + 8 · half;
+// eight: [i][2 · half + e], of groups 2i and 2i + 1, for token 2c + e.
+template <int Tokens>
+struct Sums {
+  static constexpr int kPairs = Tokens == 1 ? 1 : 4;
+  float of[kPairs][Tokens == 1 ? 2 : 4] = {};
+};
+
 // A batch in its place of a stage times activations.
-// sums[i]: one token: those of groups 2c and 2c + 1 of units (elements 0, 1), rows r and r + 8 (0, 2);
-// eight: of group i, tokens 2c and 2c + 1.
 template <PackableFormat F, class T, int Tokens>
-__device__ __forceinline__ void multiply(float (&sums)[Tokens][4], const uint8_t* stage, int place,
-                                         const Activations& x) {
+__device__ __forceinline__ void multiply(Sums<Tokens>& sums, const uint8_t* stage, int place,
+                                         const Activations<Tokens>& x) {
   using B = Batch<F>;
   using Fragment = Fragment<F, T>;
   static_assert(Tokens == 1 || Tokens == 8);
@@ -254,15 +266,22 @@ __device__ __forceinline__ void multiply(float (&sums)[Tokens][4], const uint8_t
   for (int u = 0; u < B::kUnits; ++u) {
     const OwnAffines<F, Fragment> affines(stage, place, u);
     SlotTile<F> tile;
-    uint32_t words[2 * B::kSumSteps], b[2 * B::kSumSteps];
+    uint32_t words[Tokens == 1 ? 2 * B::kSumSteps : 4], b[2 * B::kSumSteps];
     float parts[2][4];  // two chains of products, half as long
     float2 start = {0, 0};
 #pragma unroll
     for (int g = 0; g < 8; ++g) {
       const int column = g % kColumns, chain = 2 * column / kColumns;
-      if (kColumns == 1 || g == 0) load_group<B::kSumSteps>(x.at + group_at<B::kSumSteps>(u * 8 + g), words);
+      if constexpr (Tokens == 1) {
+        if (g == 0) load_group<B::kSumSteps>(x.at + group_at<B::kSumSteps>(u * 8), words);
 #pragma unroll
-      for (int i = 0; i < 2 * B::kSumSteps; ++i) b[i] = kColumns == 1 ? words[i] : words[i] * x.own[column];
+        for (int i = 0; i < 2 * B::kSumSteps; ++i) b[i] = words[i] * x.own[column];
+      } else {
+        const int run = (u * 8 + g) * B::kSumSteps / 2, within = (u * 8 + g) * B::kSumSteps % 2;
+        if (within == 0) load_matrices(words, x.at + run * 64);
+#pragma unroll
+        for (int i = 0; i < 2 * B::kSumSteps; ++i) b[i] = words[2 * within + i];
+      }
       if (column == 0) {
         if constexpr (kStarts)
           start = *reinterpret_cast<const float2*>(x.starts + (u * 8 + g) * Tokens + 2 * c);
@@ -289,7 +308,7 @@ __device__ __forceinline__ void multiply(float (&sums)[Tokens][4], const uint8_t
           const int at = 2 * half + e;
           const float part = kColumns == 1 || c < 2 ? parts[0][at] : parts[1][at];
           const Affine affine = Tokens == 8 ? same : affines.own[e][half];
-          float& sum = sums[Tokens == 8 ? g : 0][at];
+          float& sum = Tokens == 8 ? sums.of[g / 2][at] : sums.of[0][half];
           sum = __fmaf_rn(affine.scale, part, sum);
           if constexpr (F::kOffset) sum = __fmaf_rn(affine.offset, e == 0 ? start.x : start.y, sum);
         }
@@ -298,29 +317,26 @@ __device__ __forceinline__ void multiply(float (&sums)[Tokens][4], const uint8_t
   }
 }
 
-// The eight sums of a row in one order, to slot[token][row].
+// The sums of a row in one order, to slot[row][token].
 template <int Tokens>
-__device__ __forceinline__ void finish(float (&sums)[Tokens][4], float* slot, int tokens) {
+__device__ __forceinline__ void finish(Sums<Tokens>& sums, float* slot) {
   const int r = threadIdx.x % 32 / 4, c = threadIdx.x % 4;
   if constexpr (Tokens == 1) {
-    float low = sums[0][0] + sums[0][1], high = sums[0][2] + sums[0][3];
+    float low = sums.of[0][0], high = sums.of[0][1];
 #pragma unroll
     for (int bit = 1; bit < 4; bit *= 2)
       low += __shfl_xor_sync(~0u, low, bit), high += __shfl_xor_sync(~0u, high, bit);
     if (c < 2) slot[8 * c + r] = c == 0 ? low : high;
   } else {
+    const auto sum_of = [&](int i) {
+      return (sums.of[0][i] + sums.of[1][i]) + (sums.of[2][i] + sums.of[3][i]);
+    };
 #pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      const float sum = ((sums[0][e] + sums[1][e]) + (sums[2][e] + sums[3][e])) +
-                        ((sums[4][e] + sums[5][e]) + (sums[6][e] + sums[7][e]));
-      const int token = 2 * c + e % 2;
-      if (token < tokens) slot[token * kStripRows + e / 2 * 8 + r] = sum;
-    }
+    for (int half = 0; half < 2; ++half)
+      *reinterpret_cast<float2*>(slot + (8 * half + r) * Tokens + 2 * c) =
+          make_float2(sum_of(2 * half), sum_of(2 * half + 1));
   }
-#pragma unroll
-  for (int i = 0; i < Tokens; ++i)
-#pragma unroll
-    for (int e = 0; e < 4; ++e) sums[i][e] = 0;
+  sums = {};
 }
 
 }  // namespace quantgemm::packed_gemv

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 // Two products of one x whose weights are of different types: blocks of one launch, each what a block of
-// gemv_packed.cuh is. Which strips a block has does not change a bit of y, so y is that of two launches.
+// gemv_packed.cuh is. Which strips a block has does not change a bit of y, so y is that of two launches; how
+// many panels its columns make would, and where more strips of a block want more of them there are two.
 #include "gemv_packed_pair.h"
 
 #include <algorithm>
@@ -48,10 +49,16 @@ int share_of(const GemmPackedArgs& one, const GemmPackedArgs& other, int multipr
 template <class F, class G, class X, int Tokens>
 cudaError_t launch_both(const GemmPackedArgs& one, const GemmPackedArgs& other, const Device& device,
                         cudaStream_t stream) {
-  const int share = share_of<F, G>(one, other, device.multiprocessors);
+  const int all = device.multiprocessors;
+  if (all < 2) return cudaErrorNotSupported;
+  const int share = share_of<F, G>(one, other, all);
   const auto first = divide<F, X, Tokens>(one, device, share);
-  const auto second = divide<G, X, Tokens>(other, device, device.multiprocessors - share);
-  if (device.multiprocessors < 2 || first.blocks == 0 || second.blocks == 0) return cudaErrorNotSupported;
+  const auto second = divide<G, X, Tokens>(other, device, all - share);
+  if (first.blocks == 0 || second.blocks == 0) return cudaErrorNotSupported;
+  // Panels, and with them the order of sums, have to be those of a launch of its own.
+  if (first.split.panels != divide<F, X, Tokens>(one, device, all).split.panels ||
+      second.split.panels != divide<G, X, Tokens>(other, device, all).split.panels)
+    return cudaErrorNotSupported;
   const int bytes = std::max(first.bytes, second.bytes);
   const auto kernel = gemv_pair_kernel<F, G, X, Tokens>;
   const cudaError_t status = give_shared_memory(kernel, bytes);

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: MIT
 // How a packed product for up to eight tokens divides its work and its shared memory (Plan, Split, Shared),
-// and activations on their way there: as B fragments of mma.m16n8k16, a lane's of 32 columns side by side,
-// with − kBias · Σ x of each group of columns, which is where a group's sum begins (packed_tile.cuh). An RMS
-// norm in front of the product is done on that way too: every thread block has all of x.
+// and activations on their way there, with − kBias · Σ x of each group of columns, which is where a group's
+// sum begins (packed_tile.cuh). One token: as B fragments of mma.m16n8k16, a lane's of 32 columns side by
+// side; eight: as they are in memory, for ldmatrix makes fragments of them. An RMS norm in front of the
+// product is done on that way too: every thread block has all of x.
 #pragma once
 #include "dependent_launch.cuh"
 #include "gemv_packed_batch.cuh"
@@ -12,10 +13,14 @@
 namespace quantgemm::packed_gemv {
 
 struct Split : packed_gemm::Split {
-  int staged;      // panels whose activations are in shared memory at a time
-  int round;       // strips whose sums are, before they become rows of y
-  int ring;        // stages
-  int each, more;  // strips of a block, and blocks that have one more
+  int staged;        // panels whose activations are in shared memory at a time
+  int round;         // strips whose sums are, before they become rows of y
+  int ring;          // stages
+  int each, more;    // strips of a block, and blocks that have one more
+  int whole_stages;  // whether every warp has a batch of every panel of a strip
+  // What every block would have to compute before it can ask for anything: bytes of a token's activations and
+  // of a strip, places in shared memory (Shared) in units of 16 bytes.
+  int x_pitch, strip_bytes, barriers_at, x_at, starts_at, sums_at, totals_at;
 };
 
 template <PackableFormat F, class X, int Tokens>
@@ -24,9 +29,11 @@ struct Plan {
   using Eight = Plan<F, X, 8>;
   static constexpr int kTokens = Tokens, kPlannedTokens = 8, kMostStrips = 64, kFewestBatches = 4;
   static constexpr int kFewestRound = 2;  // a strip of w and one of up
-  // Warps that multiply; behind them one that asks for weights, whose group of four takes the fewest
-  // registers: what it gives away is what the others get.
+  // Warps that multiply; behind them, for every four of those, one that asks for their weights. Their group
+  // of four takes the fewest registers: what it gives away is what the others get.
   static constexpr int kWarps = B::kWarps, kThreads = 32 * kWarps, kAllThreads = kThreads + 128;
+  static constexpr int kQuarters = kWarps / 4, kTurnBytes = 8 * kQuarters;  // of a stage
+  static constexpr int kBeforeX = Tokens == 1 ? kQuarters : kQuarters - 1;  // quarters asked for at a time
   static constexpr int kMultiplierRegisters = kWarps == 16 ? 112 : 152;
   static constexpr int kCopierRegisters = kWarps == 16 ? 32 : 56;
   static constexpr int kMany = 115000 / B::kStage;  // more than the way from memory needs
@@ -34,8 +41,11 @@ struct Plan {
   static constexpr int kDeepRing = Tokens == 1 && kRing == 2 && 3 * B::kStage < 165000 ? 3 : kRing;
   static constexpr int kLongWork = 400000;              // bytes of a block
   static constexpr int kSums = B::kCols / B::kSumCols;  // of a batch
+  static constexpr bool kNeedsStarts = Fragment<F, X>::kBias != 0 || F::kOffset;
   // Shared memory of a batch of activations, its sums, and a strip's sums, per token.
-  static constexpr int kBatchBytes = 2 * B::kCols, kSumBytes = 4 * kSums, kStripBytes = 4 * kStripRows;
+  static constexpr int kBatchBytes = 2 * B::kCols, kSumBytes = 4 * kSums;
+  // A warp's sums of a strip, [16 rows][tokens]: how many, and tokens of a row that one thread adds up.
+  static constexpr int kStripSums = Tokens * kStripRows, kEach = Tokens == 1 ? 1 : 2;
 };
 
 // What a place of a stage holds.
@@ -49,65 +59,89 @@ struct alignas(16) Note {
 template <class P>
 struct Shared {
   uint8_t *ring, *x;       // [split.ring][stage]; [tokens][batches][8][4] uint4, x_pitch apart
-  uint64_t *full, *empty;  // [split.ring], barriers
+  uint64_t *full, *empty;  // [split.ring][quarters], barriers
+  uint64_t* has_x;         // [quarters], barriers: the first activations are no longer on their way
   Note* notes;             // [split.ring][warps]
-  float *starts, *sums;    // [batches][kSums][kTokens]; [staged panels][round][warps][tokens][16 rows]
-  float* totals;           // [strips][tokens][16 rows] of earlier panels
+  float *starts, *sums;    // [batches][kSums][kTokens]; [staged panels][round][warps][16 rows][kTokens]
+  float* totals;           // [strips][16 rows][kTokens] of earlier panels
 
-  static __host__ __device__ int panels(const Split& split) {
-    return split.panels < split.staged ? split.panels : split.staged;
+  static constexpr int kMostRing = 4, kNotesBytes = P::kWarps * sizeof(Note);  // of a stage
+  // From split.barriers_at on.
+  static constexpr int kEmptyAt = kMostRing * P::kTurnBytes, kHasXAt = 2 * kEmptyAt;
+  static constexpr int kNotesAt = (kHasXAt + P::kTurnBytes + 15) / 16 * 16;
+  static_assert(P::kRing <= kMostRing && P::kDeepRing <= kMostRing);
+
+  static int panels(const Split& split) { return split.panels < split.staged ? split.panels : split.staged; }
+  static int64_t round_bytes(const Split& split) {  // of one strip
+    return int64_t{panels(split)} * P::kWarps * P::kStripSums * 4;
   }
-  static __host__ __device__ int total_floats(const Split& split, int strips) {
-    return split.panels > split.staged ? strips * split.columns * kStripRows : 0;
+  // All bytes.
+  static int64_t place(Split& split, int strips) {
+    const int64_t batches = int64_t{1} * split.panel_tiles / P::B::kTiles * panels(split);
+    int64_t at = int64_t{split.ring} * P::B::kStage;
+    const auto next = [&at](int64_t bytes) { return static_cast<int>(((at += bytes) - bytes) / 16); };
+    // 16 bytes of each of eight tokens, which are read together, lie in all banks.
+    static_assert(P::B::kStage % 16 == 0 && kNotesBytes % 16 == 0 && P::kBatchBytes % 16 == 0 &&
+                  P::kSumBytes % 16 == 0);
+    const int64_t pitch = batches * P::kBatchBytes + 16;
+    split.x_pitch = static_cast<int>(pitch);
+    split.barriers_at = next(kNotesAt + split.ring * kNotesBytes);
+    split.x_at = next(split.columns * pitch);
+    split.starts_at = next(batches * P::kSumBytes * P::kTokens);
+    split.sums_at = next(split.round * round_bytes(split));
+    split.totals_at = next(split.panels > split.staged ? int64_t{4} * strips * P::kStripSums : 0);
+    return at;
   }
-  static __host__ __device__ int64_t batches(const Split& split) {
-    return int64_t{1} * split.panel_tiles / P::B::kTiles * panels(split);
-  }
-  // Half of what all banks hold remains: two tokens that are read together lie in different banks.
-  static __host__ __device__ int64_t x_pitch(const Split& split) {
-    return batches(split) * P::kBatchBytes + 64;
-  }
-  static __host__ __device__ int64_t round_bytes(const Split& split) {  // of one strip
-    return int64_t{panels(split)} * P::kWarps * split.columns * P::kStripBytes;
-  }
-  static constexpr int kNotesBytes = P::kWarps * sizeof(Note);  // of a stage
-  static __host__ __device__ int64_t bytes(const Split& split, int strips) {
-    return int64_t{split.ring} * (P::B::kStage + 16 + kNotesBytes) + int64_t{split.columns} * x_pitch(split) +
-           batches(split) * P::kSumBytes * P::kTokens + split.round * round_bytes(split) +
-           int64_t{total_floats(split, strips)} * 4;
-  }
-  __device__ Shared(uint4* base, const Split& split) {
-    static_assert(kNotesBytes % 16 == 0);
-    ring = reinterpret_cast<uint8_t*>(base);
-    full = reinterpret_cast<uint64_t*>(ring + split.ring * P::B::kStage), empty = full + split.ring;
-    notes = reinterpret_cast<Note*>(empty + split.ring);
-    x = reinterpret_cast<uint8_t*>(notes + split.ring * P::kWarps);
-    starts = reinterpret_cast<float*>(x + split.columns * x_pitch(split));
-    sums = starts + batches(split) * P::kSums * P::kTokens;
-    totals = sums + split.round * round_bytes(split) / 4;
+  __device__ __forceinline__ Shared(uint4* memory, const Split& split) {
+    uint8_t* const barriers = reinterpret_cast<uint8_t*>(memory + split.barriers_at);
+    full = reinterpret_cast<uint64_t*>(barriers), empty = reinterpret_cast<uint64_t*>(barriers + kEmptyAt);
+    has_x = reinterpret_cast<uint64_t*>(barriers + kHasXAt);
+    notes = reinterpret_cast<Note*>(barriers + kNotesAt), ring = reinterpret_cast<uint8_t*>(memory);
+    x = reinterpret_cast<uint8_t*>(memory + split.x_at);
+    starts = reinterpret_cast<float*>(memory + split.starts_at);
+    sums = reinterpret_cast<float*>(memory + split.sums_at);
+    totals = reinterpret_cast<float*>(memory + split.totals_at);
   }
 };
 
-// Unit i of a token's row, eight columns of 32 as a lane has them, to its place. A warp's lanes call this
-// together; `some` of them have one.
+// − Bias · Σ x of groups of columns, from B fragments of 32 of them that have eight runs of a token side by
+// side, or eight tokens, by a product with a matrix of which all elements are − Bias. All of a warp's lanes.
+template <class P, float Bias, bool OfRuns, class X>
+__device__ __forceinline__ void put_starts(const Shared<P>& shared, const uint32_t (&words)[4], int run,
+                                           int token, X) {
+  if constexpr (!P::kNeedsStarts) return;
+  X factor;
+  store1(&factor, Bias == 0 ? 1.0f : -1.0f * Bias);
+  const uint32_t pair = factor.bits * 0x00010001u, all[4] = {pair, pair, pair, pair};
+  float early[4] = {}, late[4] = {};
+  mma_16x8x16(early, all, words[0], words[1], X{});
+  mma_16x8x16(P::B::kSumCols == 32 ? early : late, all, words[2], words[3], X{});
+  const int lane = threadIdx.x % 32;
+  if (lane >= 4) return;  // the first row is as good as any
+  constexpr int kOfRun = 32 / P::B::kSumCols * P::kTokens;
+  constexpr int kNext = OfRuns ? kOfRun : 1;
+  float* const starts = shared.starts + run * kOfRun + token + 2 * lane * kNext;
+#pragma unroll
+  for (int e = 0; e < 2; ++e) {
+    starts[e * kNext] = early[e];
+    if constexpr (P::B::kSumCols == 16) starts[e * kNext + P::kTokens] = late[e];
+  }
+}
+
+// Unit i of a token's row, eight columns of 32 as a lane has them, to its place, if there is one. A warp's
+// lanes have those of a batch.
 template <class P, float Bias, class X>
 __device__ __forceinline__ void put_unit(const Shared<P>& shared, int pitch, const uint32_t (&words)[4],
                                          int i, int token, bool some, X) {
-  const auto sum_of = [&](int w) { return packed_gemm::sum_of_pair(words[w], X{}); };
-  float early = sum_of(0) + sum_of(1), late = sum_of(2) + sum_of(3);
-  if constexpr (P::B::kSumCols == 32) early += late;
-#pragma unroll
-  for (int bit = 1; bit < 4; bit *= 2) {
-    early += __shfl_xor_sync(~0u, early, bit);
-    if constexpr (P::B::kSumCols == 16) late += __shfl_xor_sync(~0u, late, bit);
-  }
   if (!some) return;
-  *reinterpret_cast<uint4*>(shared.x + token * pitch + i * 16) =
-      make_uint4(words[0], words[1], words[2], words[3]);
-  constexpr float kStart = Bias == 0 ? 1.0f : -1.0f * Bias;
-  float* starts = shared.starts + i / 4 * (32 / P::B::kSumCols) * P::kTokens + token;
-  if (i % 4 == 0) *starts = kStart * early;
-  if (P::B::kSumCols == 16 && i % 4 == 0) starts[P::kTokens] = kStart * late;
+  put_starts<P, Bias, true>(shared, words, i / 32 * 8, token, X{});
+  if constexpr (P::kTokens == 1) {
+    *reinterpret_cast<uint4*>(shared.x + i * 16) = make_uint4(words[0], words[1], words[2], words[3]);
+  } else {
+#pragma unroll
+    for (int w = 0; w < 4; ++w)
+      *reinterpret_cast<uint32_t*>(shared.x + token * pitch + i / 4 * 64 + w * 16 + i % 4 * 4) = words[w];
+  }
 }
 
 // Of the panels from `first` on that are staged together, and of zeros behind k.
@@ -116,38 +150,92 @@ __device__ __forceinline__ int num_units(const Split& split, int first) {
   return 8 * min(tiles, split.staged * split.panel_tiles);
 }
 
-// Activations of `panels` panels from `first` on, and zeros behind k. Four lanes hold a run of 32 columns.
-// row_of(token) is a token's row of x. By the kThreads threads that multiply, whose barrier is sync_some<1>.
-template <class P, float Bias, class X, class RowOf>
-__device__ __forceinline__ void stage(const Shared<P>& shared, const X* x, int64_t k, const Split& split,
-                                      int first, int tokens, const RowOf& row_of, bool let_next) {
-  constexpr int kAtOnce = P::kTokens == 1 ? 4 : 8;  // loads under way: of a token's columns, or of tokens
-  constexpr int kNext = P::kTokens == 1 ? P::kThreads : 0, kNextToken = P::kTokens == 1 ? 0 : 1;
-  const int lanes = num_units(split, first), pitch = static_cast<int>(Shared<P>::x_pitch(split));
-  const int64_t first_col = int64_t{first} * split.panel_tiles * kTileCols;
+// Activations of the panels from `first` on that are staged together, and zeros behind k, by the kThreads
+// threads that multiply. `begins`: these are the first. Then all there is to compute is computed before the
+// previous kernel has ended; the next one may start when the loads are on their way, its own would be in
+// front of them. One token, as B fragments; four lanes hold a run of 32 columns.
+template <class P, float Bias, class X>
+__device__ __forceinline__ void stage_one(const Shared<P>& shared, const X* x, int k, const Split& split,
+                                          int first, bool begins) {
+  constexpr int kAtOnce = 4;  // loads under way
+  const int lanes = num_units(split, first), first_col = first * split.panel_tiles * kTileCols;
+  const int own_col = first_col + 8 * (threadIdx.x & ~3);
+  const int end = min(k, first_col + 8 * lanes);
+  uint32_t at = own_col + 2 * (threadIdx.x % 4), left = max(end - own_col, 0);
+  keep_in_register(at), keep_in_register(left);
+  if (begins) wait_for_previous_kernel();
 #pragma unroll 1
   for (int base = threadIdx.x; base - static_cast<int>(threadIdx.x % 32) < lanes;
-       base += kNext == 0 ? P::kThreads : kAtOnce * kNext)
-#pragma unroll 1
-    for (int base_token = 0; base_token < tokens; base_token += kNext == 0 ? kAtOnce : 1) {
-      uint32_t words[kAtOnce][4] = {};
+       base += kAtOnce * P::kThreads) {
+    uint32_t words[kAtOnce][4] = {};
 #pragma unroll
-      for (int j = 0; j < kAtOnce; ++j) {
-        const int i = base + j * kNext, token = base_token + j * kNextToken;
-        const int64_t col = first_col + 8 * (i & ~3);
-        if (i >= lanes || token >= tokens || col >= k) continue;
-        const X* from = x + row_of(token) * k + col + 2 * (i % 4);
+    for (int j = 0; j < kAtOnce; ++j)
+      if (left > j * 8 * P::kThreads) {
 #pragma unroll
-        for (int w = 0; w < 4; ++w) words[j][w] = *reinterpret_cast<const uint32_t*>(from + 8 * w);
+        for (int w = 0; w < 4; ++w)
+          words[j][w] = *reinterpret_cast<const uint32_t*>(x + at + 8 * (j * P::kThreads + w));
       }
-      if (let_next) let_next_kernel_start();  // its copies would have been in the way of these loads
-      let_next = false;
+    if (begins) let_next_kernel_start();
+    begins = false;
 #pragma unroll
-      for (int j = 0; j < kAtOnce; ++j) {
-        const int i = base + j * kNext, token = base_token + j * kNextToken;
-        put_unit<P, Bias>(shared, pitch, words[j], i, token, i < lanes && token < tokens, X{});
+    for (int j = 0; j < kAtOnce; ++j) {
+      const int i = base + j * P::kThreads;
+      put_unit<P, Bias>(shared, 0, words[j], i, 0, i < lanes, X{});
+    }
+    at += 8 * kAtOnce * P::kThreads, left -= min(left, kAtOnce * 8 * P::kThreads);
+  }
+}
+
+// Which 16 bytes a lane gives ldmatrix the address of: eight columns of 32 of a token; tokens that there are
+// not repeat the last.
+template <class P>
+__device__ __forceinline__ uint32_t matrix_row(const Shared<P>& shared, const Split& split) {
+  const int lane = threadIdx.x % 32;
+  return shared_address(shared.x) + min(lane % 8, split.columns - 1) * split.x_pitch + lane / 8 * 16;
+}
+
+// Up to eight tokens, as they are in memory; row_of(token) is a token's row of x. A warp has whole batches.
+template <class P, float Bias, class X, class RowOf>
+__device__ __forceinline__ void stage_rows(const Shared<P>& shared, const X* x, int k, const Split& split,
+                                           int first, int tokens, const RowOf& row_of, bool begins) {
+  static_assert(P::B::kCols == 8 * 32);
+  const int lane = threadIdx.x % 32, pitch = split.x_pitch;
+  const int batches = num_units(split, first) / 32;
+  const int first_col = first * split.panel_tiles * kTileCols + 8 * lane;
+  const uint32_t matrices = matrix_row(shared, split);
+  const auto own_row = static_cast<uint32_t>(row_of(min(lane % P::kTokens, tokens - 1)));  // a lane's token's
+  if (begins) wait_for_previous_kernel();
+#pragma unroll 1
+  for (int batch = threadIdx.x / 32; batch < batches; batch += P::kWarps) {
+    const int col = first_col + batch * P::B::kCols;
+    uint4 units[P::kTokens];
+#pragma unroll
+    for (int token = 0; token < P::kTokens; ++token) {  // all loads at once
+      const uint64_t row = __shfl_sync(~0u, own_row, token);
+      units[token] = make_uint4(0, 0, 0, 0);
+      if (token < tokens && col < k)
+        units[token] = *reinterpret_cast<const uint4*>(x + row * static_cast<uint32_t>(k) + col);
+    }
+    if (begins) let_next_kernel_start();
+    begins = false;
+    uint8_t* const to = shared.x + batch * P::kBatchBytes + lane * 16;
+#pragma unroll
+    for (int token = 0; token < P::kTokens; ++token)
+      if (token < tokens) *reinterpret_cast<uint4*>(to + token * pitch) = units[token];
+    __syncwarp();
+    if constexpr (P::kNeedsStarts) {
+#pragma unroll
+      for (int base = 0; base < 8; base += 4) {
+        uint32_t words[4][4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i)  // all loads at once
+          load_matrices(words[i], matrices + batch * P::kBatchBytes + (base + i) * 64);
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          put_starts<P, Bias, false>(shared, words[i], batch * 8 + base + i, 0, X{});
       }
     }
+  }
 }
 
 // Of columns `col` on, which a lane has of 32; zeros behind k.
@@ -233,7 +321,7 @@ template <class P, float Bias, class X>
 __device__ __noinline__ void stage_normalized(Shared<P> shared, const X* x, int k, Split split, int first,
                                               bool let_next, Norm<X, P::kTokens> norm) {
   constexpr int kAtOnce = P::kTokens < 4 ? P::kTokens : 4;
-  const int lanes = num_units(split, first), pitch = static_cast<int>(Shared<P>::x_pitch(split));
+  const int lanes = num_units(split, first), pitch = split.x_pitch;
   const int first_unit = first * split.panel_tiles * (kTileCols / 8), tokens = split.columns;
   uint32_t scales[4], next_scales[4];  // under way before they are needed, first while x is summed
   load_words(next_scales, norm.weight, rms::first_col<int>(first_unit + threadIdx.x), k);
