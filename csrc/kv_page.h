@@ -2,11 +2,13 @@
 // The native key-value cache: pages of 64 tokens of one head, quantised where tensor cores want them.
 //
 //   sequence   sinks | pages of 64 tokens ... | the recent ones, in a ring of ring() slots
-//   page       codes, scale [n] half, shift [n] half; n = channels for keys, 64 tokens for values
+//   values     codes, scale [64 tokens] half, shift [64] half
+//   keys       codes, then [channels] half: two neighbouring pages, whose places have nothing to do with each
+//              other, share a fit; the even one has the scales, the odd one the shifts
 //   value      (code/2^bits + shift) · scale
 //
-// That is a dense page; sparse ones are in kv_sparse_page.h. Codes of a key page are rows = tokens, columns k
-// = channels; of a value page the other way round.
+// Those are dense pages; sparse ones are in kv_sparse_page.h. Codes of a key page are rows = tokens, columns
+// k = channels; of a value page the other way round.
 #pragma once
 #include <cmath>
 
@@ -19,13 +21,24 @@ namespace quantgemm {
 QG_HD constexpr int64_t page_codes_bytes(int64_t channels, int bits) {
   return kPageTokens * channels * bits / 8;
 }
-QG_HD int64_t key_page_bytes(int64_t channels, PageFormat format) {
-  return format.kind == PageKind::kDense ? page_codes_bytes(channels, format.bits) + 4 * channels
-                                         : sparse_codes_bytes(channels, format) + 2 * channels;
+QG_HD constexpr int64_t codes_bytes(int64_t channels, PageFormat format) {
+  return format.kind == PageKind::kDense ? page_codes_bytes(channels, format.bits)
+                                         : sparse_codes_bytes(channels, format);
 }
-QG_HD int64_t value_page_bytes(int64_t channels, PageFormat format) {
-  return format.kind == PageKind::kDense ? page_codes_bytes(channels, format.bits) + 4 * kPageTokens
-                                         : sparse_codes_bytes(channels, format) + 2 * kPageTokens;
+QG_HD constexpr int64_t key_page_bytes(int64_t channels, PageFormat format) {
+  return codes_bytes(channels, format) + 2 * channels;
+}
+QG_HD constexpr int64_t value_page_bytes(int64_t channels, PageFormat format) {
+  return codes_bytes(channels, format) + (format.kind == PageKind::kDense ? 4 : 2) * kPageTokens;
+}
+// So many pages leave the ring at a time, those whose keys share a fit; and how many of so many pages do.
+QG_HD constexpr int pages_together(PageFormat keys) { return keys.kind == PageKind::kDense ? 2 : 1; }
+QG_HD constexpr int64_t whole_pages(int64_t pages, PageFormat keys) {
+  return pages & ~int64_t{pages_together(keys) - 1};
+}
+// Of a page of keys with all that belongs to it.
+QG_HD constexpr int64_t whole_keys_bytes(int64_t channels, PageFormat format) {
+  return key_page_bytes(channels, format) + 2 * channels * (pages_together(format) - 1);
 }
 
 // Where the code of (row, k) lies: lane 4r + c of a warp holds rows r + 8i of columns 2c, 2c + 1 of
@@ -143,6 +156,7 @@ QG_HD SequenceParts parts_of(const KvCacheArgs& c, int64_t tokens) {
   const int64_t sinks = tokens < c.sinks ? tokens : c.sinks, rest = tokens - sinks;
   int64_t pages = rest > c.window ? (rest - c.window) / kPageTokens : 0;
   if (pages > c.max_pages) pages = c.max_pages;
+  pages = whole_pages(pages, c.key_format);
   // A length that the cache cannot have, not yet written perhaps, must not become a loop without end.
   const int64_t first = pages * kPageTokens, most = first + ring_slots(c);
   return {sinks, pages, first, rest < most ? rest : most};

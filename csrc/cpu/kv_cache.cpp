@@ -31,25 +31,33 @@ struct Page {
   PageFormat format;
   int channels;
   bool is_value;
+  uint8_t *with_scales, *with_shifts;  // dense: the pages that have them
 
   int rows() const { return is_value ? channels : kPageTokens; }
   int num_k() const { return is_value ? kPageTokens : channels; }
-  uint16_t* fits() const {
-    return reinterpret_cast<uint16_t*>(bytes + (format.kind == PageKind::kDense
-                                                    ? page_codes_bytes(channels, format.bits)
-                                                    : sparse_codes_bytes(channels, format)));
+  uint16_t* fits(uint8_t* page) const {
+    return reinterpret_cast<uint16_t*>(page + codes_bytes(channels, format));
   }
+  uint16_t* scales() const { return fits(with_scales); }
+  uint16_t* shifts() const { return fits(with_shifts) + (is_value ? num_k() : 0); }
   uint32_t word(int at) const { return load<uint32_t, 4>(bytes + 4 * at); }
 
-  // x(token, channel)
+  // x(token, channel), of keys also those of the page that shares the fits.
+  template <class Fn>
+  void fit_dense(Fn&& x) const {
+    const int count = is_value ? channels : 2 * kPageTokens;
+    for (int k = 0; k < num_k(); ++k) {
+      const auto at_row = [&](int row) { return is_value ? x(k, row) : x(row, k); };
+      const PageFit fit = fit_page_group(at_row, count, format.bits);
+      scales()[fit_place(k)] = fit.scale, shifts()[fit_place(k)] = fit.shift;
+    }
+  }
+  // The fits are there.
   template <class Fn>
   void pack_dense(Fn&& x) const {
     const auto at_row = [&](int row, int k) { return is_value ? x(k, row) : x(row, k); };
     for (int k = 0; k < num_k(); ++k) {
-      const PageFit fit = fit_page_group([&](int row) { return at_row(row, k); }, rows(), format.bits);
-      const int place = fit_place(k);
-      fits()[place] = fit.scale, fits()[num_k() + place] = fit.shift;
-      const PageCoder coder(fit, format.bits);
+      const PageCoder coder({scales()[fit_place(k)], shifts()[fit_place(k)]}, format.bits);
       for (int row = 0; row < rows(); ++row) {
         const CodePlace at = code_place(row, k, num_k(), format.bits);
         or_into<4>(bytes + 4 * at.word, static_cast<uint32_t>(coder.code(at_row(row, k))) << at.shift);
@@ -68,7 +76,7 @@ struct Page {
         group.lo = std::min(v, group.lo), group.hi = v > group.hi || v != v ? v : group.hi;
         group.sum[is_value ? row / 8 % 2 : row / 32] += v, ++group.count;
       }
-      scales[static_cast<size_t>(k)] = fits()[scale_place(k)] = fit_sparse_group(group, format.bits);
+      scales[static_cast<size_t>(k)] = fits(bytes)[scale_place(k)] = fit_sparse_group(group, format.bits);
     }
     const auto code_of = [&](int token, int channel) {
       const uint16_t scale = scales[static_cast<size_t>(is_value ? token : channel)];
@@ -109,8 +117,7 @@ struct Page {
   void unpack(Fn&& value) const {
     if (format.kind == PageKind::kDense) {
       for (int k = 0; k < num_k(); ++k) {
-        const int place = fit_place(k);
-        const PageCoder coder({fits()[place], fits()[num_k() + place]}, format.bits);
+        const PageCoder coder({scales()[fit_place(k)], shifts()[fit_place(k)]}, format.bits);
         for (int row = 0; row < rows(); ++row) {
           const CodePlace at = code_place(row, k, num_k(), format.bits);
           const uint32_t code = word(at.word) >> at.shift & ((1u << format.bits) - 1);
@@ -154,7 +161,7 @@ struct Page {
     return is_value ? sparse_value_scale_place(k) : sparse_key_scale_place(k, channels);
   }
   float decode(SparseOrigin o, int level) const {
-    return level == 0 ? 0.0f : sparse_value(level, fits()[scale_place(is_value ? o.token : o.channel)]);
+    return level == 0 ? 0.0f : sparse_value(level, fits(bytes)[scale_place(is_value ? o.token : o.channel)]);
   }
   SparseElement element(int token, int channel) const {
     return is_value ? sparse_value_element(token, channel) : sparse_key_element(token, channel, channels);
@@ -167,34 +174,50 @@ struct Page {
   }
 };
 
-// x: the page's tokens [64, channels] as bits, pruned here.
-void pack_page(const Page& page, std::vector<uint16_t>& x, Real type) {
+// x: the page's tokens [64, channels] as bits, pruned here; of dense keys' first page also the second's, and
+// when that is packed, the fits are there.
+void pack_page(const Page& page, uint16_t* x, Real type) {
   const int channels = page.channels;
-  const auto at = [&](int token, int channel) {
-    return load_any(x.data(), token * channels + channel, type);
-  };
-  std::fill_n(page.bytes, reinterpret_cast<uint8_t*>(page.fits()) - page.bytes, uint8_t{0});
-  if (page.format.kind == PageKind::kDense) return page.pack_dense(at);
+  const auto at = [&](int token, int channel) { return load_any(x, token * channels + channel, type); };
+  std::fill_n(page.bytes, codes_bytes(channels, page.format), uint8_t{0});
+  if (page.format.kind == PageKind::kDense) {
+    if (page.bytes == page.with_scales) page.fit_dense(at);
+    return page.pack_dense(at);
+  }
   const int of = page.format.kind == PageKind::kBitmap ? channels : 8;
   const int keep = page.format.kind == PageKind::kBitmap ? page.format.keep : 4;
   std::vector<int> order;
-  for (size_t i = 0; i < x.size(); i += static_cast<size_t>(of)) kv_prune_cpu(x.data() + i, of, keep, order);
+  for (int i = 0; i < kPageTokens * channels; i += of) kv_prune_cpu(x + i, of, keep, order);
   page.pack_sparse(at);
 }
 
-Page key_page(const KvCacheArgs& c, int64_t page, int64_t head) {
-  const int64_t bytes = key_page_bytes(c.channels, c.key_format);
-  return {c.key_pages + (page * c.heads + head) * bytes, c.key_format, static_cast<int>(c.channels), false};
-}
-Page value_page(const KvCacheArgs& c, int64_t page, int64_t head) {
-  const int64_t bytes = value_page_bytes(c.channels, c.value_format);
-  return {c.value_pages + (page * c.heads + head) * bytes, c.value_format, static_cast<int>(c.channels),
-          true};
-}
 // -1 for an entry that is no page.
 int64_t page_of(const KvCacheArgs& c, int64_t sequence, int64_t index) {
   const int64_t page = c.page_table[sequence * c.max_pages + index];
   return page >= 0 && page < c.num_pages ? page : -1;
+}
+// Of a sequence's pages, bytes null: not there, or not that with its fits.
+Page key_page(const KvCacheArgs& c, int64_t sequence, int64_t index, int64_t head) {
+  const auto place = [&](int64_t i) {
+    const int64_t page = page_of(c, sequence, i);
+    return page < 0 ? nullptr
+                    : c.key_pages + (page * c.heads + head) * key_page_bytes(c.channels, c.key_format);
+  };
+  const int64_t together = pages_together(c.key_format), first = whole_pages(index, c.key_format);
+  uint8_t *scales = place(first), *shifts = place(first + together - 1);
+  return {scales && shifts ? place(index) : nullptr,
+          c.key_format,
+          static_cast<int>(c.channels),
+          false,
+          scales,
+          shifts};
+}
+Page value_page(const KvCacheArgs& c, int64_t sequence, int64_t index, int64_t head) {
+  const int64_t page = page_of(c, sequence, index);
+  uint8_t* bytes =
+      page < 0 ? nullptr
+               : c.value_pages + (page * c.heads + head) * value_page_bytes(c.channels, c.value_format);
+  return {bytes, c.value_format, static_cast<int>(c.channels), true, bytes, bytes};
 }
 
 // ---- one new token of a group of query heads, online over tokens ----
@@ -233,13 +256,13 @@ void attend(const KvAttentionArgs& args, int64_t sequence, int64_t head) {
   };
   const SequenceParts parts = parts_of(c, c.lens[sequence]);
   for (int64_t i = 0; i < parts.pages; ++i) {
-    const int64_t page = page_of(c, sequence, i);
-    if (page < 0) continue;
+    const Page own_keys = key_page(c, sequence, i, head), own_values = value_page(c, sequence, i, head);
+    if (!own_keys.bytes || !own_values.bytes) continue;
     const auto at = [&](std::vector<float>& to) {
       return [&](int t, int d, float x) { to[static_cast<size_t>(t * c.channels + d)] = x; };
     };
-    key_page(c, page, head).unpack(at(page_keys));
-    value_page(c, page, head).unpack(at(page_values));
+    own_keys.unpack(at(page_keys));
+    own_values.unpack(at(page_values));
     for (int64_t t = 0; t < kPageTokens; ++t) {
       std::copy_n(page_keys.data() + t * c.channels, c.channels, key.data());
       std::copy_n(page_values.data() + t * c.channels, c.channels, value.data());
@@ -286,22 +309,22 @@ void append(const KvAppendArgs& args, int64_t sequence, int64_t head) {
     return static_cast<uint16_t*>(value ? c.recent_values : c.recent_keys) +
            (row * c.recent + recent_slot(c, position)) * c.channels;
   };
-  // The 64 tokens from a position on, where they are before anything has moved, as bits.
-  std::vector<uint16_t> x(static_cast<size_t>(kPageTokens * c.channels));
-  const auto stage = [&](bool value, int64_t first) {
-    for (int64_t i = 0; i < kPageTokens * c.channels; ++i) {
+  // The tokens of a page and the next, as far as they leave the ring, where they are before anything has
+  // moved, as bits.
+  std::vector<uint16_t> x(static_cast<size_t>(2 * kPageTokens * c.channels));
+  const auto stage = [&](bool value, int64_t page) {
+    const int64_t first = c.sinks + page * kPageTokens, tokens = (page + 1 < now.pages ? 2 : 1) * kPageTokens;
+    for (int64_t i = 0; i < tokens * c.channels; ++i) {
       const int64_t position = first + i / c.channels, d = i % c.channels;
       x[static_cast<size_t>(i)] =
           position < before ? recent_of(value, position)[d] : centred(value, position - before, d);
     }
+    return x.data();
   };
   for (int64_t i = old.pages; i < now.pages; ++i) {
-    const int64_t page = page_of(c, sequence, i), first = c.sinks + i * kPageTokens;
-    if (page < 0) continue;
-    stage(false, first);
-    pack_page(key_page(c, page, head), x, c.type);
-    stage(true, first);
-    pack_page(value_page(c, page, head), x, c.type);
+    const Page keys = key_page(c, sequence, i, head), values = value_page(c, sequence, i, head);
+    if (keys.bytes) pack_page(keys, stage(false, i), c.type);
+    if (values.bytes) pack_page(values, stage(true, i), c.type);
   }
   for (int64_t index = 0; index < count; ++index) {
     const int64_t position = before + index;

@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: MIT
-// New tokens into the native key-value cache (kv_page.h): a block packs the keys or the values of one page
-// of one head, staged in shared memory; others put new tokens into the ring, in the same launch.
+// New tokens into the native key-value cache (kv_page.h): a block packs the keys or the values of one page of
+// one head, of two dense ones, staged in shared memory; others put new tokens into the ring, in the same
+// launch.
+#include <algorithm>
+
 #include "../kv_page.h"
 #include "dependent_launch.cuh"
 #include "launch.h"
@@ -9,8 +12,6 @@
 
 namespace quantgemm {
 namespace {
-
-constexpr int kThreads = kPackThreads;
 
 template <class Real16, int Channels, bool IsValue, PageKind Kind>
 struct PagePacker {
@@ -72,19 +73,26 @@ struct Appending {
                : (IsValue ? c.value_pages : c.key_pages) + uint64_t{place} * static_cast<uint32_t>(bytes);
   }
 
-  // Packs the 64 tokens from position `first` on, where they are before anything has moved.
+  // Packs the tokens of page number `index` and, if there are more, those of the next, where they are before
+  // anything has moved.
   template <PageKind Kind>
-  __device__ __forceinline__ void pack(void* room, unsigned sequence, int index, int first) const {
+  __device__ __forceinline__ void pack(void* room, unsigned sequence, int index, int pages) const {
     using Packer = PagePacker<Real16, Channels, IsValue, Kind>::type;
+    constexpr int kThreads = Packer::kThreads, kPages = Packer::kPages;
+    const int first = static_cast<int>(args.cache.sinks) + index * kPageTokens;
     int thread;  // as if it were new for each page: what follows from it need not be kept. PTX ISA 10.1
     asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
     thread &= kThreads - 1;
     auto& packer_room = *static_cast<typename Packer::Room*>(room);
     // A warp has 16 tokens: vectors that are neighbours.
-    constexpr int kEach = kPageTokens * kVectors / kThreads, kStep = 32 / kVectors * Packer::kStride;
+    constexpr int kEach = kPages * kPageTokens * kVectors / kThreads, kStep = 32 / kVectors * Packer::kStride;
     const int own = thread / 32 * (32 * kEach) + thread % 32;
     uint16_t* to = packer_room.x + own / kVectors * Packer::kStride + own % kVectors * 8;
-    if (first >= before && args.cache.means == nullptr) {  // a prompt's
+    const int own_index = index + (kPages > 1 ? thread / Packer::kOfPage : 0);
+    const bool is_there = kPages == 1 || own_index < pages;
+    if (!is_there) {
+      // No page: whatever is in the room is coded, and not stored.
+    } else if (first >= before && args.cache.means == nullptr) {  // a prompt's
       const auto* from = static_cast<const uint4*>(IsValue ? args.values : args.keys) +
                          uint64_t{row * static_cast<unsigned>(args.count) + (first - before)} * kVectors +
                          own;
@@ -100,16 +108,18 @@ struct Appending {
     }
     const PageFormat wanted = IsValue ? args.cache.value_format : args.cache.key_format;
     const PageFormat format{Kind, wanted.bits, wanted.keep};
-    uint8_t* const place = page(sequence, index, format);  // while they are on their way
+    // While they are on their way.
+    uint8_t* const place = is_there ? page(sequence, own_index, format) : nullptr;
     cp_async_wait<0>();
-    if (place != nullptr) Packer{packer_room, format, place, thread}.run();
+    if (kPages > 1 || place != nullptr) Packer{packer_room, format, place, thread}.run();
   }
 };
 
 // What a block of the grid (pages that may become full and blocks that store, heads, sequences of keys or
-// values) has to do. A new token may take the slot of one that is being packed, if it is not the only one:
-// then the first block that stores packs the pages with tokens of the ring, and stores all. A thread has 64
-// values only, so each instruction here counts: no number of tokens needs 64 bits.
+// values) has to do: with dense pages, with two of them. A new token may take the slot of one that is being
+// packed, if it is not the only one: then the first block that stores packs the pages with tokens of the
+// ring, and stores all. A thread has 64 values only, so each instruction here counts: no number of tokens
+// needs 64 bits.
 struct AppendPlan {
   int before, count, old_pages, pages;
   int store;  // which of the blocks that store, or negative
@@ -131,7 +141,8 @@ struct AppendPlan {
   // As parts_of has it.
   static __device__ __forceinline__ int pages_of(const KvCacheArgs& c, int tokens) {
     const int behind = tokens - static_cast<int>(c.sinks) - static_cast<int>(c.window);
-    return min(max(behind, 0) / kPageTokens, static_cast<int>(c.max_pages));
+    const int pages = min(max(behind, 0) / kPageTokens, static_cast<int>(c.max_pages));
+    return static_cast<int>(whole_pages(pages, c.key_format));
   }
   static __device__ __forceinline__ int first_of(const KvCacheArgs& c, int index) {
     return static_cast<int>(c.sinks) + index * kPageTokens;
@@ -140,27 +151,34 @@ struct AppendPlan {
     return first_of(c, index) < before &&
            before + count > first_of(c, old_pages) + static_cast<int>(ring_slots(c));
   }
-  // The block's page number n, or -1.
-  __device__ __forceinline__ int page(const KvCacheArgs& c, int n) const {
+  // The first of the block's n-th `together` pages, or -1.
+  __device__ __forceinline__ int page(const KvCacheArgs& c, int n, int together) const {
     if (store > 0 || (store < 0 && n > 0)) return -1;
-    const int index = old_pages + (store < 0 ? static_cast<int>(blockIdx.x) : n);
+    const int index = old_pages + (store < 0 ? static_cast<int>(blockIdx.x) : n) * together;
     return index < pages && by_who_stores(c, index) == (store == 0) ? index : -1;
   }
 };
+
+// Of a block.
+template <PageKind Kind>
+constexpr int kThreadsOf = PagePacker<Half, 64, false, Kind>::type::kThreads;
+template <PageKind Kind>
+constexpr int kPagesOf = PagePacker<Half, 64, false, Kind>::type::kPages;
 
 template <class Real16, int Channels, bool IsValue, PageKind Kind>
 __device__ __forceinline__ void append(const KvAppendArgs& args, void* room, int page_blocks,
                                        unsigned sequence) {
   const KvCacheArgs& c = args.cache;
   const unsigned row = sequence * static_cast<unsigned>(c.heads) + blockIdx.y;
+  constexpr int kThreads = kThreadsOf<Kind>;
 #pragma unroll 1
   for (int n = 0;; ++n) {
     // Anew for each page: registers are scarce.
     const AppendPlan plan(args, sequence, page_blocks);
-    const int index = plan.page(c, n);
+    const int index = plan.page(c, n, kPagesOf<Kind>);
     if (index < 0) break;
     const Appending<Real16, Channels, IsValue> appending{args, row, plan.before};
-    appending.template pack<Kind>(room, sequence, index, AppendPlan::first_of(c, index));
+    appending.template pack<Kind>(room, sequence, index, plan.pages);
     if (static_cast<int>(blockIdx.x) < page_blocks) return;
     __syncthreads();  // room is free, and all tokens have been read
   }
@@ -190,16 +208,16 @@ union PackRoom {
   typename PagePacker<Real16, Channels, true, Kind>::type::Room values;
 };
 
-// Of a multiprocessor: as many as registers are there for without many spills.
+// Of a multiprocessor: as many as registers, and shared memory, are there for without many spills.
 template <int Channels, PageKind Kind>
-constexpr int kBlocks = Channels == 256 && Kind != PageKind::kDense ? 3 : 8;
+constexpr int kBlocks = Channels == 256 ? 3 : (Kind == PageKind::kDense ? 4 : 8);
 template <>
 constexpr int kBlocks<128, PageKind::kBitmap> = 7;
 
 template <class Real16, int Channels, PageKind Kind>
-__global__ void __launch_bounds__(kThreads, kBlocks<Channels, Kind>)
+__global__ void __launch_bounds__(kThreadsOf<Kind>, kBlocks<Channels, Kind>)
     append_kernel(KvAppendArgs args, int pages, unsigned first_side, unsigned both_sides) {
-  __shared__ alignas(16) uint8_t room[sizeof(PackRoom<Real16, Channels, Kind>)];
+  extern __shared__ uint4 room[];  // PackRoom
   wait_for_previous_kernel();
   let_next_kernel_start();
   const unsigned sequence = blockIdx.z >> both_sides, side = first_side + (blockIdx.z & both_sides);
@@ -215,14 +233,24 @@ cudaError_t launch_sparse_kv_append(const KvAppendArgs& args, cudaStream_t strea
   const KvCacheArgs& c = args.cache;
   Device device;
   cudaError_t status = device.read();
-  const auto launch_sides = [&](int64_t pages, int64_t stores, unsigned first_side, unsigned sides,
-                                PageKind kind) {
-    const dim3 grid(static_cast<unsigned>(pages + stores), static_cast<unsigned>(c.heads),
-                    static_cast<unsigned>(c.batch) * sides);
-    const DependentLaunch launch(grid, kThreads, device, stream);
-    const auto launch_kind = [&](auto channels, auto kind) {
-      const auto kernel = c.type == Real::kFloat16 ? append_kernel<Half, channels.value, kind.value>
-                                                   : append_kernel<BFloat16, channels.value, kind.value>;
+  // Of one kind, so many of a sequence's pages and blocks that store.
+  const auto launch_sides = [&](unsigned first_side, unsigned sides, PageKind kind) {
+    const auto launch_kind = [&](auto channels, auto of) {
+      constexpr PageKind kKind = of.value;
+      // A block that stores has a few vectors for each thread, of what at most stays.
+      const int64_t kept = args.count < c.recent ? args.count : c.recent;
+      const int64_t stores = args.count == 1 ? 1 : kept / 32 + 1;
+      // How many leave at once is the keys' matter, of values of another kind too.
+      const int more = std::max(kPagesOf<kKind>, pages_together(c.key_format));
+      const int64_t pages = (args.count / kPageTokens + more) / kPagesOf<kKind>;
+      const dim3 grid(static_cast<unsigned>(pages + stores), static_cast<unsigned>(c.heads),
+                      static_cast<unsigned>(c.batch) * sides);
+      constexpr int kShared = static_cast<int>(sizeof(PackRoom<Half, channels.value, kKind>));
+      const auto kernel = c.type == Real::kFloat16 ? append_kernel<Half, channels.value, kKind>
+                                                   : append_kernel<BFloat16, channels.value, kKind>;
+      if (kShared > 48 << 10 && status == cudaSuccess)
+        status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
+      const DependentLaunch launch(grid, kThreadsOf<kKind>, device, stream, kShared);
       if (status == cudaSuccess)
         status =
             cudaLaunchKernelEx(&launch.config, kernel, args, static_cast<int>(pages), first_side, sides - 1);
@@ -243,13 +271,8 @@ cudaError_t launch_sparse_kv_append(const KvAppendArgs& args, cudaStream_t strea
   };
   const PageKind key_kind = c.key_format.kind, value_kind = c.value_format.kind;
   const bool alike = key_kind == value_kind;
-  const auto launch = [&](int64_t pages, int64_t stores) {
-    launch_sides(pages, stores, 0, alike ? 2 : 1, key_kind);
-    if (!alike) launch_sides(pages, stores, 1, 1, value_kind);
-  };
-  // A block that stores has a few vectors for each thread, of what at most stays.
-  const int64_t kept = args.count < c.recent ? args.count : c.recent;
-  launch(args.count / kPageTokens + 1, args.count == 1 ? 1 : kept / 32 + 1);
+  launch_sides(0, alike ? 2 : 1, key_kind);
+  if (!alike) launch_sides(1, 1, value_kind);
   return status;
 }
 

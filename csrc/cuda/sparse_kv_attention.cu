@@ -163,7 +163,7 @@ int64_t attention_shared(const KvCacheArgs& c, int warps) {
   const PageFormat &k = c.key_format, &v = c.value_format;
   const bool is_same = k.kind == v.kind && k.bits == v.bits;
   const int64_t slack[2] = {overreach(k, c.channels), overreach(v, c.channels)};
-  const int64_t pages = key_page_bytes(c.channels, k) + value_page_bytes(c.channels, v);
+  const int64_t pages = whole_keys_bytes(c.channels, k) + value_page_bytes(c.channels, v);
   const int64_t bytes = table_bytes(k) + (is_same ? 0 : table_bytes(v)) + query_bytes(c.channels) +
                         warps * pages + (slack[0] > slack[1] ? slack[0] : slack[1]);
   const int64_t sums = 4 * warps * 8 * c.channels;

@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(32 * kMostWarps, resident_warps(Channels) / kM
   auto* tables = reinterpret_cast<uint32_t*>(room);
   uint4* queries = room + kTables / 16;
   uint8_t* stage = reinterpret_cast<uint8_t*>(queries) + 16 * Channels +
-                   warp_index * (Warp::key_bytes(c) + Warp::value_bytes(c));
+                   warp_index * (Warp::staged_key_bytes(c) + Warp::value_bytes(c));
   Warp warp(args, stage, queries, tables, row, first_head);
   Keys::make_table(tables);
   if constexpr (!std::is_same_v<Keys, Values>) Values::make_table(tables + Keys::kTableBytes / 4);
@@ -77,14 +77,25 @@ __global__ void __launch_bounds__(32 * kMostWarps, resident_warps(Channels) / kM
   const int begin = static_cast<int>(parts.pages * own / warps),
             end = static_cast<int>(parts.pages * (own + 1) / warps);
   const int32_t* table = c.page_table + sequence * c.max_pages;
-  int entries = -1;  // lane i has an entry of the table
+  int entries = -1;  // lanes have 32 neighbouring entries of the table
   const auto page_at = [&](int i) {
-    if ((i - begin) % 32u == 0) entries = i + warp.lane < end ? __ldg(table + i + warp.lane) : -1;
-    const int page = __shfl_sync(~0u, entries, (i - begin) % 32u);
-    return i < end && page < c.num_pages ? page : -1;
+    if (i == begin || i % 32 == 0) {
+      const int own = i - i % 32 + warp.lane;
+      entries = own < parts.pages ? __ldg(table + own) : -1;
+      if (entries >= c.num_pages) entries = -1;
+    }
+    PagePlace place{__shfl_sync(~0u, entries, i % 32), -1, i % 2 != 0};
+    if (i >= end) place.page = -1;
+    if constexpr (!Warp::kSparseKeys) {
+      place.other = __shfl_sync(~0u, entries, i % 32 ^ 1);
+      if (place.other < 0) place.page = -1;
+      if (place.is_odd && i > begin) place.other = -1;  // with the one before came the fits
+    }
+    return place;
   };
-  int page = page_at(begin);
-  warp.fetch_keys(page), warp.fetch_values(page);
+  PagePlace place = page_at(begin);
+  warp.fetch_keys(place), warp.fetch_values(place.page);
+  bool is_there = place.page >= 0;
   if (warp_index == 0) warp.load_query();
   __syncthreads();  // queries and tables
   const int first_slot = static_cast<int>(parts.ring_first % ring_slots(c));
@@ -100,12 +111,12 @@ __global__ void __launch_bounds__(32 * kMostWarps, resident_warps(Channels) / kM
   warp.begin_pages();
 #pragma unroll 1
   for (int i = begin; i < end; ++i) {
-    const int next = page_at(i + 1);
-    if (page >= 0)
+    const PagePlace next = page_at(i + 1);
+    if (is_there)
       warp.add_page(next);
     else
-      warp.fetch_keys(next), warp.fetch_values(next);
-    page = next;
+      warp.fetch_keys(next), warp.fetch_values(next.page);
+    is_there = next.page >= 0;
   }
   let_next_kernel_start();
   cp_async_wait<0>();

@@ -31,7 +31,7 @@ struct Room {
   QG_HD explicit Room(const KvCacheArgs& c)
       : queries(2048),
         pages(queries + 16 * c.channels),
-        stage(key_page_bytes(c.channels, c.key_format) + value_page_bytes(c.channels, c.value_format)),
+        stage(whole_keys_bytes(c.channels, c.key_format) + value_page_bytes(c.channels, c.value_format)),
         tiles(pages + 2 * stage),
         all(tiles + kWarps * 32 * c.channels) {}
 };
@@ -92,18 +92,15 @@ struct MixedWarp {
   // A page in shared memory.
   __device__ __forceinline__ void add_page(const uint8_t* keys, const uint32_t* tables) {
     const KvCacheArgs& c = args.cache;
-    const uint8_t* values = keys + key_page_bytes(Channels, c.key_format);
-    const auto fits = [](const uint8_t* page, PageFormat format) {
-      return page + (format.kind == PageKind::kDense ? page_codes_bytes(Channels, format.bits)
-                                                     : sparse_codes_bytes(Channels, format));
-    };
-    PageUnpacker<Channels, false>{keys, fits(keys, c.key_format), tables, tile, warp, lane}.run(c.key_format);
+    const uint8_t *key_fits = keys + codes_bytes(Channels, c.key_format),
+                  *values = keys + whole_keys_bytes(Channels, c.key_format),
+                  *value_fits = values + codes_bytes(Channels, c.value_format);
+    PageUnpacker<Channels, false>{keys, key_fits, tables, tile, warp, lane}.run(c.key_format);
     __syncwarp();
     float logits[4] = {};
     multiply_keys<Half>(logits, [&](int s) { return queries[32 * s + lane]; });
     __syncwarp();  // keys have been read
-    PageUnpacker<Channels, true>{values, fits(values, c.value_format), tables + 256, tile, warp, lane}.run(
-        c.value_format);
+    PageUnpacker<Channels, true>{values, value_fits, tables + 256, tile, warp, lane}.run(c.value_format);
     uint32_t weights[2];
 #pragma unroll
     for (int j = 0; j < 4; ++j) logits[j] *= args.scale * kLog2e;
@@ -194,30 +191,47 @@ __global__ void __launch_bounds__(kThreads, most_blocks(Channels))
   const SequenceParts parts = parts_of(c, c.lens[sequence]);
   const int begin = static_cast<int>(parts.pages * blockIdx.x / args.split),
             end = static_cast<int>(parts.pages * (blockIdx.x + 1) / args.split);
-  int entries = -1;  // lane i has an entry of the table
-  const auto page_at = [&](int i) {
-    if ((i - begin) % 32u == 0)
-      entries =
-          i + static_cast<int>(lane) < end ? __ldg(c.page_table + sequence * c.max_pages + i + lane) : -1;
-    const int page = __shfl_sync(~0u, entries, (i - begin) % 32u);
-    return i < end && page < c.num_pages ? page : -1;
+  int entries = -1;  // lanes have 32 neighbouring entries of the table
+  const int together = pages_together(c.key_format);
+  // The page with number i, at once with the first and the last of those that share the keys' fits.
+  const auto pages_at = [&](int i) {
+    if (i == begin || i % 32 == 0) {
+      const int own = i - i % 32 + static_cast<int>(lane);
+      entries = own < parts.pages ? __ldg(c.page_table + sequence * c.max_pages + own) : -1;
+      if (entries >= c.num_pages) entries = -1;
+    }
+    const int at = i % 32, first = at & ~(together - 1);
+    int3 pages = {__shfl_sync(~0u, entries, at), __shfl_sync(~0u, entries, first),
+                  __shfl_sync(~0u, entries, first + together - 1)};
+    if (i >= end || pages.y < 0 || pages.z < 0) pages.x = -1;
+    return pages;
   };
   const int key_bytes = static_cast<int>(key_page_bytes(Channels, c.key_format)),
-            value_bytes = static_cast<int>(value_page_bytes(Channels, c.value_format));
+            value_bytes = static_cast<int>(value_page_bytes(Channels, c.value_format)),
+            key_codes = static_cast<int>(codes_bytes(Channels, c.key_format)),
+            whole_keys = static_cast<int>(whole_keys_bytes(Channels, c.key_format));
   const auto stage = [&](int i) { return bytes + room.pages + (i - begin) % 2 * room.stage; };
-  const auto fetch = [&](int i, int page) {
-    if (page >= 0) {
-      const int64_t from = page * c.heads + head;
-      const auto copy = [&](uint8_t* to, const uint8_t* pages, int size) {
+  const auto fetch = [&](int i, int3 those) {
+    if (those.x >= 0) {
+      const auto copy = [&](uint8_t* to, const uint8_t* from, int size) {
         for (int at = static_cast<int>(16 * thread); at < size; at += 16 * kThreads)
-          cp_async16(shared_address(to + at), pages + from * size + at);
+          cp_async16(shared_address(to + at), from + at);
       };
-      copy(stage(i), c.key_pages, key_bytes), copy(stage(i) + key_bytes, c.value_pages, value_bytes);
+      const auto keys = [&](int page) { return c.key_pages + (page * c.heads + head) * key_bytes; };
+      uint8_t* to = stage(i);
+      copy(to, keys(those.x), together == 1 ? key_bytes : key_codes);
+      if (together > 1 && thread < Channels / 4) {  // scales and shifts
+        const unsigned at = 16 * thread, is_shift = at >= 2 * Channels;
+        cp_async16(shared_address(to + key_codes + at),
+                   keys(is_shift ? those.z : those.y) + key_codes + (at - is_shift * 2 * Channels));
+      }
+      copy(to + whole_keys, c.value_pages + (those.x * c.heads + head) * value_bytes, value_bytes);
     }
     cp_async_commit();
   };
-  int page = page_at(begin);
-  fetch(begin, page);
+  const int3 first_pages = pages_at(begin);
+  fetch(begin, first_pages);
+  bool is_there = first_pages.x >= 0;
   for (unsigned i = thread; i < 2 * Channels; i += kThreads) {  // as halves
     const auto* own = reinterpret_cast<const uint32_t*>(query_of(i % 32 / 4)) + i / 32 * 8 + i % 4;
     const auto pair = [&](unsigned at) {
@@ -236,12 +250,12 @@ __global__ void __launch_bounds__(kThreads, most_blocks(Channels))
     warp.add_recent(parts, first_slot, static_cast<int>(i), recent);
 #pragma unroll 1
   for (int i = begin; i < end; ++i) {
-    const int next = page_at(i + 1);
+    const int3 next = pages_at(i + 1);
     cp_async_wait<0>();
     __syncthreads();  // the page is there (with tables and queries), and the one before has been read
     fetch(i + 1, next);
-    if (page >= 0) warp.add_page(stage(i), tables);
-    page = next;
+    if (is_there) warp.add_page(stage(i), tables);
+    is_there = next.x >= 0;
   }
   let_next_kernel_start();
 

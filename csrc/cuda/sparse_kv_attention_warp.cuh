@@ -17,15 +17,15 @@ inline constexpr float kLog2E = 1.4426950408889634f;
 // The largest weight is 2^-this when the maximum is raised, so that it need not be for a little more.
 inline constexpr float kHeadroom = 2.0f;
 
-// Bytes of a page's codes, at compile time but for a bitmap, and at most.
-template <class Codes, int Channels>
-__device__ __forceinline__ constexpr int codes_bytes(int keep) {
-  if (Codes::kKind == PageKind::kDense) return static_cast<int>(page_codes_bytes(Channels, Codes::kBits));
-  return static_cast<int>(sparse_codes_bytes(Channels, {Codes::kKind, Codes::kBits, keep}));
-}
-// Of a column: a scale and, in dense pages, a shift.
 template <class Codes>
-inline constexpr int kFitBytes = Codes::kKind == PageKind::kDense ? 4 : 2;
+__device__ __forceinline__ constexpr PageFormat format_of(int keep) {
+  return {Codes::kKind, Codes::kBits, keep};  // all but keep is known at compile time
+}
+// A page of a sequence, and the one that shares the keys' fits or -1.
+struct PagePlace {
+  int page, other;
+  bool is_odd;  // the second of the two
+};
 
 template <class Real16, int Channels, class Keys, class Values>
 struct AttentionWarp {
@@ -57,13 +57,22 @@ struct AttentionWarp {
     value_pages = a.cache.value_pages + own * value_bytes(a.cache) + 16 * lane;
   }
 
+  static __device__ __forceinline__ constexpr int key_codes(int keep) {
+    return static_cast<int>(codes_bytes(Channels, format_of<Keys>(keep)));
+  }
+  static __device__ __forceinline__ constexpr int value_codes(int keep) {
+    return static_cast<int>(codes_bytes(Channels, format_of<Values>(keep)));
+  }
   static __device__ __forceinline__ int key_bytes(const KvCacheArgs& c) {
-    return codes_bytes<Keys, Channels>(c.key_format.keep) + kFitBytes<Keys> * Channels;
+    return static_cast<int>(key_page_bytes(Channels, format_of<Keys>(c.key_format.keep)));
+  }
+  static __device__ __forceinline__ int staged_key_bytes(const KvCacheArgs& c) {
+    return static_cast<int>(whole_keys_bytes(Channels, format_of<Keys>(c.key_format.keep)));
   }
   static __device__ __forceinline__ int value_bytes(const KvCacheArgs& c) {
-    return codes_bytes<Values, Channels>(c.value_format.keep) + kFitBytes<Values> * kPageTokens;
+    return static_cast<int>(value_page_bytes(Channels, format_of<Values>(c.value_format.keep)));
   }
-  __device__ __forceinline__ uint8_t* staged_values() const { return stage + key_bytes(args.cache); }
+  __device__ __forceinline__ uint8_t* staged_values() const { return stage + staged_key_bytes(args.cache); }
 
   // The channel of row r of block y of out.
   static __device__ __forceinline__ int channel(int y, int r) {
@@ -102,26 +111,49 @@ struct AttentionWarp {
       queries[16 * s + lane] = make_uint4(q[s][0], q[s][1], q[s + 1][0], q[s + 1][1]);
   }
 
-  // One group of copies, empty for no page (-1). Most: at most so many bytes.
+  // This lane's place in a page of so many bytes; a copy of no more than Most.
+  __device__ __forceinline__ bytes_ptr in_page(bytes_ptr pages, int bytes, int page) const {
+    return pages + static_cast<uint64_t>(static_cast<uint32_t>(page)) *
+                       (static_cast<uint32_t>(args.cache.heads) * static_cast<uint32_t>(bytes));
+  }
   template <int Most>
-  __device__ __forceinline__ void fetch(uint8_t* to, bytes_ptr from, int bytes, int page) const {
-    __syncwarp();  // all have read what was here
-    if (page >= 0) {
-      from += static_cast<uint64_t>(static_cast<uint32_t>(page)) *
-              (static_cast<uint32_t>(args.cache.heads) * static_cast<uint32_t>(bytes));
+  __device__ __forceinline__ void copy(uint8_t* to, bytes_ptr from, int bytes) const {
 #pragma unroll
-      for (int i = 0; i < Most; i += 512)
-        if (i + 16 * lane < bytes) cp_async16(shared_address(to + 16 * lane) + i, from + i);
+    for (int i = 0; i < Most; i += 512)
+      if (i + 16 * lane < bytes) cp_async16(shared_address(to + 16 * lane) + i, from + i);
+  }
+  // One group of copies each, empty for no page. Without another page dense keys' fits are there.
+  __device__ __forceinline__ void fetch_keys(PagePlace place) const {
+    __syncwarp();  // all have read what was here
+    if (place.page >= 0) {
+      const int bytes = key_bytes(args.cache);
+      if constexpr (kSparseKeys) {
+        constexpr int kMost = static_cast<int>(key_page_bytes(Channels, format_of<Keys>(Channels)));
+        copy<kMost>(stage, in_page(key_pages, bytes, place.page), bytes);
+      } else {
+        constexpr int kCodes = key_codes(0), kScales = 2 * Channels;
+        copy<kCodes>(stage, in_page(key_pages, bytes, place.page), kCodes);
+        if (place.other >= 0) {
+#pragma unroll
+          for (int i = 0; i < 2 * kScales; i += 512) {
+            const int at = i + 16 * lane;
+            const bool is_shift = at >= kScales;
+            const int page = is_shift == place.is_odd ? place.page : place.other;
+            if (at < 2 * kScales)
+              cp_async16(shared_address(stage + kCodes + at),
+                         in_page(key_pages, bytes, page) + kCodes + i - (is_shift ? kScales : 0));
+          }
+        }
+      }
     }
     cp_async_commit();
   }
-  __device__ __forceinline__ void fetch_keys(int page) const {
-    constexpr int kMost = codes_bytes<Keys, Channels>(Channels) + kFitBytes<Keys> * Channels;
-    fetch<kMost>(stage, key_pages, key_bytes(args.cache), page);
-  }
   __device__ __forceinline__ void fetch_values(int page) const {
-    constexpr int kMost = codes_bytes<Values, Channels>(Channels) + kFitBytes<Values> * kPageTokens;
-    fetch<kMost>(staged_values(), value_pages, value_bytes(args.cache), page);
+    __syncwarp();  // all have read what was here
+    constexpr int kMost = static_cast<int>(value_page_bytes(Channels, format_of<Values>(Channels)));
+    const int bytes = value_bytes(args.cache);
+    if (page >= 0) copy<kMost>(staged_values(), in_page(value_pages, bytes, page), bytes);
+    cp_async_commit();
   }
 
   // Logits, in powers of two and less `maximum`, of 16 · Tiles tokens to weights, as b of the second
@@ -170,8 +202,8 @@ struct AttentionWarp {
     shifts[0][c] *= factor, shifts[1][c + 2] *= factor;
   }
 
-  // Σ b · shift over all columns. Shifts that came as one load are one operand, so
-  // sums[0] is right in rows 0 … 7 and sums[1] in the others. A sparse page's shift is always the same.
+  // Σ b · shift over all columns. Shifts that came as one load are one operand: sums[0] is right in rows
+  // 0 … 7, sums[1] in the others. A sparse page's shift is always the same.
   template <class Codes, int Steps>
   static __device__ __forceinline__ void add_shifts(float (&sums)[2][4], const uint8_t* fits,
                                                     const uint32_t (&b)[Steps][2]) {
@@ -209,8 +241,8 @@ struct AttentionWarp {
       uint32_t& w = weights[i / 2][i % 2];
       w &= __heq2_mask(bit_cast<__half2>(w), bit_cast<__half2>(w));
     }
-    const auto* scales = reinterpret_cast<const uint16_t*>(
-        values + codes_bytes<Values, Channels>(args.cache.value_format.keep));
+    const auto* scales =
+        reinterpret_cast<const uint16_t*>(values + value_codes(args.cache.value_format.keep));
 #pragma unroll 1
     for (int token = 0; token < kPageTokens; ++token) {
       if ((scales[sparse_value_scale_place(token)] & 0x7fff) <= 0x7c00) continue;
@@ -225,12 +257,12 @@ struct AttentionWarp {
 
   // The page that is on its way here; then the next one is, or none (-1). Its keys come as soon as these
   // have been multiplied, its values after these.
-  __device__ __forceinline__ void add_page(int next) {
+  __device__ __forceinline__ void add_page(PagePlace next) {
     float logits[4][4] = {}, base[2][4] = {};
     uint32_t b[kSteps][2];
     cp_async_wait<1>();
     __syncwarp();  // the other lanes' copies too
-    const uint8_t* key_fits = stage + codes_bytes<Keys, Channels>(args.cache.key_format.keep) + lane % 4 * 16;
+    const uint8_t* key_fits = stage + key_codes(args.cache.key_format.keep) + lane % 4 * 16;
 #pragma unroll
     for (int s = 0; s < kSteps; s += 2)
       multiply_scales(b[s], b[s + 1], queries[16 * s + lane], key_fits + 32 * s);
@@ -250,8 +282,7 @@ struct AttentionWarp {
     cp_async_wait<1>();
     __syncwarp();  // the other lanes' copies too
     const uint8_t* values = staged_values();
-    const uint8_t* fits =
-        values + codes_bytes<Values, Channels>(args.cache.value_format.keep) + lane % 4 * 16;
+    const uint8_t* fits = values + value_codes(args.cache.value_format.keep) + lane % 4 * 16;
 #pragma unroll
     for (int s = 0; s < 4; s += 2) {
       const uint4 w = make_uint4(weights[s][0], weights[s][1], weights[s + 1][0], weights[s + 1][1]);
@@ -266,7 +297,7 @@ struct AttentionWarp {
     add_shifts<Values>(shifts, fits + 2 * kPageTokens, weights);
     constexpr bool kSameTable = std::is_same_v<Keys, Values>;
     Values::multiply_values(out, values, lane, table + (kSameTable ? 0 : Keys::kTableBytes / 4), weights);
-    fetch_values(next);
+    fetch_values(next.page);
   }
 
   // Those of 16 tokens from the index-th on that are among the `count` recent ones of parts, whose ring

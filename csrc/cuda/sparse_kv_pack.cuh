@@ -9,6 +9,8 @@
 
 namespace quantgemm {
 
+inline constexpr int kPackThreads = 2 * kPageTokens;
+
 // Of pairs of values of which some are kept, side by side: extremes, number and sum of magnitudes.
 template <class Real16>
 struct KeptPairs {
@@ -34,6 +36,7 @@ __device__ __forceinline__ uint32_t half_at(uint32_t pair, int i) { return pair 
 
 template <class Real16, int Channels, bool IsValue, PageKind Kind>
 struct SparsePacker {
+  static constexpr int kPages = 1, kOfPage = kPackThreads, kThreads = kPackThreads;
   // Of tokens in shared memory: where two lanes have 16 bytes each of four tokens, all are in other banks.
   static constexpr int kStride = Channels + 16;
   static constexpr int kWords = Channels / 4;  // of a thread's half of a token

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// One dense page of the native cache (kv_page.h) by a thread block, from 64 tokens in shared memory. A
-// column is what a fit belongs to: a channel of keys, a token of values.
+// Two neighbouring dense pages of the native cache (kv_page.h) by a thread block, from 128 tokens in shared
+// memory. A column is what a fit belongs to: a channel of keys, a token of values.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -10,8 +10,6 @@
 #include "ptx.cuh"
 
 namespace quantgemm {
-
-inline constexpr int kPackThreads = 2 * kPageTokens;
 
 // Two halves, or bfloat16, side by side. NaN wins.
 template <class Real16>
@@ -32,25 +30,31 @@ struct ExtremePairs {
 
 template <class Real16, int Channels, bool IsValue>
 struct DensePacker {
+  static constexpr int kPages = 2, kTokens = kPages * kPageTokens, kOfPage = 2 * kPageTokens;
+  static constexpr int kThreads = kPages * kOfPage;
   static constexpr int kStride = Channels + 8;  // of tokens: 16-byte pieces in other banks
   static constexpr int kVectors = Channels / 8, kWords = kStride / 2;
-  static constexpr int kPairs = Channels / 2, kParts = kPackThreads / kPairs < 1 ? 1 : kPackThreads / kPairs;
+  static constexpr int kPairs = Channels / 2, kParts = kThreads / kPairs;
+  static constexpr int kColumns = IsValue ? kTokens : Channels;
   struct Room {
-    alignas(16) uint16_t x[kPageTokens * kStride];
-    float2 coders[Channels < kPageTokens ? kPageTokens : Channels];  // PageCoder's inverse and lift
+    alignas(16) uint16_t x[kTokens * kStride];
+    float2 coders[kColumns];  // PageCoder's inverse and lift
+    uint8_t* pages[kPages];
     union {
-      ExtremePairs<Real16> parts[kParts][kPairs];
-      int ranges[Channels < kPageTokens ? kPageTokens : Channels];
+      ExtremePairs<Real16> parts[kThreads];  // extremes of some rows, of keys a pair of columns
+      int ranges[kColumns];
     };
   };
   Room& room;
   PageFormat format;
-  uint8_t* page;
+  uint8_t* page;  // of this thread, which is one of a half of the block; null: it has no place
   int thread;
 
-  // x is there.
+  // x is there. Keys are packed if both pages have a place.
   __device__ __forceinline__ void run() {
-    __syncthreads();  // x
+    if (thread % kOfPage == 0) room.pages[thread / kOfPage] = page;
+    __syncthreads();  // x and pages
+    if (!IsValue && (room.pages[0] == nullptr || room.pages[1] == nullptr)) return;
     format.bits == 2 ? run_bits<2>() : run_bits<4>();
   }
 
@@ -78,40 +82,27 @@ struct DensePacker {
         if (i == 0) own.lo = own.hi = v.x;
         own.add(v.x, v.x), own.add(v.y, v.y), own.add(v.z, v.z), own.add(v.w, v.w);
       }
-      own.add(own.lo >> 16 | own.lo << 16, own.hi >> 16 | own.hi << 16);
-      own.add(__shfl_xor_sync(~0u, own.lo, 16), __shfl_xor_sync(~0u, own.hi, 16));
-      const int columns[1] = {part == 0 ? token : -1};
-      float2 extremes[1] = {own.half(0)};
-      fit_columns<Bits>(columns, extremes);
+      room.parts[part * kTokens + token] = own;
     } else {
-      for (int item = thread; item < kParts * kPairs; item += kPackThreads) {
-        constexpr int kTokens = kPageTokens / kParts;
-        const int pair = item % kPairs, first = item / kPairs * kTokens;
-        ExtremePairs<Real16> own{word(first, pair), word(first, pair)};
+      constexpr int kEach = kTokens / kParts;
+      const int pair = thread % kPairs, first = thread / kPairs * kEach;
+      ExtremePairs<Real16> own{word(first, pair), word(first, pair)};
 #pragma unroll 8
-        for (int t = 0; t < kTokens; ++t) {
-          const uint32_t w = word(first + t, pair);
-          own.add(w, w);
-        }
-        room.parts[item / kPairs][pair] = own;
+      for (int t = 0; t < kEach; ++t) {
+        const uint32_t w = word(first + t, pair);
+        own.add(w, w);
       }
-      __syncthreads();  // parts
-      constexpr int kEach = Channels > kPackThreads ? Channels / kPackThreads : 1;
-      int columns[kEach];
-      float2 extremes[kEach];
-#pragma unroll
-      for (int n = 0; n < kEach; ++n) {
-        const int channel = thread + n * kPackThreads;
-        columns[n] = channel < Channels ? channel : -1;
-        if (columns[n] < 0) continue;
-        ExtremePairs<Real16> all = room.parts[0][channel / 2];
-#pragma unroll
-        for (int i = 1; i < kParts; ++i)
-          all.add(room.parts[i][channel / 2].lo, room.parts[i][channel / 2].hi);
-        extremes[n] = all.half(channel % 2);
-      }
-      fit_columns<Bits>(columns, extremes);
+      room.parts[thread] = own;
     }
+    __syncthreads();  // parts
+    // The first warps have the columns: a warp with half of its lanes takes as long as one with all.
+    constexpr int kStep = IsValue ? kTokens : kPairs;
+    const int first = IsValue ? thread % kTokens : thread % Channels / 2;
+    ExtremePairs<Real16> all = room.parts[first];
+#pragma unroll
+    for (int i = kStep; i < kThreads; i += kStep) all.add(room.parts[first + i].lo, room.parts[first + i].hi);
+    if constexpr (IsValue) all.add(all.lo >> 16 | all.lo << 16, all.hi >> 16 | all.hi << 16);
+    fit_column<Bits>(thread < kColumns ? thread : -1, all.half(IsValue ? 0 : thread % 2));
     __syncthreads();  // coders
     if constexpr (IsValue)
       pack_values<Bits>();
@@ -119,15 +110,11 @@ struct DensePacker {
       pack_keys<Bits>();
   }
 
-  // Of this thread's columns (-1: none).
-  template <int Bits, int Each>
-  __device__ __forceinline__ void fit_columns(const int (&columns)[Each], float2 (&extremes)[Each]) {
-    constexpr int kColumns = IsValue ? kPageTokens : Channels;
-#pragma unroll
-    for (int n = 0; n < Each; ++n) {
-      const int k = columns[n];
-      if (k < 0) continue;
-      float &lo = extremes[n].x, &hi = extremes[n].y;
+  // Of this thread's column k (-1: none), whose extremes these are.
+  template <int Bits>
+  __device__ __forceinline__ void fit_column(int k, float2 extremes) {
+    float lo = extremes.x, hi = extremes.y;
+    if (k >= 0) {
       if (lo == 0.0f) {  // of zeros the first, for its sign
         int row = 0;
         while ((IsValue ? at(k, row) : at(row, k)) != 0.0f) ++row;
@@ -139,30 +126,31 @@ struct DensePacker {
     }
     if constexpr (Bits == 2) {
       __syncthreads();  // grids
-      constexpr int kTiles = kColumns / 16;
 #pragma unroll 1
-      for (int tile = thread / 32; tile < kTiles; tile += kPackThreads / 32) choose_ranges(tile);
+      for (int tile = thread / 32; tile < kColumns / 16; tile += kThreads / 32) choose_ranges(tile);
       __syncthreads();  // ranges
     }
-#pragma unroll
-    for (int n = 0; n < Each; ++n) {
-      const int k = columns[n];
-      if (k < 0) continue;
-      const float lo = extremes[n].x, hi = extremes[n].y;
-      const float cut = Bits == 2 ? range_cut(room.ranges[k], lo, hi) : 0.0f;
-      const bool is_cut = Bits == 2 && room.coders[k].x > 0.0f;
-      const PageFit fit = fit_page_range(is_cut ? lo + cut : lo, is_cut ? hi - cut : hi, Bits);
-      const PageCoder coder(fit, Bits);
-      room.coders[k] = make_float2(coder.inverse, coder.lift);
-      auto* stored = reinterpret_cast<uint16_t*>(page + page_codes_bytes(Channels, Bits));
-      stored[fit_place(k)] = fit.scale, stored[kColumns + fit_place(k)] = fit.shift;
+    if (k < 0) return;
+    const float cut = Bits == 2 ? range_cut(room.ranges[k], lo, hi) : 0.0f;
+    const bool is_cut = Bits == 2 && room.coders[k].x > 0.0f;
+    const PageFit fit = fit_page_range(is_cut ? lo + cut : lo, is_cut ? hi - cut : hi, Bits);
+    const PageCoder coder(fit, Bits);
+    room.coders[k] = make_float2(coder.inverse, coder.lift);
+    const auto fits = [&](int i) {
+      return reinterpret_cast<uint16_t*>(room.pages[i] + page_codes_bytes(Channels, Bits));
+    };
+    if constexpr (!IsValue) {
+      fits(0)[fit_place(k)] = fit.scale, fits(1)[fit_place(k)] = fit.shift;
+    } else if (room.pages[k / kPageTokens] != nullptr) {
+      uint16_t* to = fits(k / kPageTokens) + fit_place(k % kPageTokens);
+      to[0] = fit.scale, to[kPageTokens] = fit.shift;
     }
   }
 
   // fit_page_group's ranges of 16 columns by a warp: tensor cores add what is beyond each step, in whole
   // numbers above 1.5 · 2^23, whose lowest bits they are. Lane 4r + c has values of columns r and r + 8.
   __device__ __forceinline__ void choose_ranges(int tile) {
-    constexpr int kRows = IsValue ? Channels : kPageTokens;
+    constexpr int kRows = IsValue ? Channels : kTokens;
     constexpr float kMagic = 12582912.0f;
     const int lane = thread % 32;
     const float2 grids[2] = {room.coders[16 * tile + lane / 4], room.coders[16 * tile + lane / 4 + 8]};
@@ -254,8 +242,9 @@ struct DensePacker {
   template <int Bits>
   __device__ __forceinline__ void pack_keys() {
     using V = Vector<Bits>;
+    const int first = thread / kOfPage * kPageTokens;
 #pragma unroll 1
-    for (int i = thread; i < Channels * Bits / 2; i += kPackThreads) {
+    for (int i = thread % kOfPage; i < Channels * Bits / 2; i += kOfPage) {
       const int lane = i % 32, column = i / 32 * V::kSpan + lane % 4 * 2;
       const V vector(room.coders + column);
       uint32_t words[4] = {};
@@ -263,7 +252,7 @@ struct DensePacker {
       for (int r = 0; r < 8; ++r)
 #pragma unroll
         for (int c = 0; c < V::kColumns; c += 2) {
-          const uint32_t pair = word(8 * r + lane / 4, column / 2 + c / 2 * 4);
+          const uint32_t pair = word(first + 8 * r + lane / 4, column / 2 + c / 2 * 4);
           vector.add(words, r, c, half_of(pair, 0), half_of(pair, 1));
         }
       V::store(page, i, words);
@@ -274,10 +263,13 @@ struct DensePacker {
   template <int Bits>
   __device__ __forceinline__ void pack_values() {
     using V = Vector<Bits>;
+    if (page == nullptr) return;
+    const int first = thread / kOfPage * kPageTokens;
 #pragma unroll 1
-    for (int i = thread; i < Channels * Bits / 4; i += kPackThreads) {
+    for (int i = thread % kOfPage; i < Channels * Bits / 4; i += kOfPage) {
       const int c4 = i % 4, r2 = i / 4 % 4, v = i / 16;
-      const int column = v * V::kSpan % kPageTokens + 2 * c4, row = v * V::kSpan / kPageTokens * 64 + 2 * r2;
+      const int column = first + v * V::kSpan % kPageTokens + 2 * c4,
+                row = v * V::kSpan / kPageTokens * 64 + 2 * r2;
       const V vector(room.coders + column);
       uint32_t words[2][4] = {};
 #pragma unroll

@@ -73,8 +73,9 @@ struct Cache {
     check_value(sinks >= 0 && window >= 0, "window: expected sinks and window of at least 0, got ", sinks,
                 " and ", window);
     const int64_t ring = c.recent - sinks;
-    check_value(ring % kPageTokens == 0 && ring >= window + kPageTokens, "recent_keys: expected ", sinks,
-                " slots for sinks and a multiple of 64 for at least window + 64 = ", window + kPageTokens,
+    const int64_t leave = pages_together(c.key_format) * kPageTokens;
+    check_value(ring % kPageTokens == 0 && ring >= window + leave, "recent_keys: expected ", sinks,
+                " slots for sinks and a multiple of 64 for at least window + ", leave, " = ", window + leave,
                 " tokens, got ", c.recent, " slots");
     c.sinks = sinks, c.window = window, c.type = *type;
     check_value(page_table.dim() == 2, "page_table: expected [batch, pages], got shape ",

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from quantgemm.kv.pages import FORMATS, PAGE, page_bytes, unpack_pages
+from quantgemm.kv.pages import FORMATS, PAGE, page_bytes, pages_together, unpack_pages
 from quantgemm.ops import register_fake
 
 Tensor = torch.Tensor
@@ -81,7 +81,7 @@ class SparseKVCache:
     """Keys and values of all layers: sinks and the latest tokens as they are, the rest in pages.
 
     format: ``dense2`` or ``dense4``, codes of 2 or 4 bits with a scale and a shift for each channel
-    of 64 keys and for each token of values; ``bitmap2``, ``bitmap4``, of each token the
+    of 128 keys and for each token of values; ``bitmap2``, ``bitmap4``, of each token the
     ``round((1 - sparsity)·head_dim)`` largest magnitudes with a scale alone; ``4of8_2``,
     ``4of8_4``, the four largest of each eight. key_format and value_format, any two of these,
     differ from it where given. window: tokens that stay as they are, at least; sinks: the first
@@ -132,8 +132,9 @@ class SparseKVCache:
         self.key_format, self.value_format, self.keep = key_format, value_format, keep
         self.window, self.sinks, self.max_tokens = window, sinks, max_tokens
         self.batch, self.head_dim, self.num_kv_heads = batch, head_dim, num_kv_heads
-        slots = sinks + (window + PAGE - 1) // PAGE * PAGE + PAGE
-        pages = max(0, max_tokens - sinks - window) // PAGE
+        together = pages_together(key_format)
+        slots = sinks + ((window + PAGE - 1) // PAGE + together) * PAGE
+        pages = max(0, max_tokens - sinks - window) // PAGE // together * together
 
         def new(*sizes: int, dtype: torch.dtype) -> Tensor:
             return torch.zeros(sizes, dtype=dtype, device=device)
@@ -284,7 +285,8 @@ class SparseKVCache:
 
     def _num_pages(self, tokens: int) -> int:
         rest = max(0, tokens - self.sinks)
-        return min(max(0, rest - self.window) // PAGE, self.page_table.shape[1])
+        pages = min(max(0, rest - self.window) // PAGE, self.page_table.shape[1])
+        return pages - pages % pages_together(self.key_format)
 
     def _stores(self) -> tuple[tuple[Tensor, Tensor, str, bool], ...]:
         return (

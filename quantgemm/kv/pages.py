@@ -31,6 +31,11 @@ FORMATS = {
 }
 
 
+def pages_together(key_format: str) -> int:
+    """So many pages leave the ring at a time: dense keys' share scales and shifts in twos."""
+    return 2 if FORMATS[key_format].kind == "dense" else 1
+
+
 def codes_bytes(form: str, head_dim: int, keep: int) -> int:
     """Of a page without its scales. keep: elements of a token, for bitmaps."""
     kind, bits = FORMATS[form]
@@ -42,13 +47,16 @@ def codes_bytes(form: str, head_dim: int, keep: int) -> int:
 
 
 def page_bytes(form: str, head_dim: int, keep: int, value: bool) -> int:
-    """Codes, and a half for each channel of keys, each token of values; dense pages have two."""
-    fits = PAGE if value else head_dim
-    return codes_bytes(form, head_dim, keep) + fits * (4 if form.startswith("dense") else 2)
+    """Codes, and a half for each channel of keys, each token of values; dense values have two."""
+    halves = 2 * PAGE if form.startswith("dense") else PAGE
+    return codes_bytes(form, head_dim, keep) + 2 * (halves if value else head_dim)
 
 
 def unpack_pages(pages: Tensor, form: str, head_dim: int, keep: int, value: bool) -> Tensor:
-    """uint8 ``[..., page bytes]`` to float32 ``[..., 64 tokens, head_dim]``."""
+    """uint8 ``[..., page bytes]`` to float32 ``[..., 64 tokens, head_dim]``.
+
+    Dense keys: ``[..., pages, heads, page bytes]``, of neighbouring pages the even one first.
+    """
     kind, bits = FORMATS[form]
     if kind == "dense":
         return _unpack_dense(pages, bits, head_dim, value)
@@ -164,6 +172,9 @@ def _unpack_dense(pages: Tensor, bits: int, head_dim: int, value: bool) -> Tenso
     codes = words.long() >> at & (2**bits - 1)
     fits = pages[..., end:].contiguous().view(torch.float16).float()
     place = (((k // 32 * 4 + k % 8 // 2) * 4 + k // 8 % 4) * 2 + k % 2)[0]
-    scale, shift = fits[..., place], fits[..., num_k + place]
+    if value:
+        scale, shift = fits[..., place], fits[..., num_k + place]
+    else:  # of two pages the first has the scales, the second the shifts
+        scale, shift = (fits[..., odd::2, :, place].repeat_interleave(2, -3) for odd in (0, 1))
     x: Tensor = (codes / 2**bits + shift[..., None, :]) * scale[..., None, :]
     return x.transpose(-1, -2) if value else x
