@@ -284,8 +284,9 @@ def gemm_packed(
     same bits. ``gemv`` has it inside for float16 and bfloat16; else it is a launch in front, as the
     norm alone would be (`explain_gemm` says which).
 
-    ahead: packed weights that a later launch reads. ``gemv`` on sm_90 and newer, and
-    ``few``, bring the first of them into the L2 while they end; others do not look at it. `ReadAhead` finds them by itself.
+    ahead: packed weights that a later launch reads. ``gemv`` on sm_90 and newer, and ``few``,
+    bring the first of them into the L2 while they end; others do not look at it. `ReadAhead`
+    finds them by itself.
 
     On sm_90 and newer the kernel starts to read `packed` before the one launched right before it
     has ended. Bytes from `pack` or a memory copy are complete by then; where another kernel of

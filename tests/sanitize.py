@@ -208,7 +208,7 @@ def run_kv_cache_cases(generator: torch.Generator) -> None:
             )
             x = torch.randn(3, heads, 400, dim, generator=generator).to(dtype).cuda()
             query = torch.randn(3, heads * groups, dim, generator=generator).to(dtype).cuda()
-            counts = torch.tensor([400, 0, 131], device="cuda")
+            counts = torch.tensor([400, 0, 195], device="cuda")
             cache.append(0, x, x, counts)
             cache.advance(400, counts)
             for _ in range(2):

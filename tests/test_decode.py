@@ -103,10 +103,10 @@ def test_quantised_keys_and_values(device: str, kv: str) -> None:
     model = tiny(device)
     ids = prompts(device, 1, 250)
     with torch.no_grad():
-        want = model(ids).logits[0, 239:].float()
+        want = model(ids).logits[0, 189:].float()
     decoder = compile_decode(model, max_tokens=256, kv=kv, window=64, sinks=4)
-    got = [decoder.read(ids[:, :240]).clone()]
-    got += [decoder.step(ids[:, i]).clone() for i in range(240, 250)]
+    got = [decoder.read(ids[:, :190]).clone()]
+    got += [decoder.step(ids[:, i]).clone() for i in range(190, 250)]  # pages leave on the way
     error = float((torch.cat(got).float() - want).norm() / want.norm())
     assert error < {"dense4": 0.1, "dense2": 0.3}.get(kv, 0.5)
     plain = compile_decode(model, max_tokens=256)
