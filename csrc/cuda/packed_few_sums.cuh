@@ -122,15 +122,14 @@ struct Output {
   __device__ __forceinline__ void store(int strip) const {
     const int64_t col = int64_t{work.first_strip + (strip >> work.s.gated)} * kStripRows + row;
     const int64_t at = token * args.n + col;
-    float v[kRows], more[kRows] = {};
+    float carried[kRows] = {}, added[kRows] = {};  // residual, bias
     bool inside[kRows];
 #pragma unroll
     for (int e = 0; e < kRows; ++e) {
       inside[e] = token < args.m && col + e < args.n;
-      if (inside[e] && args.bias != nullptr) more[e] = to_float(static_cast<const T*>(args.bias)[col + e]);
-      v[e] = 0;
+      if (inside[e] && args.bias != nullptr) added[e] = to_float(static_cast<const T*>(args.bias)[col + e]);
       if (inside[e] && args.residual != nullptr)
-        v[e] = to_float(static_cast<const T*>(args.residual)[at + e]);
+        carried[e] = to_float(static_cast<const T*>(args.residual)[at + e]);
     }
     wait_for_sent(shared.complete(work.slot(strip)));
 #pragma unroll
@@ -138,8 +137,8 @@ struct Output {
       if (!inside[e]) continue;
       float sum = mended(total(strip, e), col + e, 0);
       if (work.s.gated) sum = mended(total(strip + 1, e), col + e, args.up_at) * silu(sum);
-      if (args.bias != nullptr) sum += more[e];
-      if (args.residual != nullptr) sum += v[e];
+      if (args.bias != nullptr) sum += added[e];
+      if (args.residual != nullptr) sum += carried[e];
       store1(static_cast<T*>(args.y) + at + e, sum);
     }
   }
