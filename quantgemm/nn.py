@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, TypeAlias, TypeVar
@@ -33,6 +35,23 @@ Device: TypeAlias = torch.device | str | None
 Filter: TypeAlias = str | re.Pattern[str] | Callable[[str, torch.nn.Linear], bool]
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+_ALIKE: ContextVar[bool] = ContextVar("quantgemm_alike_rows", default=False)
+
+
+@contextmanager
+def alike_rows() -> Iterator[None]:
+    """Inside, packed products on a GPU are ``gemv``'s: a row has the same bits in any number.
+
+    For up to eight rows; more are passes of eight. ``auto`` takes another kernel for two than for
+    one where x is long.
+    """
+    token = _ALIKE.set(True)
+    try:
+        yield
+    finally:
+        _ALIKE.reset(token)
 
 
 class QuantModule(torch.nn.Module):
@@ -381,6 +400,8 @@ class QuantLinear(PackedModule):
     @property
     def packed_algo(self) -> str:
         """What packed products ask `ops.gemm_packed` for."""
+        if not torch.compiler.is_compiling() and _ALIKE.get() and self.weight.is_cuda:
+            return "gemv"
         return "auto" if self.precision is None else f"auto_{self.precision}"
 
     def explain(self, m: int, dtype: torch.dtype = torch.bfloat16) -> GemmPlan:

@@ -21,6 +21,7 @@ from torch.profiler import ProfilerActivity
 from quantgemm import QType, QuantLinear, ops, replace_linear
 from quantgemm.models import compile_decode
 from quantgemm.models.fuse import fuse_steps
+from quantgemm.nn import alike_rows
 from quantgemm.read_ahead import ReadAhead
 from quantgemm.sampling import NgramDraft, SamplingConfig, speculative_generate
 
@@ -167,10 +168,11 @@ def test_an_old_graph_that_becomes_garbage_while_another_is_recorded() -> None:
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("case", ["llama", "qwen2", "qwen3", "mistral"])
+@pytest.mark.parametrize("case", ["llama", "qwen2", "qwen3", "mistral", "long"])
 def test_steps_of_up_to_eight_tokens_change_no_bit(case: str) -> None:
     """So that a greedy text is the same with drafts, however close two tokens are."""
-    model = tiny("cuda", case)
+    # Rows so long that `auto` would take another kernel for two tokens than for one.
+    model = tiny("cuda", intermediate_size=8704) if case == "long" else tiny("cuda", case)
     ids = prompts("cuda", 1, 60)
     alone, several = (compile_decode(model, max_tokens=64) for _ in range(2))
     for decoder in (alone, several):
@@ -182,6 +184,15 @@ def test_steps_of_up_to_eight_tokens_change_no_bit(case: str) -> None:
             want = alone.step(ids[:, at + i])
             assert torch.equal(got[:, i], want), f"token {i} of {count} from {at} on"
         at += count
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_alike_rows_are_of_steps_alone(device: str) -> None:
+    layer = next(m for m in tiny(device).modules() if isinstance(m, QuantLinear))
+    assert layer.packed_algo == "auto"
+    with alike_rows():
+        assert layer.packed_algo == ("gemv" if device == "cuda" else "auto")
+    assert layer.packed_algo == "auto"
 
 
 @pytest.mark.parametrize("device", DEVICES)

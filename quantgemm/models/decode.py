@@ -14,7 +14,7 @@ from __future__ import annotations
 import gc
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ import torch
 from quantgemm import ops
 from quantgemm.integrations.transformers_cache import quantized_cache
 from quantgemm.models.fuse import fuse_steps
+from quantgemm.nn import alike_rows
 from quantgemm.read_ahead import ReadAhead
 from quantgemm.sampling import SamplingConfig
 
@@ -31,6 +32,8 @@ __all__ = ["Decoder", "compile_decode"]
 AHEAD = 2
 # Tokens of a text that attention takes in one step.
 AT_ONCE = 16
+# Tokens of all texts whose products are those of one token each.
+ALIKE = 8
 
 
 def compile_decode(
@@ -312,13 +315,15 @@ class _Step:
         for layer in texts.cache.layers:
             layer.is_step = True
         try:
-            out = texts.model(
-                self.ids,
-                attention_mask=self.mask,
-                position_ids=texts.positions + self.places,
-                past_key_values=texts.cache,
-                use_cache=True,
-            )
+            # A token's bits are the same with drafts behind it.
+            with alike_rows() if self.ids.numel() <= ALIKE else nullcontext():
+                out = texts.model(
+                    self.ids,
+                    attention_mask=self.mask,
+                    position_ids=texts.positions + self.places,
+                    past_key_values=texts.cache,
+                    use_cache=True,
+                )
         finally:
             for layer in texts.cache.layers:
                 layer.is_step = False
