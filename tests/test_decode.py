@@ -19,7 +19,9 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity
 
 from quantgemm import QType, QuantLinear, ops, replace_linear
+from quantgemm.integrations.transformers_cache import quantized_cache
 from quantgemm.models import compile_decode
+from quantgemm.models.angles import RotaryTables
 from quantgemm.models.fuse import fuse_steps
 from quantgemm.nn import alike_rows
 from quantgemm.read_ahead import ReadAhead
@@ -538,3 +540,61 @@ def test_products_know_what_is_read_next(device: str, monkeypatch: pytest.Monkey
     for count in (0, 16, 2100):  # less than a block's part, and parts that are no multiple of 16
         few = torch.zeros(count, dtype=torch.uint8, device=device)
         assert torch.equal(ops.gemm_packed(x, weights[0], Q4_0, 64, 256, ahead=few), want[0])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("case", ["llama", "qwen3"])
+def test_angles_are_looked_up_in_steps_alone(device: str, case: str) -> None:
+    """The model's own bits, at any position, and its own forward again afterwards."""
+    model = tiny(device, case, dtype=torch.bfloat16)
+    rotary = next(m for m in model.modules() if type(m).__name__.endswith("RotaryEmbedding"))
+    tables = RotaryTables(model, 80)
+    assert len(tables.tables) == 1
+    x, ids = torch.zeros(1, dtype=torch.bfloat16, device=device), prompts(device, 3, 7) % 80
+    want = rotary(x, position_ids=ids)
+    with tables:
+        assert "forward" in rotary.__dict__
+        got = rotary(x, position_ids=ids)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    assert "forward" not in rotary.__dict__
+    rotary.inv_freq[0] *= 2  # what depends on more than positions is left alone
+    plain = type(rotary).forward
+
+    class LengthRotaryEmbedding(type(rotary)):  # type: ignore[misc]
+        def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> Any:
+            return plain(self, x, position_ids * position_ids.max())
+
+    rotary.__class__ = LengthRotaryEmbedding
+    assert RotaryTables(model, 80).tables == []
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_step_that_failed_changes_nothing(device: str) -> None:
+    """The lengths of all layers are one tensor, which the last layer changes."""
+    model = tiny(device)
+    ids = prompts(device, 1, 20)
+    cache = quantized_cache(model, "dense4", max_tokens=64)
+    store = cache.layers[0].store
+    assert all(layer.store is store for layer in cache.layers) and len(store.lens) == 1
+
+    def read(token: slice) -> torch.Tensor:
+        with torch.no_grad():
+            logits: torch.Tensor = model(ids[:, token], past_key_values=cache).logits[:, -1]
+        return logits
+
+    read(slice(0, 12))
+    assert store.lens.tolist() == [12] and cache.get_seq_length() == 12
+    last = model.model.layers[-1]
+    handle = last.register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        read(slice(12, 13))
+    handle.remove()
+    assert store.lens.tolist() == [12]
+    for layer in cache.layers:  # the host counts as the layers are called
+        layer.tokens = 12
+    got = read(slice(12, 13))
+    assert store.lens.tolist() == [13]
+    cache = quantized_cache(model, "dense4", max_tokens=64)
+    store = cache.layers[0].store
+    read(slice(0, 12))
+    assert torch.equal(got, read(slice(12, 13)))

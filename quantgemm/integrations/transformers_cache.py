@@ -48,20 +48,19 @@ def quantized_cache(
     )
     layer_class = _layer_class(cache_utils.CacheLayerMixin)
 
-    def new() -> SparseKVCache:
-        return SparseKVCache(
-            1,
-            kv_heads,
-            head_dim,
-            format,
-            max_tokens=max_tokens,
-            batch=batch,
-            device=model.device,
-            dtype=model.dtype,
-            **options,
-        )
-
-    layers = [layer_class(new()) for _ in range(config.num_hidden_layers)]
+    count = config.num_hidden_layers
+    store = SparseKVCache(
+        count,
+        kv_heads,
+        head_dim,
+        format,
+        max_tokens=max_tokens,
+        batch=batch,
+        device=model.device,
+        dtype=model.dtype,
+        **options,
+    )
+    layers = [layer_class(store, index, index + 1 == count) for index in range(count)]
     _register()
     model.set_attn_implementation(NAME)
     return cache_utils.Cache(layers=layers)
@@ -69,14 +68,17 @@ def quantized_cache(
 
 def _layer_class(base: Any) -> Any:
     class QuantizedLayer(base):  # type: ignore[misc]
-        """One layer's keys and values, and how many tokens the host knows of."""
+        """One layer's keys and values, and how many tokens the host knows of.
+
+        All layers share a store. Its lengths are those before a forward until the last layer.
+        """
 
         is_sliding = False
         is_compileable = False
 
-        def __init__(self, store: SparseKVCache) -> None:
+        def __init__(self, store: SparseKVCache, index: int, is_last: bool) -> None:
             super().__init__()
-            self.store, self.tokens = store, 0
+            self.store, self.index, self.is_last, self.tokens = store, index, is_last, 0
             self.is_step = False  # several tokens attend to those before them in one kernel too
             self.is_initialized = True
 
@@ -114,12 +116,14 @@ def _layer_class(base: Any) -> Any:
             if (
                 before and tokens > 1 and not self.is_step
             ):  # a further part of a prompt; a single token never unpacks
-                past = [self.store.dense(0, i) for i in range(self.store.batch)]
-            self.store.append(0, keys, values)
-            self.store.advance(tokens)
+                past = [self.store.dense(self.index, i) for i in range(self.store.batch)]
+            self.store.append(self.index, keys, values)
+            if self.is_last:
+                self.store.advance(tokens)
             self.tokens += tokens
             if tokens == 1 or self.is_step:
-                return self.store.attend(0, query, scale)[0]
+                appended = 0 if self.is_last else tokens
+                return self.store.attend(self.index, query, scale, appended)[0]
             if past:
                 old = [torch.stack(side).to(keys.dtype) for side in zip(*past, strict=True)]
                 keys, values = torch.cat([old[0], keys], 2), torch.cat([old[1], values], 2)
@@ -137,7 +141,8 @@ def _layer_class(base: Any) -> Any:
             Less than 0: so many were taken from `store.lens` again.
             """
             self.tokens += tokens
-            self.store.count(tokens)
+            if self.is_last:
+                self.store.count(tokens)
 
         def get_mask_sizes(self, query_length: Any) -> tuple[int, int]:
             new = query_length if isinstance(query_length, int) else query_length.shape[0]
@@ -153,11 +158,12 @@ def _layer_class(base: Any) -> Any:
 
         def reset(self) -> None:
             self.tokens = 0
-            for sequence in range(self.store.batch):
+            for sequence in range(self.store.batch if self.is_last else 0):
                 self.store.reset(sequence)
 
         def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-            self.store.reorder(beam_idx.tolist())
+            if self.is_last:
+                self.store.reorder(beam_idx.tolist())
 
     return QuantizedLayer
 

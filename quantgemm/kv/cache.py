@@ -154,6 +154,7 @@ class SparseKVCache:
         if centre:
             self.means = new(num_layers, 2, batch, num_kv_heads, head_dim, dtype=dtype)
         self._most = [0] * batch  # no sequence is longer than this
+        self._behind: tuple[int, Tensor] | None = None  # lengths behind so many appended tokens
 
     def append(
         self, layer: int, keys: Tensor, values: Tensor, counts: Tensor | None = None
@@ -168,6 +169,8 @@ class SparseKVCache:
                 f"keys: the cache holds {self.max_tokens} tokens of a sequence; up to "
                 f"{max(self._most)} are there, got {keys.shape[2]} more"
             )
+        if layer == 0:
+            self._behind = None
         if self.means is not None and keys.dim() == 4 and keys.shape[2] > 1:
             self._measure(self.means[layer], keys, values, counts)
         torch.ops.quantgemm.sparse_kv_append(
@@ -212,9 +215,18 @@ class SparseKVCache:
         self._most = [most + tokens for most in self._most]
 
     def attend(
-        self, layer: int, query: Tensor, scale: float | None = None
+        self, layer: int, query: Tensor, scale: float | None = None, appended: int = 0
     ) -> tuple[Tensor, Tensor]:
-        """`sparse_kv_attention` over the tokens so far; scale is ``1/sqrt(head_dim)`` if None."""
+        """`sparse_kv_attention` over the tokens so far; scale is ``1/sqrt(head_dim)`` if None.
+
+        appended: tokens that the layer was given and `advance` has not been told of, which are
+        attended to as well. Their lengths are computed once for all layers from 0 on.
+        """
+        lens = self.lens
+        if appended:
+            if self._behind is None or self._behind[0] != appended:
+                self._behind = appended, self.lens + appended
+            lens = self._behind[1]
         return sparse_kv_attention(
             query,
             self.key_pages[layer],
@@ -222,7 +234,7 @@ class SparseKVCache:
             self.page_table,
             self.recent_keys[layer],
             self.recent_values[layer],
-            self.lens,
+            lens,
             None if self.means is None else self.means[layer],
             self.sinks,
             self.window,

@@ -21,6 +21,7 @@ import torch
 
 from quantgemm import ops
 from quantgemm.integrations.transformers_cache import quantized_cache
+from quantgemm.models.angles import RotaryTables
 from quantgemm.models.fuse import fuse_steps
 from quantgemm.nn import alike_rows
 from quantgemm.read_ahead import ReadAhead
@@ -112,7 +113,7 @@ class Decoder:
     @property
     def kv_bytes(self) -> int:
         """Of all caches."""
-        return sum(layer.store.num_bytes for t in self._texts.values() for layer in t.cache.layers)
+        return sum(texts.store.num_bytes for texts in self._texts.values())
 
     def read(self, prompts: torch.Tensor) -> torch.Tensor:
         """Begins a text: ids ``[batch, tokens]`` to the logits ``[batch, vocab]`` behind them."""
@@ -243,17 +244,19 @@ class _Texts:
 
     def __init__(self, model: Any, cache: Any, batch: int) -> None:
         self.model, self.cache, self.batch, self.tokens_read = model, cache, batch, 0
+        self.store = cache.layers[0].store  # of all layers
+        # A step may go beyond what may stay, while it is recorded.
+        self.angles = RotaryTables(model, self.store.max_tokens + AT_ONCE)
         self.positions = torch.zeros(batch, 1, dtype=torch.int64, device=model.device)
         self.steps: dict[int, _Step] = {}
 
     def prepare(self, count: int) -> _Step:
         """The step of `count` tokens; a text that has begun stays as it is."""
         if count not in self.steps:
-            lens = [layer.store.lens.clone() for layer in self.cache.layers]
-            positions = self.positions.clone()
+            lens, positions = self.store.lens.clone(), self.positions.clone()
 
             def restore() -> None:
-                torch._foreach_copy_([layer.store.lens for layer in self.cache.layers], lens)
+                self.store.lens.copy_(lens)
                 self.positions.copy_(positions)
                 for layer in self.cache.layers:
                     layer.count(self.tokens_read - layer.tokens)
@@ -291,7 +294,7 @@ class _Texts:
         return step.logits
 
     def forget(self, count: int) -> None:
-        torch._foreach_sub_([layer.store.lens for layer in self.cache.layers], count)
+        self.store.lens -= count
         for layer in self.cache.layers:
             layer.count(-count)
         self.positions -= count
@@ -316,7 +319,8 @@ class _Step:
             layer.is_step = True
         try:
             # A token's bits are the same with drafts behind it.
-            with alike_rows() if self.ids.numel() <= ALIKE else nullcontext():
+            alike = alike_rows() if self.ids.numel() <= ALIKE else nullcontext()
+            with texts.angles, alike:
                 out = texts.model(
                     self.ids,
                     attention_mask=self.mask,
