@@ -12,49 +12,43 @@
 namespace quantgemm {
 
 // In sparse_kv_attention_*.cu
-extern template cudaError_t launch_attention_of<64, DenseCodes>(const KvAttentionArgs&, int, cudaStream_t);
-extern template cudaError_t launch_attention_of<128, DenseCodes>(const KvAttentionArgs&, int, cudaStream_t);
-extern template cudaError_t launch_attention_of<256, DenseCodes>(const KvAttentionArgs&, int, cudaStream_t);
-extern template cudaError_t launch_attention_of<64, BitmapCodes>(const KvAttentionArgs&, int, cudaStream_t);
-extern template cudaError_t launch_attention_of<128, BitmapCodes>(const KvAttentionArgs&, int, cudaStream_t);
-extern template cudaError_t launch_attention_of<256, BitmapCodes>(const KvAttentionArgs&, int, cudaStream_t);
-extern template cudaError_t launch_attention_of<64, FourOfEightCodes>(const KvAttentionArgs&, int,
+extern template cudaError_t launch_attention_of<64, DenseCodes>(const KvAttentionArgs&, int, bool,
+                                                                cudaStream_t);
+extern template cudaError_t launch_attention_of<128, DenseCodes>(const KvAttentionArgs&, int, bool,
+                                                                 cudaStream_t);
+extern template cudaError_t launch_attention_of<256, DenseCodes>(const KvAttentionArgs&, int, bool,
+                                                                 cudaStream_t);
+extern template cudaError_t launch_attention_of<64, BitmapCodes>(const KvAttentionArgs&, int, bool,
+                                                                 cudaStream_t);
+extern template cudaError_t launch_attention_of<128, BitmapCodes>(const KvAttentionArgs&, int, bool,
+                                                                  cudaStream_t);
+extern template cudaError_t launch_attention_of<256, BitmapCodes>(const KvAttentionArgs&, int, bool,
+                                                                  cudaStream_t);
+extern template cudaError_t launch_attention_of<64, FourOfEightCodes>(const KvAttentionArgs&, int, bool,
                                                                       cudaStream_t);
-extern template cudaError_t launch_attention_of<128, FourOfEightCodes>(const KvAttentionArgs&, int,
+extern template cudaError_t launch_attention_of<128, FourOfEightCodes>(const KvAttentionArgs&, int, bool,
                                                                        cudaStream_t);
-extern template cudaError_t launch_attention_of<256, FourOfEightCodes>(const KvAttentionArgs&, int,
+extern template cudaError_t launch_attention_of<256, FourOfEightCodes>(const KvAttentionArgs&, int, bool,
                                                                        cudaStream_t);
 
 namespace {
 
 constexpr int kMergeThreads = 256;
 
-// One block per query head: out = Σ parts of the context, each with its own maximum (in powers of 2).
-// Few parts: a thread per channel knows all of its own.
-constexpr int kFewParts = 8;
+// One block per query head: out = Σ parts of the context, each with its own maximum (in powers of 2), where
+// no cluster does that. Few parts: a thread per channel knows all of its own.
 template <class Real16>
 __global__ void __launch_bounds__(256) merge_few_kernel(KvAttentionArgs args) {
-  const int channels = static_cast<int>(args.cache.channels), split = static_cast<int>(args.split);
-  const int64_t head = blockIdx.x, stride = channels + 2, part = gridDim.x * stride;
-  const float* parts = args.partial + head * stride;
-  const int thread = static_cast<int>(threadIdx.x);
+  const int channels = static_cast<int>(args.cache.channels), thread = static_cast<int>(threadIdx.x);
+  const int64_t head = blockIdx.x, stride = channels + 2;
   wait_for_previous_kernel();
   let_next_kernel_start();
-  float own[kFewParts], tops[kFewParts], masses[kFewParts];
-#pragma unroll
-  for (int s = 0; s < kFewParts; ++s) {
-    own[s] = masses[s] = 0.0f, tops[s] = -INFINITY;
-    if (s < split) own[s] = parts[thread], tops[s] = parts[channels], masses[s] = parts[channels + 1];
-    parts += part;
-  }
-  float top = tops[0], mass = 0.0f, sum = 0.0f;
-#pragma unroll
-  for (int s = 1; s < kFewParts; ++s) top = fmaxf(top, tops[s]);
-#pragma unroll
-  for (int s = 0; s < kFewParts; ++s) {
-    const float factor = tops[s] == -INFINITY ? 0.0f : fast_exp2(tops[s] - top);
-    mass += factor * masses[s], sum += factor * own[s];
-  }
+  const FewParts parts(static_cast<int>(args.split), [&](int s, float& sum, float& top, float& mass) {
+    const float* part = args.partial + (s * int64_t{gridDim.x} + head) * stride;
+    sum = part[thread], top = part[channels], mass = part[channels + 1];
+  });
+  float sum, top, mass;
+  parts.merge(sum, top, mass);
   const AttentionResult<Real16> result{args, head};
   result.store(thread, sum, mass);
   if (thread < 32) result.store_logarithm(top, mass);
@@ -120,19 +114,20 @@ int64_t overreach(PageFormat format, int64_t channels) {
 }
 
 template <template <int> class Codes>
-cudaError_t launch_kind(const KvAttentionArgs& args, int warps, cudaStream_t stream) {
+cudaError_t launch_kind(const KvAttentionArgs& args, int warps, bool in_clusters, cudaStream_t stream) {
   const int64_t channels = args.cache.channels;
-  if (channels == 64) return launch_attention_of<64, Codes>(args, warps, stream);
-  if (channels == 128) return launch_attention_of<128, Codes>(args, warps, stream);
-  if (channels == 256) return launch_attention_of<256, Codes>(args, warps, stream);
+  if (channels == 64) return launch_attention_of<64, Codes>(args, warps, in_clusters, stream);
+  if (channels == 128) return launch_attention_of<128, Codes>(args, warps, in_clusters, stream);
+  if (channels == 256) return launch_attention_of<256, Codes>(args, warps, in_clusters, stream);
   return cudaErrorInvalidValue;
 }
 
-// How the context is cut: the parts, and the warps of a block.
+// How the context is cut into parts.
 struct AttentionCut {
   int64_t split;
-  int warps;
-  bool is_full;  // as many blocks as fit, not fewer for want of pages
+  int warps;       // of a block
+  int64_t places;  // for blocks, on the whole device
+  bool is_full;    // as many blocks as fit, not fewer for want of pages
 };
 // No more than one wave of blocks, and a page or more for each warp.
 AttentionCut attention_cut(const KvAttentionArgs& args, const Device& device, int warps) {
@@ -144,7 +139,15 @@ AttentionCut attention_cut(const KvAttentionArgs& args, const Device& device, in
   const int64_t rows = c.batch * c.heads * ((args.groups / args.tokens + 7) / 8);
   const int64_t wave = blocks * device.multiprocessors / (rows > 0 ? rows : 1);
   const int64_t most = (c.max_pages + c.recent / kPageTokens + warps) / warps;
-  return {wave < most ? wave : most, warps, wave <= most};
+  return {wave < most ? wave : most, warps, blocks * device.multiprocessors, wave <= most};
+}
+// Whether so many clusters, each of a block per part, are on the device at once: only then are they no later
+// than blocks by themselves. Clusters leave places over, of an H200's 132 (one block a multiprocessor) 12 of
+// three or four blocks and up to 30 of more.
+bool clusters_fit(const Device& device, const AttentionCut& cut, int64_t clusters) {
+  const int percent = cut.split > 4 ? 75 : (cut.split > 2 ? 90 : 100);
+  return launches_overlap(device) && cut.split > 1 && cut.split <= kFewParts &&
+         clusters * cut.split <= cut.places * percent / 100;
 }
 // Large blocks have fewer parts to merge, with one part nothing. Small ones leave fewer warps over, and
 // where pages are few no multiprocessor has two blocks' warps while others have one block's.
@@ -154,7 +157,15 @@ AttentionCut attention_cut(const KvAttentionArgs& args, const Device& device) {
   const AttentionCut large = attention_cut(args, device, kMostWarps);
   const bool is_large =
       args.cache.channels < 256 && large.is_full && large.split >= 1 && 2 * large.split >= small.split;
-  return is_large ? large : small;
+  if (is_large) return large;
+  // 9 to 17 small blocks as up to 8 large ones, of as many warps but for four: a cluster of them saves the
+  // launch that merges (some 2.5 µs).
+  AttentionCut few = large;
+  if (few.split > kFewParts) few.split = kFewParts;
+  const KvCacheArgs& c = args.cache;
+  const bool is_few = small.split > kFewParts && 2 * few.split + 1 >= small.split &&
+                      clusters_fit(device, few, c.batch * c.heads * ((args.groups / args.tokens + 7) / 8));
+  return is_few ? few : small;
 }
 
 }  // namespace
@@ -183,19 +194,23 @@ cudaError_t launch_sparse_kv_attention(const KvAttentionArgs& args, cudaStream_t
   Device device;
   cudaError_t status = device.read();
   if (status != cudaSuccess) return status;
+  bool is_merged = false;
   if (is_mixed(c)) {
     status = launch_sparse_kv_attention_mixed(args, stream);  // parts, even if there is only one
   } else {
-    const int warps = attention_cut(args, device).warps;
+    const AttentionCut cut = attention_cut(args, device);
+    const bool in_clusters = clusters_fit(device, cut, c.batch * c.heads * ((args.groups + 7) / 8));
+    is_merged = in_clusters || cut.split == 1;
     status = cudaErrorNotSupported;
     switch (c.key_format.kind) {
-      case PageKind::kDense: status = launch_kind<DenseCodes>(args, warps, stream); break;
-      case PageKind::kBitmap: status = launch_kind<BitmapCodes>(args, warps, stream); break;
-      case PageKind::kFourOfEight: status = launch_kind<FourOfEightCodes>(args, warps, stream); break;
+      case PageKind::kDense: status = launch_kind<DenseCodes>(args, cut.warps, in_clusters, stream); break;
+      case PageKind::kBitmap: status = launch_kind<BitmapCodes>(args, cut.warps, in_clusters, stream); break;
+      case PageKind::kFourOfEight:
+        status = launch_kind<FourOfEightCodes>(args, cut.warps, in_clusters, stream);
+        break;
     }
-    if (args.split == 1) return status;
   }
-  if (status != cudaSuccess) return status;
+  if (status != cudaSuccess || is_merged) return status;
   const bool is_few = args.split <= kFewParts;
   const DependentLaunch launch(static_cast<unsigned>(c.batch * c.heads * args.groups),
                                is_few ? static_cast<int>(c.channels) : kMergeThreads, device, stream,

@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: MIT
 // The kernel of attention over the native key-value cache: pages and recent tokens are dealt to warps
-// (sparse_kv_attention_warp.cuh), whose sums meet in shared memory. One part of the context per block.
+// (sparse_kv_attention_warp.cuh), whose sums meet in shared memory. One part of the context per block; few
+// parts may be a cluster, whose blocks add them up.
 #pragma once
 #include "dependent_launch.cuh"
 #include "launch.h"
 #include "sparse_kv_attention_warp.cuh"
+#include "tensor_copy.cuh"
 
 namespace quantgemm {
 
@@ -50,10 +52,72 @@ struct AttentionResult {
   }
 };
 
-// Grid: (splits, sequences · key-value heads, query heads / 8).
+// A channel's sums in few parts of the context, each with its own maximum (in powers of 2) and mass.
+inline constexpr int kFewParts = 8;
+struct FewParts {
+  float sums[kFewParts], tops[kFewParts], masses[kFewParts];
+
+  // Part: from its number to its sum, maximum and mass.
+  template <class Part>
+  __device__ __forceinline__ FewParts(int split, Part&& part) {
+#pragma unroll
+    for (int s = 0; s < kFewParts; ++s) {
+      sums[s] = masses[s] = 0.0f, tops[s] = -INFINITY;
+      if (s < split) part(s, sums[s], tops[s], masses[s]);
+    }
+  }
+  __device__ __forceinline__ void merge(float& sum, float& top, float& mass) const {
+    top = tops[0], mass = sum = 0.0f;
+#pragma unroll
+    for (int s = 1; s < kFewParts; ++s) top = fmaxf(top, tops[s]);
+#pragma unroll
+    for (int s = 0; s < kFewParts; ++s) {
+      const float factor = tops[s] == -INFINITY ? 0.0f : fast_exp2(tops[s] - top);
+      mass += factor * masses[s], sum += factor * sums[s];
+    }
+  }
+};
+
+// The blocks of a cluster share out the channels of all columns. Each has left [sums, maxima, masses]
+// [8 columns][channels] in its shared memory, of maxima and masses those of channel 0.
+template <class Real16, int Channels>
+__device__ __forceinline__ void merge_in_cluster(const KvAttentionArgs& args, int64_t head, int columns,
+                                                 const float* left) {
+#if __CUDA_ARCH__ >= 900
+  const auto load = [](const float* own, int block) {
+    float v;
+    asm volatile("ld.shared::cluster.f32 %0, [%1];"
+                 : "=f"(v)
+                 : "r"(address_in(shared_address(own), block))
+                 : "memory");
+    return v;
+  };
+  sync_cluster();  // all have left theirs
+  const int threads = static_cast<int>(blockDim.x), split = static_cast<int>(gridDim.x);
+#pragma unroll 1
+  for (int i = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x); i < columns * Channels;
+       i += split * threads) {
+    const int column = i / Channels, channel = i % Channels;
+    const FewParts parts(split, [&](int s, float& sum, float& top, float& mass) {
+      const float* own = left + column * Channels;
+      sum = load(own + channel, s), top = load(own + 8 * Channels, s), mass = load(own + 16 * Channels, s);
+    });
+    float sum, top, mass;
+    parts.merge(sum, top, mass);
+    const AttentionResult<Real16> result{args, head + column};
+    result.store(channel, sum, mass);
+    if (channel < 32) result.store_logarithm(top, mass);  // a whole warp
+  }
+  // Nobody ends while others read. What was read has been used, so nothing needs to be waited for, the
+  // stores least of all.
+  asm volatile("barrier.cluster.arrive.relaxed;\n barrier.cluster.wait;" ::: "memory");
+#endif
+}
+
+// Grid: (splits, sequences · key-value heads, query heads / 8), a cluster for all splits or none.
 template <class Real16, int Channels, class Keys, class Values>
 __global__ void __launch_bounds__(32 * kMostWarps, resident_warps(Channels) / kMostWarps)
-    attention_kernel(KvAttentionArgs args) {
+    attention_kernel(KvAttentionArgs args, bool in_clusters) {
   using Warp = AttentionWarp<Real16, Channels, Keys, Values>;
   constexpr int kTables = Keys::kTableBytes + (std::is_same_v<Keys, Values> ? 0 : Values::kTableBytes);
   extern __shared__ uint4 room[];
@@ -172,17 +236,22 @@ __global__ void __launch_bounds__(32 * kMostWarps, resident_warps(Channels) / kM
       const AttentionResult<Real16> result{args, head + column};
       result.store(channel, all.z, all.y);
       if (channel < 32) result.store_logarithm(all.x, all.y);  // a whole warp
+    } else if (in_clusters) {                                  // where only this thread has read
+      out[0][column][channel] = all.z;
+      if (channel == 0) out[1][column][0] = all.x, out[2][column][0] = all.y;
     } else {
       float* own_part = partial + column * (Channels + 2);
       own_part[channel] = all.z;
       if (channel == 0) own_part[Channels] = all.x, own_part[Channels + 1] = all.y;
     }
   }
+  if (in_clusters) merge_in_cluster<Real16, Channels>(args, head, columns, out[0][0]);
 }
 
 // Keys and values in pages of one kind.
 template <int Channels, template <int> class Codes>
-cudaError_t launch_attention_of(const KvAttentionArgs& args, int warps, cudaStream_t stream) {
+cudaError_t launch_attention_of(const KvAttentionArgs& args, int warps, bool in_clusters,
+                                cudaStream_t stream) {
   const KvCacheArgs& c = args.cache;
   Device device;
   cudaError_t status = device.read();
@@ -201,8 +270,9 @@ cudaError_t launch_attention_of(const KvAttentionArgs& args, int warps, cudaStre
     if (status == cudaSuccess)
       status = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, carveout);
     if (status != cudaSuccess) return status;
-    const DependentLaunch launch(grid, 32 * warps, device, stream, bytes);
-    return cudaLaunchKernelEx(&launch.config, kernel, args);
+    const DependentLaunch launch(grid, 32 * warps, device, stream, bytes,
+                                 in_clusters ? static_cast<int>(args.split) : 1);
+    return cudaLaunchKernelEx(&launch.config, kernel, args, in_clusters);
   };
   using Two = std::type_identity<Codes<2>>;
   using Four = std::type_identity<Codes<4>>;

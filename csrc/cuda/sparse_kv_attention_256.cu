@@ -3,5 +3,5 @@
 #include "sparse_kv_codes.cuh"
 
 namespace quantgemm {
-template cudaError_t launch_attention_of<256, DenseCodes>(const KvAttentionArgs&, int, cudaStream_t);
+template cudaError_t launch_attention_of<256, DenseCodes>(const KvAttentionArgs&, int, bool, cudaStream_t);
 }

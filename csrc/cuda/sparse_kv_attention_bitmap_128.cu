@@ -3,5 +3,5 @@
 #include "sparse_kv_bitmap.cuh"
 
 namespace quantgemm {
-template cudaError_t launch_attention_of<128, BitmapCodes>(const KvAttentionArgs&, int, cudaStream_t);
+template cudaError_t launch_attention_of<128, BitmapCodes>(const KvAttentionArgs&, int, bool, cudaStream_t);
 }

@@ -3,5 +3,6 @@
 #include "sparse_kv_four_of_eight.cuh"
 
 namespace quantgemm {
-template cudaError_t launch_attention_of<256, FourOfEightCodes>(const KvAttentionArgs&, int, cudaStream_t);
+template cudaError_t launch_attention_of<256, FourOfEightCodes>(const KvAttentionArgs&, int, bool,
+                                                                cudaStream_t);
 }
