@@ -273,6 +273,12 @@ struct KvAppendArgs {
   int64_t count;
 };
 
+// New tokens whose queries and keys have not had their rotary embedding.
+struct KvAppendRotatedArgs {
+  KvAppendArgs append;  // keys: null
+  RotaryArgs rotary;    // of the keys without out
+};
+
 struct KvAttentionArgs {
   KvCacheArgs cache;
   const void* query;  // [batch, heads · groups, channels]

@@ -3,12 +3,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from conftest import DEVICES, assert_same
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity
 
-from quantgemm import SparseKVCache
+from quantgemm import SparseKVCache, ops
 from quantgemm.kv.pages import FORMATS, PAGE, unpack_pages
 
 Tensor = torch.Tensor
@@ -249,6 +255,135 @@ def test_several_tokens_ask_as_each_alone(
             alone, its_lse = cache.attend(0, query[:, :, t])
             assert torch.equal(out[:, :, t], alone), (count, t)
             assert torch.equal(lse[:, :, t], its_lse), (count, t)
+
+
+# Tokens that a cache has room for decide into how many parts a GPU cuts a context: with two heads 2 to 8,
+# 9 to 17 that become up to 8, and more.
+ROOMS = [256, 512, 768, 1024, 1280, 1536, 1792, 2048, 3072, 4096, 5120]
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("room", ROOMS)
+@pytest.mark.parametrize(
+    ("groups", "dim", "tokens", "form", "dtype"),
+    [
+        (1, 128, 1, "dense4", torch.bfloat16),
+        (4, 128, 1, "dense2", torch.float16),
+        (9, 64, 1, "dense4", torch.float16),
+        (16, 256, 1, "dense4", torch.bfloat16),
+        (2, 128, 5, "dense4", torch.float16),
+        (4, 64, 16, "dense2", torch.bfloat16),
+        (3, 256, 3, "dense4", torch.float16),
+        (4, 128, 2, "bitmap2", torch.float16),
+        (7, 64, 1, "4of8_4", torch.bfloat16),
+        (2, 256, 1, "bitmap4/bitmap2", torch.float16),
+    ],
+)
+def test_parts_of_a_context(
+    room: int, groups: int, dim: int, tokens: int, form: str, dtype: torch.dtype
+) -> None:
+    """A full context, one of few tokens, most of whose parts are empty, and all but one page."""
+    options = {"sinks": 1, "max_tokens": room, "batch": 3, "centre": dim == 256}
+    cache = SparseKVCache(1, 2, dim, **formats(form), **options, device="cuda", dtype=dtype)
+    k, v = (x.cuda() for x in tokens_of(3, 2, room, dim, dtype))
+    counts = torch.tensor([room, tokens, room - 65], device="cuda")
+    cache.append(0, k, v, counts)
+    cache.advance(room, counts)
+    g = torch.Generator().manual_seed(1)
+    query = torch.randn(3, 2 * groups, tokens, dim, generator=g).to(dtype).cuda()
+    assert_attention(cache, query if tokens > 1 else query[:, :, 0])
+    first = cache.attend(0, query)
+    for _ in range(3):  # whichever block is first
+        assert all(map(torch.equal, cache.attend(0, query), first))
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("room", ROOMS[:10])
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_attention_is_one_launch(room: int, dim: int) -> None:
+    """Blocks of a cluster add up their parts, and a query of NaN stays with its head."""
+    if torch.cuda.get_device_capability()[0] < 9:
+        pytest.skip("no clusters of blocks")
+    cache = SparseKVCache(1, 8, dim, "dense4", max_tokens=room, device="cuda")
+    cache.append(0, *(x.cuda() for x in tokens_of(1, 8, room, dim)))
+    cache.advance(room)
+    query = torch.randn(1, 32, dim, device="cuda").half()
+    query[0, 5, 3] = torch.nan
+    launches, (out, lse) = kernels_of(lambda: cache.attend(0, query))
+    assert len(launches) == 1, launches
+    assert out[0, 5].isnan().all() and torch.isfinite(out[0].sum(1)).sum() == 31
+    assert torch.isfinite(lse[0]).sum() >= 31
+
+
+def kernels_of(call: Callable[[], Any]) -> tuple[list[str], Any]:
+    """Names of the kernels that a call starts, and what it returns."""
+    for _ in range(2):  # a process's first one may have more in it
+        with torch.profiler.profile(activities=[ProfilerActivity.CUDA]) as found:
+            got = call()
+            torch.cuda.synchronize()
+    names = [event.name for event in found.events() if event.device_type == DeviceType.CUDA]
+    return [name for name in names if "kernel" in name], got
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize(
+    ("heads", "groups", "dim", "tokens", "window", "form"),
+    [
+        (2, 4, 128, 1, 128, "dense4"),
+        (1, 16, 64, 16, 64, "dense2"),
+        (3, 1, 256, 3, 2, "dense4"),  # a page takes what has just come
+        (3, 1, 256, 2, 2, "dense4"),
+        (2, 3, 64, 17, 64, "dense4"),
+        (2, 2, 128, 5, 128, "bitmap2"),
+        (1, 5, 256, 1, 0, "4of8_4"),
+        (2, 2, 64, 1, 64, "dense4/bitmap2"),
+        (2, 2, 128, 4, 700, "dense4"),
+    ],
+)
+def test_rotated_on_the_way(
+    heads: int,
+    groups: int,
+    dim: int,
+    tokens: int,
+    window: int,
+    form: str,
+    dtype: torch.dtype,
+    device: str,
+) -> None:
+    """All bytes of the cache, and queries, as from two ops; q, k and v are parts of a product."""
+    options = {"window": window, "sinks": 1, "max_tokens": 320, "batch": 2}
+    mine, plain = (
+        SparseKVCache(2, heads, dim, **formats(form), **options, device=device, dtype=dtype)
+        for _ in range(2)
+    )
+    g = torch.Generator().manual_seed(1)
+    angles = torch.randn(2, 2, 320, dim, generator=g).to(dtype).to(device)
+    all_heads = heads * (groups + 2)
+    for first in range(0, 300, tokens):
+        product = torch.randn(2, tokens, all_heads * dim, generator=g).to(dtype).to(device)
+        product[0, 0, dim // 3] = torch.inf
+        both = product.view(2, tokens, all_heads, dim).transpose(1, 2)
+        q, k, v = both.split([heads * groups, heads, heads], 1)
+        cos, sin = angles[:, : 1 + first % 2, first : first + tokens]
+        got = mine.append_rotated(1, q, k, v, cos, sin)
+        want, turned = ops.rotary(q, k, cos, sin)
+        plain.append(1, turned, v)
+        assert_same(got, want)
+        for cache in (mine, plain):
+            cache.advance(tokens)
+    for name in ("key_pages", "value_pages", "recent_keys", "recent_values"):
+        assert_same(getattr(mine, name)[1], getattr(plain, name)[1])
+
+
+@pytest.mark.cuda
+def test_rotating_and_storing_is_one_launch() -> None:
+    cache = SparseKVCache(1, 8, 128, max_tokens=256, device="cuda", dtype=torch.bfloat16)
+    q, k, v, cos, sin = (
+        torch.randn(1, heads, 1, 128, device="cuda").bfloat16() for heads in (32, 8, 8, 1, 1)
+    )
+    call = partial(cache.append_rotated, 0, q, k, v, cos[0], sin[0])
+    assert len(kernels_of(call)[0]) == 1
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -206,6 +206,9 @@ def kv_cache_cases(device: str) -> dict[str, tuple[Callable, tuple]]:
         cache.advance(300)
         attend = (query, *stored, *recent, cache.lens, means, *settings, 0.125)
         cases["sparse_kv_append" + name] = (Q.sparse_kv_append.default, append)
+        angles = torch.randn(2, 1, 1, 64, generator=generator).half().to(device)
+        rotated = (query[:, :, None], one, one, *angles, *stored, *recent, before, means, *settings)
+        cases["sparse_kv_append_rotated" + name] = (Q.sparse_kv_append_rotated.default, rotated)
         cases["sparse_kv_attention" + name] = (Q.sparse_kv_attention.default, attend)
     return cases
 

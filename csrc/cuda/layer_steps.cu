@@ -6,12 +6,12 @@
 #include "dependent_launch.cuh"
 #include "launch.h"
 #include "rms_norm.cuh"
+#include "rotary.cuh"
 
 namespace quantgemm {
 namespace {
 
 constexpr int kNormThreads = rms::kThreads, kRotaryThreads = 256;
-using rms::rounded;
 
 // Eight values of a row, 8 v and on.
 template <class T>
@@ -83,12 +83,11 @@ __global__ void __launch_bounds__(kRotaryThreads) rotary_kernel(RotaryArgs args,
                                                                     static_cast<const T*>(args.sin) + angle;
   T* const out = static_cast<T*>(side.out) + row * args.channels;
   const float low = to_float(x[i]), high = to_float(x[i + half]);
-  const auto turned = [&](float own, float other, int64_t at) {
-    return __fadd_rn(rounded<T>(__fmul_rn(own, to_float(cos[at]))),
-                     rounded<T>(__fmul_rn(other, to_float(sin[at]))));
+  const auto store = [&](float own, float other, int64_t at) {
+    store1(out + at, turned<T>(own, other, to_float(cos[at]), to_float(sin[at])));
   };
-  store1(out + i, turned(low, -high, i));
-  store1(out + i + half, turned(high, low, i + half));
+  store(low, -high, i);
+  store(high, low, i + half);
 }
 
 }  // namespace

@@ -1,13 +1,14 @@
 // SPDX-License-Identifier: MIT
 // New tokens into the native key-value cache (kv_page.h): a block packs the keys or the values of one page of
 // one head, of two dense ones, staged in shared memory; others put new tokens into the ring, in the same
-// launch.
+// launch. Of few tokens these may still want their rotary embedding, and a block more does the queries'.
 #include <algorithm>
 
 #include "../kv_page.h"
 #include "dependent_launch.cuh"
 #include "launch.h"
 #include "memory.cuh"
+#include "rotary.cuh"
 #include "sparse_kv_pack.cuh"
 
 namespace quantgemm {
@@ -166,8 +167,8 @@ template <PageKind Kind>
 constexpr int kPagesOf = PagePacker<Half, 64, false, Kind>::type::kPages;
 
 template <class Real16, int Channels, bool IsValue, PageKind Kind>
-__device__ __forceinline__ void append(const KvAppendArgs& args, void* room, int page_blocks,
-                                       unsigned sequence) {
+__device__ __forceinline__ void append(const KvAppendArgs& args, const RotaryArgs& rotary, void* room,
+                                       int page_blocks, unsigned sequence) {
   const KvCacheArgs& c = args.cache;
   const unsigned row = sequence * static_cast<unsigned>(c.heads) + blockIdx.y;
   constexpr int kThreads = kThreadsOf<Kind>;
@@ -193,12 +194,31 @@ __device__ __forceinline__ void append(const KvAppendArgs& args, void* room, int
             own_sinks = static_cast<int>(c.sinks), first_kept = max(behind - before, 0),
             sinks = max(min(own_sinks - before, first_kept), 0);
   const int kept = sinks + max(plan.count - first_kept, 0);
-  const int blocks = is_alone ? 1 : static_cast<int>(gridDim.x) - page_blocks;
+  const bool is_rotated = !IsValue && rotary.cos != nullptr;  // by one block
+  const int blocks = is_alone || rotary.cos != nullptr ? 1 : static_cast<int>(gridDim.x) - page_blocks;
   for (int i = plan.store * kThreads + static_cast<int>(threadIdx.x); i < kept * kVectors;
        i += blocks * kThreads) {
     const int k = i / kVectors, index = k < sinks ? k : first_kept + k - sinks, vector = i % kVectors;
     if (index >= plan.count) break;
-    appending.recent(before + index)[vector] = appending.added(index, vector);
+    appending.recent(before + index)[vector] =
+        is_rotated ? turned_vector<Real16, Channels>(rotary, rotary.sides[1], sequence,
+                                                     static_cast<int>(blockIdx.y), index, vector)
+                   : appending.added(index, vector);
+  }
+}
+
+// Queries of the block's key-value head, by this block and the one of the other side.
+template <class Real16, int Channels>
+__device__ __forceinline__ void rotate_queries(const RotaryArgs& args, int64_t sequence, unsigned side) {
+  constexpr int kVectors = Channels / 8;
+  const int heads = static_cast<int>(args.sides[0].heads), tokens = static_cast<int>(args.tokens);
+  const int groups = heads / static_cast<int>(gridDim.y), threads = static_cast<int>(blockDim.x);
+  for (int i = static_cast<int>(side) * threads + static_cast<int>(threadIdx.x);
+       i < groups * tokens * kVectors; i += 2 * threads) {
+    const int vector = i % kVectors, token = i / kVectors % tokens,
+              head = static_cast<int>(blockIdx.y) * groups + i / kVectors / tokens;
+    static_cast<uint4*>(args.sides[0].out)[((sequence * heads + head) * tokens + token) * kVectors + vector] =
+        turned_vector<Real16, Channels>(args, args.sides[0], sequence, head, token, vector);
   }
 }
 
@@ -216,20 +236,21 @@ constexpr int kBlocks<128, PageKind::kBitmap> = 7;
 
 template <class Real16, int Channels, PageKind Kind>
 __global__ void __launch_bounds__(kThreadsOf<Kind>, kBlocks<Channels, Kind>)
-    append_kernel(KvAppendArgs args, int pages, unsigned first_side, unsigned both_sides) {
+    append_kernel(KvAppendArgs args, RotaryArgs rotary, int pages, unsigned first_side, unsigned both_sides) {
   extern __shared__ uint4 room[];  // PackRoom
   wait_for_previous_kernel();
   let_next_kernel_start();
   const unsigned sequence = blockIdx.z >> both_sides, side = first_side + (blockIdx.z & both_sides);
-  if (side == 0)
-    append<Real16, Channels, false, Kind>(args, room, pages, sequence);
+  if (rotary.cos != nullptr && blockIdx.x + 1 == gridDim.x)
+    rotate_queries<Real16, Channels>(rotary, sequence, side);
+  else if (side == 0)
+    append<Real16, Channels, false, Kind>(args, rotary, room, pages, sequence);
   else
-    append<Real16, Channels, true, Kind>(args, room, pages, sequence);
+    append<Real16, Channels, true, Kind>(args, rotary, room, pages, sequence);
 }
 
-}  // namespace
-
-cudaError_t launch_sparse_kv_append(const KvAppendArgs& args, cudaStream_t stream) {
+// rotary: without cos, there is none.
+cudaError_t launch_append(const KvAppendArgs& args, const RotaryArgs& rotary, cudaStream_t stream) {
   const KvCacheArgs& c = args.cache;
   Device device;
   cudaError_t status = device.read();
@@ -243,8 +264,8 @@ cudaError_t launch_sparse_kv_append(const KvAppendArgs& args, cudaStream_t strea
       // How many leave at once is the keys' matter, of values of another kind too.
       const int more = std::max(kPagesOf<kKind>, pages_together(c.key_format));
       const int64_t pages = (args.count / kPageTokens + more) / kPagesOf<kKind>;
-      const dim3 grid(static_cast<unsigned>(pages + stores), static_cast<unsigned>(c.heads),
-                      static_cast<unsigned>(c.batch) * sides);
+      const dim3 grid(static_cast<unsigned>(pages + stores + (rotary.cos != nullptr)),
+                      static_cast<unsigned>(c.heads), static_cast<unsigned>(c.batch) * sides);
       constexpr int kShared = static_cast<int>(sizeof(PackRoom<Half, channels.value, kKind>));
       const auto kernel = c.type == Real::kFloat16 ? append_kernel<Half, channels.value, kKind>
                                                    : append_kernel<BFloat16, channels.value, kKind>;
@@ -252,8 +273,8 @@ cudaError_t launch_sparse_kv_append(const KvAppendArgs& args, cudaStream_t strea
         status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
       const DependentLaunch launch(grid, kThreadsOf<kKind>, device, stream, kShared);
       if (status == cudaSuccess)
-        status =
-            cudaLaunchKernelEx(&launch.config, kernel, args, static_cast<int>(pages), first_side, sides - 1);
+        status = cudaLaunchKernelEx(&launch.config, kernel, args, rotary, static_cast<int>(pages), first_side,
+                                    sides - 1);
     };
     const auto launch_of = [&](auto channels) {
       const auto of = [&]<PageKind Kind>() {
@@ -274,6 +295,16 @@ cudaError_t launch_sparse_kv_append(const KvAppendArgs& args, cudaStream_t strea
   launch_sides(0, alike ? 2 : 1, key_kind);
   if (!alike) launch_sides(1, 1, value_kind);
   return status;
+}
+
+}  // namespace
+
+cudaError_t launch_sparse_kv_append(const KvAppendArgs& args, cudaStream_t stream) {
+  return launch_append(args, {}, stream);
+}
+
+cudaError_t launch_sparse_kv_append_rotated(const KvAppendRotatedArgs& args, cudaStream_t stream) {
+  return launch_append(args.append, args.rotary, stream);
 }
 
 }  // namespace quantgemm

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: MIT
 // sparse_kv_append: new tokens [batch, heads, count, channels] into a cache of kv_page.h, in place
+// sparse_kv_append_rotated: the same of keys that have not had their rotary embedding -> query with its own
 // sparse_kv_attention(query [batch, heads · groups(, tokens), channels], cache) -> out like query, lse
 #include "../cpu/cpu.h"
 #include "../kv_page.h"
 #include "launch_scope.h"
-#include "ops.h"
+#include "rotation.h"
 
 namespace quantgemm {
 namespace {
@@ -134,6 +135,55 @@ void sparse_kv_append(Tensor keys, Tensor values, Tensor key_pages, Tensor value
     torch::stable::parallel_for(0, c.batch * c.heads, 1,
                                 [&](int64_t begin, int64_t end) { kv_append_cpu(args, begin, end); });
   }
+}
+
+// In one launch where that is possible, else as two ops.
+Tensor sparse_kv_append_rotated(Tensor query, Tensor keys, Tensor values, Tensor cos, Tensor sin,
+                                Tensor key_pages, Tensor value_pages, Tensor page_table, Tensor recent_keys,
+                                Tensor recent_values, Tensor lens, OptTensor means, int64_t sinks,
+                                int64_t window, std::string key_format, std::string value_format,
+                                int64_t keep) {
+  // check
+  constexpr int64_t kMostTokens = 16;
+  const Rotation rotation = check_rotation(query, keys, cos, sin);
+  const Cache cache{key_pages, value_pages, page_table, recent_keys, recent_values, lens,
+                    means,     sinks,       window,     key_format,  value_format,  keep};
+  KvAppendRotatedArgs args{};
+  args.append.cache = cache.check(), args.rotary = rotation.args;
+  const KvCacheArgs& c = args.append.cache;
+  const RotaryArgs& r = args.rotary;
+  const auto in_vectors = [](const RotatedHeads& heads) {
+    int64_t odd = reinterpret_cast<intptr_t>(heads.x) / 2;
+    for (const int64_t stride : heads.strides) odd |= stride;
+    return odd % 8 == 0;
+  };
+  const auto aligned = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; };
+  // No page takes a token that comes now: keys are rotated on their way to the ring alone.
+  const bool in_one = query.is_cuda() && device_of(query) == device_of(recent_keys) && r.type == c.type &&
+                      r.batch == c.batch && r.sides[1].heads == c.heads && r.sides[0].heads % c.heads == 0 &&
+                      r.channels == c.channels && r.tokens <= window && r.tokens <= kMostTokens &&
+                      keys.numel() > 0 && query.numel() > 0 && !means &&
+                      c.key_format.kind == c.value_format.kind && in_vectors(r.sides[0]) &&
+                      in_vectors(r.sides[1]) && aligned(r.cos) && aligned(r.sin);
+  if (!in_one) {
+    auto [rotated, rotated_keys] = rotary(query, keys, cos, sin);
+    sparse_kv_append(rotated_keys, values, key_pages, value_pages, page_table, recent_keys, recent_values,
+                     lens, means, {}, sinks, window, key_format, value_format, keep);
+    return rotated;
+  }
+
+  // arguments and output
+  const Tensor value_rows = packed(values);
+  check_cache_tensor("values", value_rows, recent_keys, recent_keys.scalar_type(),
+                     {c.batch, c.heads, r.tokens, c.channels});
+  Tensor rotated = new_output("sparse_kv_append_rotated", query,
+                              {r.batch, r.sides[0].heads, r.tokens, r.channels}, query.scalar_type());
+  args.append.values = value_rows.const_data_ptr(), args.append.count = r.tokens;
+  args.rotary.sides[0].out = rotated.mutable_data_ptr();
+
+  // run
+  QG_RUN_ON_GPU(sparse_kv_append_rotated, query, args);
+  return rotated;
 }
 
 std::tuple<Tensor, Tensor> sparse_kv_attention(Tensor query, Tensor key_pages, Tensor value_pages,

@@ -5,7 +5,7 @@
 
 #include "../cpu/cpu.h"
 #include "launch_scope.h"
-#include "ops.h"
+#include "rotation.h"
 
 namespace quantgemm {
 namespace {
@@ -24,8 +24,8 @@ Tensor with_channels_together(const Tensor& t) {
   return t.size(3) <= 1 || t.stride(3) == 1 ? t : torch::stable::contiguous(t);
 }
 
-RotatedHeads heads_of(const Tensor& x, const Tensor& out) {
-  return {x.const_data_ptr(), out.mutable_data_ptr(), x.size(1), {x.stride(0), x.stride(1), x.stride(2)}};
+RotatedHeads heads_of(const Tensor& x) {
+  return {x.const_data_ptr(), nullptr, x.size(1), {x.stride(0), x.stride(1), x.stride(2)}};
 }
 
 }  // namespace
@@ -65,8 +65,7 @@ Tensor rms_norm(Tensor x, Tensor weight, double eps) {
   return out;
 }
 
-std::tuple<Tensor, Tensor> rotary(Tensor q, Tensor k, Tensor cos, Tensor sin) {
-  // check
+Rotation check_rotation(const Tensor& q, const Tensor& k, const Tensor& cos, const Tensor& sin) {
   check_device("q", q);
   const Real type = check_real("q", q.scalar_type());
   check_like("k", k, "q", q);
@@ -83,29 +82,42 @@ std::tuple<Tensor, Tensor> rotary(Tensor q, Tensor k, Tensor cos, Tensor sin) {
                     angles->size(2) == channels,
                 name, ": expected [", batch, " or 1, ", tokens, ", ", channels, "], got ", shape_of(*angles));
 
+  Rotation made{with_channels_together(q),
+                with_channels_together(k),
+                torch::stable::contiguous(cos),
+                torch::stable::contiguous(sin),
+                {}};
+  made.args = {{heads_of(made.queries), heads_of(made.keys)},
+               made.cosines.const_data_ptr(),
+               made.sines.const_data_ptr(),
+               batch,
+               tokens,
+               channels,
+               cos.size(0) == 1 ? 0 : tokens * channels,
+               type};
+  return made;
+}
+
+std::tuple<Tensor, Tensor> rotary(Tensor q, Tensor k, Tensor cos, Tensor sin) {
+  // check
+  const Rotation rotation = check_rotation(q, k, cos, sin);
+
   // arguments and output
-  const Tensor queries = with_channels_together(q), keys = with_channels_together(k),
-               cosines = torch::stable::contiguous(cos), sines = torch::stable::contiguous(sin);
+  RotaryArgs args = rotation.args;
+  const auto [batch, tokens, channels] = std::tuple(args.batch, args.tokens, args.channels);
   Tensor q_out = new_output("rotary", q, {batch, q.size(1), tokens, channels}, q.scalar_type());
   Tensor k_out = new_output("rotary", k, {batch, k.size(1), tokens, channels}, k.scalar_type());
-  const RotaryArgs args{{heads_of(queries, q_out), heads_of(keys, k_out)},
-                        cosines.const_data_ptr(),
-                        sines.const_data_ptr(),
-                        batch,
-                        tokens,
-                        channels,
-                        cos.size(0) == 1 ? 0 : tokens * channels,
-                        type};
+  args.sides[0].out = q_out.mutable_data_ptr(), args.sides[1].out = k_out.mutable_data_ptr();
 
   // run
   if (q_out.numel() + k_out.numel() == 0) return {q_out, k_out};
   check_value((q_out.numel() + k_out.numel()) / 512 < kMaxBlocks, "q: expected fewer values, got shape ",
               shape_of(q));
   if (q.is_cuda()) {
-    QG_RUN_ON_GPU(rotary, queries, args);
+    QG_RUN_ON_GPU(rotary, rotation.queries, args);
   } else {
     const int64_t grain = 16384 / ((q.size(1) + k.size(1)) * channels) + 1;
-    torch::stable::parallel_for(0, batch * tokens, grain,
+    torch::stable::parallel_for(0, args.batch * args.tokens, grain,
                                 [&](int64_t begin, int64_t end) { rotary_cpu(args, begin, end); });
   }
   return {q_out, k_out};

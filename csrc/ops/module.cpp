@@ -58,6 +58,11 @@ STABLE_TORCH_LIBRARY(quantgemm, m) {
       "Tensor page_table, Tensor(c!) recent_keys, Tensor(d!) recent_values, Tensor lens, Tensor? means, "
       "Tensor? counts, int sinks, int window, str key_format, str value_format, int keep) -> ()");
   m.def(
+      "sparse_kv_append_rotated(Tensor query, Tensor keys, Tensor values, Tensor cos, Tensor sin, "
+      "Tensor(a!) key_pages, Tensor(b!) value_pages, Tensor page_table, Tensor(c!) recent_keys, "
+      "Tensor(d!) recent_values, Tensor lens, Tensor? means, int sinks, int window, str key_format, "
+      "str value_format, int keep) -> Tensor");
+  m.def(
       "sparse_kv_attention(Tensor query, Tensor key_pages, Tensor value_pages, Tensor page_table, "
       "Tensor recent_keys, Tensor recent_values, Tensor lens, Tensor? means, int sinks, int window, "
       "str key_format, str value_format, int keep, float scale) -> (Tensor out, Tensor lse)");
@@ -87,6 +92,7 @@ void register_backend(torch::stable::detail::StableLibrary& m) {
   m.impl("sparse_key_spmm", TORCH_BOX(&quantgemm::sparse_key_spmm));
   m.impl("sparse_value_spmm", TORCH_BOX(&quantgemm::sparse_value_spmm));
   m.impl("sparse_kv_append", TORCH_BOX(&quantgemm::sparse_kv_append));
+  m.impl("sparse_kv_append_rotated", TORCH_BOX(&quantgemm::sparse_kv_append_rotated));
   m.impl("sparse_kv_attention", TORCH_BOX(&quantgemm::sparse_kv_attention));
 }
 

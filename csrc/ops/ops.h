@@ -52,6 +52,11 @@ void sparse_kv_append(Tensor keys, Tensor values, Tensor key_pages, Tensor value
                       Tensor recent_keys, Tensor recent_values, Tensor lens, OptTensor means,
                       OptTensor counts, int64_t sinks, int64_t window, std::string key_format,
                       std::string value_format, int64_t keep);
+Tensor sparse_kv_append_rotated(Tensor query, Tensor keys, Tensor values, Tensor cos, Tensor sin,
+                                Tensor key_pages, Tensor value_pages, Tensor page_table, Tensor recent_keys,
+                                Tensor recent_values, Tensor lens, OptTensor means, int64_t sinks,
+                                int64_t window, std::string key_format, std::string value_format,
+                                int64_t keep);
 std::tuple<Tensor, Tensor> sparse_kv_attention(Tensor query, Tensor key_pages, Tensor value_pages,
                                                Tensor page_table, Tensor recent_keys, Tensor recent_values,
                                                Tensor lens, OptTensor means, int64_t sinks, int64_t window,

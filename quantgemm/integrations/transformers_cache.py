@@ -19,6 +19,7 @@ import torch
 
 from quantgemm.integrations.common import module_of
 from quantgemm.kv import SparseKVCache
+from quantgemm.later import computed, rotation_of
 
 __all__ = ["quantized_cache"]
 
@@ -117,7 +118,13 @@ def _layer_class(base: Any) -> Any:
                 before and tokens > 1 and not self.is_step
             ):  # a further part of a prompt; a single token never unpacks
                 past = [self.store.dense(self.index, i) for i in range(self.store.batch)]
-            self.store.append(self.index, keys, values)
+            rotation = rotation_of(query, keys) if tokens == 1 or self.is_step else None
+            if rotation:
+                query, keys, *angles = rotation.take()
+                query = self.store.append_rotated(self.index, query, keys, values, *angles)
+            else:
+                query, keys = computed(query), computed(keys)
+                self.store.append(self.index, keys, values)
             if self.is_last:
                 self.store.advance(tokens)
             self.tokens += tokens

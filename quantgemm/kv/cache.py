@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from quantgemm.kv.pages import FORMATS, PAGE, page_bytes, pages_together, unpack_pages
-from quantgemm.ops import register_fake
+from quantgemm.ops import register_fake, rotary
 
 Tensor = torch.Tensor
 
@@ -70,6 +70,11 @@ def sparse_kv_attention(
 @register_fake("quantgemm::sparse_kv_attention")
 def _(query: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return query.new_empty(query.shape), query.new_empty(query.shape[:-1], dtype=torch.float32)
+
+
+@register_fake("quantgemm::sparse_kv_append_rotated")
+def _(query: Tensor, *_: Any) -> Tensor:
+    return query.new_empty(query.shape)
 
 
 @register_fake("quantgemm::sparse_kv_append")
@@ -164,13 +169,7 @@ class SparseKVCache:
         counts: int64 ``[batch]`` on the device, how many of the tokens a sequence takes, the first
         ones; None takes all. Lengths change with `advance`, once for all layers.
         """
-        if keys.dim() == 4 and max(self._most) + keys.shape[2] > self.max_tokens:
-            raise ValueError(
-                f"keys: the cache holds {self.max_tokens} tokens of a sequence; up to "
-                f"{max(self._most)} are there, got {keys.shape[2]} more"
-            )
-        if layer == 0:
-            self._behind = None
+        self._check_room(layer, keys)
         if self.means is not None and keys.dim() == 4 and keys.shape[2] > 1:
             self._measure(self.means[layer], keys, values, counts)
         torch.ops.quantgemm.sparse_kv_append(
@@ -190,6 +189,49 @@ class SparseKVCache:
             self.value_format,
             self.keep,
         )
+
+    def append_rotated(
+        self, layer: int, query: Tensor, keys: Tensor, values: Tensor, cos: Tensor, sin: Tensor
+    ) -> Tensor:
+        """`append` of keys behind `ops.rotary`, which query goes through too; that is returned.
+
+        One launch for up to 16 tokens, no more than the window, without `centre`, keys and values in
+        formats of one kind; else two, and then three where the formats' kinds differ.
+        """
+        if self.means is not None:
+            query, keys = rotary(query, keys, cos, sin)
+            self.append(layer, keys, values)
+            return query
+        self._check_room(layer, keys)
+        return torch.ops.quantgemm.sparse_kv_append_rotated(  # type: ignore[no-any-return]
+            query,
+            keys,
+            values,
+            cos,
+            sin,
+            self.key_pages[layer],
+            self.value_pages[layer],
+            self.page_table,
+            self.recent_keys[layer],
+            self.recent_values[layer],
+            self.lens,
+            None,
+            self.sinks,
+            self.window,
+            self.key_format,
+            self.value_format,
+            self.keep,
+        )
+
+    def _check_room(self, layer: int, keys: Tensor) -> None:
+        """Before tokens are appended to a layer, the first of which begins anew."""
+        if keys.dim() == 4 and max(self._most) + keys.shape[2] > self.max_tokens:
+            raise ValueError(
+                f"keys: the cache holds {self.max_tokens} tokens of a sequence; up to "
+                f"{max(self._most)} are there, got {keys.shape[2]} more"
+            )
+        if layer == 0:
+            self._behind = None
 
     def _measure(self, means: Tensor, keys: Tensor, values: Tensor, counts: Tensor | None) -> None:
         """The means of sequences that begin here. Any others would do, but for the rounding."""

@@ -21,6 +21,7 @@ import torch
 
 from quantgemm import ops
 from quantgemm.integrations.transformers_cache import quantized_cache
+from quantgemm.later import rotations_wait
 from quantgemm.models.angles import RotaryTables
 from quantgemm.models.fuse import fuse_steps
 from quantgemm.nn import alike_rows
@@ -320,7 +321,7 @@ class _Step:
         try:
             # A token's bits are the same with drafts behind it.
             alike = alike_rows() if self.ids.numel() <= ALIKE else nullcontext()
-            with texts.angles, alike:
+            with texts.angles, rotations_wait(), alike:
                 out = texts.model(
                     self.ids,
                     attention_mask=self.mask,

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils import _pytree as pytree
 
 from quantgemm import ops
+from quantgemm.later import Later, rotate
 from quantgemm.models.loader import DTYPES
 from quantgemm.nn import QuantLinear
 
@@ -148,12 +148,8 @@ class _FusedGate:
         return bool(((want - got).abs() <= close).all())
 
 
-class _Product(torch.Tensor):
-    """A product that nobody has computed yet, for the sum that it is part of.
-
-    Whoever else uses it is given the numbers, by torch's rule for subclasses: another layer, a
-    hook, a view. So a product may wait without knowing who will come.
-    """
+class _Product(Later):
+    """A product that nobody has computed yet, for the sum that it is part of."""
 
     x: torch.Tensor
     of: _Summand
@@ -162,10 +158,7 @@ class _Product(torch.Tensor):
 
     @staticmethod
     def make(x: torch.Tensor, of: _Summand) -> _Product:
-        shape = [*x.shape[:-1], of.layer.out_features]
-        made: _Product = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            _Product, shape, dtype=x.dtype, device=x.device
-        )
+        made = _Product.like(x, [*x.shape[:-1], of.layer.out_features])
         made.x, made.of, made.version, made.numbers = x, of, x._version, None
         return made
 
@@ -177,23 +170,11 @@ class _Product(torch.Tensor):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        if func in _ASKS_ONLY:
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **(kwargs or {}))
         if func in _ADDS and len(args) == 2 and not kwargs:
             product, other = args if isinstance(args[0], cls) else args[::-1]
             if product.can_add(other):
                 return product.compute(other)
-        args, kwargs = pytree.tree_map_only(cls, cls.compute, (args, kwargs or {}))
-        return func(*args, **kwargs)
-
-    @classmethod
-    def __torch_dispatch__(  # type: ignore[override]
-        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """For C++ that was handed one: it has no memory of its own."""
-        args, kwargs = pytree.tree_map_only(cls, cls.compute, (args, kwargs or {}))
-        return func(*args, **kwargs)
+        return super().__torch_function__(func, types, args, kwargs)
 
     def can_add(self, other: Any) -> bool:
         alike = type(other) is torch.Tensor and other.shape == self.shape
@@ -214,11 +195,6 @@ class _Product(torch.Tensor):
         return y
 
 
-# Of shape and kind, which are known.
-_ASKS_ONLY = {
-    getattr(torch.Tensor, name).__get__
-    for name in ("shape", "dtype", "device", "ndim", "is_cuda", "requires_grad")
-} | {torch.Tensor.size, torch.Tensor.dim, torch.Tensor.numel, torch.Tensor.is_floating_point}
 _ADDS = {torch.add, torch.Tensor.add, torch.Tensor.__add__, torch.Tensor.__radd__}
 
 
@@ -435,7 +411,7 @@ def _fuse_rotary(module_name: str) -> bool:
         alike = q.dtype == k.dtype == cos.dtype == sin.dtype and q.dtype in DTYPES
         fits = alike and q.device.type in ("cpu", "cuda") and cos.dim() == 3
         if not (args or kw or torch.is_grad_enabled()) and fits and q.shape[-1] == cos.shape[-1]:
-            return ops.rotary(q, k, cos, sin)
+            return rotate(q, k, cos, sin)
         return plain(q, k, cos, sin, *args, **kw)  # type: ignore[no-any-return]
 
     apply_rotary_pos_emb.is_quantgemm = True  # type: ignore[attr-defined]
