@@ -111,7 +111,7 @@ _WAITS: ContextVar[bool] = ContextVar("quantgemm_rotations_wait", default=False)
 
 @contextmanager
 def rotations_wait() -> Iterator[None]:
-    """What `rotate` returns waits for who uses it: a step whose cache can rotate while it stores."""
+    """What `rotate` returns waits for who uses it: a cache may rotate as it stores."""
     token = _WAITS.set(True)
     try:
         yield

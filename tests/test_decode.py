@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from torch.profiler import ProfilerActivity
 
 from quantgemm import QType, QuantLinear, ops, replace_linear
 from quantgemm.integrations.transformers_cache import quantized_cache
+from quantgemm.later import computed, rotate, rotation_of, rotations_wait
 from quantgemm.models import compile_decode
 from quantgemm.models.angles import RotaryTables
 from quantgemm.models.fuse import fuse_steps
@@ -598,3 +600,87 @@ def test_a_step_that_failed_changes_nothing(device: str) -> None:
     store = cache.layers[0].store
     read(slice(0, 12))
     assert torch.equal(got, read(slice(12, 13)))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("case", ["llama", "qwen3"])
+@pytest.mark.parametrize("count", [1, 3])
+def test_rotations_wait_for_the_cache(
+    device: str, case: str, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same bits, and in a step nothing but the cache rotates."""
+    model = tiny(device, case)
+    ids = prompts(device, 1, 10 + count)
+    got, rotated, plain = [], [0], ops.rotary
+
+    def counted(*of: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        rotated[0] += 1
+        return plain(*of)
+
+    for waits in (True, False):
+        if not waits:
+            monkeypatch.setattr("quantgemm.models.decode.rotations_wait", nullcontext)
+        decoder = compile_decode(model, max_tokens=64, batch_sizes=(2,))  # looks at rotations once
+        with monkeypatch.context() as counting:
+            counting.setattr(ops, "rotary", counted)
+            decoder.prepare(1, count)  # a GPU's step runs here
+        decoder.read(ids[:, :10])
+        with monkeypatch.context() as counting:
+            counting.setattr(ops, "rotary", counted)
+            got.append(decoder.step(ids[:, 10:]).clone())
+        assert (rotated[0] > 0) == (not waits)
+    assert torch.equal(*got)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_whoever_uses_a_rotation_has_it_computed(device: str) -> None:
+    q, k = (torch.randn(1, heads, 3, 64, device=device).bfloat16() for heads in (4, 2))
+    angles = torch.randn(2, 1, 3, 64, device=device).bfloat16().unbind()
+    want = ops.rotary(q, k, *angles)
+    with torch.no_grad(), rotations_wait():
+        for use in (
+            lambda x: x,
+            lambda x: x * 2,
+            lambda x: x.transpose(1, 2)[:, 1:],
+            lambda x: torch.cat([x, x]),
+            lambda x: copy.deepcopy(x),
+        ):
+            sides = rotate(q, k, *angles)
+            assert [s.shape for s in sides] == [q.shape, k.shape] and rotation_of(*sides)
+            assert rotation_of(*sides[::-1]) is None and rotation_of(q, sides[1]) is None
+            assert rotation_of(sides[0], rotate(q, k, *angles)[1]) is None
+            for side, expected in zip(sides, want, strict=True):
+                assert torch.equal(use(side), use(expected))
+            assert rotation_of(*sides) is None
+            assert all(map(torch.equal, map(computed, sides), want))
+        query, _ = rotate(q, k, *angles)
+        k.add_(1)
+        with pytest.raises(RuntimeError, match="rotary: queries, keys or angles were written to"):
+            query + 1
+        x = torch.randn(1, 4, 9, 64, device=device).bfloat16()
+        query, key = rotate(x, x[:, :2], *(torch.cat([a] * 3, 1) for a in angles))
+        attention = torch.nn.functional.scaled_dot_product_attention
+        out = attention(query, key, x[:, :2], is_causal=True, enable_gqa=True)
+        assert type(out) is torch.Tensor and out.shape == x.shape
+    assert type(rotate(q, k, *angles)[0]) is torch.Tensor
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("room", [64, 256])
+def test_small_launches_of_a_layer(room: int) -> None:
+    """Rotary embedding and append are one, attention is one, whose parts no launch merges."""
+    if torch.cuda.get_device_capability()[0] < 9:
+        pytest.skip("no clusters of blocks")
+    model = packed(tiny("cuda"))
+    decoder = compile_decode(model, room, batch_sizes=(1,))
+    decoder.read(prompts("cuda"))
+    token = torch.ones(1, dtype=torch.int64, device="cuda")
+    for _ in range(2):  # a process's first one may have more in it
+        with torch.profiler.profile(activities=[ProfilerActivity.CUDA]) as found:
+            decoder.step(token)
+            torch.cuda.synchronize()
+    names = [e.name for e in found.events() if e.device_type == DeviceType.CUDA]
+    layers = model.config.num_hidden_layers
+    for part, count in (("append_", 1), ("attention_", 1), ("rotary_", 0), ("merge_", 0)):
+        found_names = [n for n in names if part + "kernel" in n or part + "few" in n]
+        assert len(found_names) == count * layers, names

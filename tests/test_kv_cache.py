@@ -257,8 +257,8 @@ def test_several_tokens_ask_as_each_alone(
             assert torch.equal(lse[:, :, t], its_lse), (count, t)
 
 
-# Tokens that a cache has room for decide into how many parts a GPU cuts a context: with two heads 2 to 8,
-# 9 to 17 that become up to 8, and more.
+# Tokens that a cache has room for decide into how many parts a GPU cuts a context: with two heads 2
+# to 8, 9 to 17 that become up to 8, and more.
 ROOMS = [256, 512, 768, 1024, 1280, 1536, 1792, 2048, 3072, 4096, 5120]
 
 

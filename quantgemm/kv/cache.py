@@ -195,8 +195,8 @@ class SparseKVCache:
     ) -> Tensor:
         """`append` of keys behind `ops.rotary`, which query goes through too; that is returned.
 
-        One launch for up to 16 tokens, no more than the window, without `centre`, keys and values in
-        formats of one kind; else two, and then three where the formats' kinds differ.
+        One launch for up to 16 tokens, no more than the window, where nothing is centred and keys
+        and values are in formats of one kind; else as many as both.
         """
         if self.means is not None:
             query, keys = rotary(query, keys, cos, sin)
