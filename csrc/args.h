@@ -275,8 +275,9 @@ struct KvAppendArgs {
 
 // New tokens whose queries and keys have not had their rotary embedding.
 struct KvAppendRotatedArgs {
-  KvAppendArgs append;  // keys: null
+  KvAppendArgs append;  // keys and values: null
   RotaryArgs rotary;    // of the keys without out
+  RotatedHeads values;  // which are stored as they are
 };
 
 struct KvAttentionArgs {

@@ -124,9 +124,10 @@ def rotate(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`ops.rotary`, now or later."""
     of = (q, k, cos, sin)
-    plain = not any(type(x) is not torch.Tensor or x.is_inference() for x in of)
-    if torch.compiler.is_compiling() or not (_WAITS.get() and plain):
-        return ops.rotary(q, k, cos, sin)
+    if torch.compiler.is_compiling() or not _WAITS.get():
+        return ops.rotary(*of)
+    if any(type(x) is not torch.Tensor or x.is_inference() for x in of):
+        return ops.rotary(*of)
     rotation, made = Rotation(*of), []
     for side, x in enumerate((q, k)):
         made.append(_Turned.like(x, x.shape))

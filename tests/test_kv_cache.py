@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -377,13 +376,14 @@ def test_rotated_on_the_way(
 
 
 @pytest.mark.cuda
-def test_rotating_and_storing_is_one_launch() -> None:
+@pytest.mark.parametrize("tokens", [1, 4, 16])
+def test_rotating_and_storing_is_one_launch(tokens: int) -> None:
+    """Of parts of a product, none of which is copied."""
     cache = SparseKVCache(1, 8, 128, max_tokens=256, device="cuda", dtype=torch.bfloat16)
-    q, k, v, cos, sin = (
-        torch.randn(1, heads, 1, 128, device="cuda").bfloat16() for heads in (32, 8, 8, 1, 1)
-    )
-    call = partial(cache.append_rotated, 0, q, k, v, cos[0], sin[0])
-    assert len(kernels_of(call)[0]) == 1
+    product = torch.randn(1, tokens, 48, 128, device="cuda").bfloat16().transpose(1, 2)
+    cos, sin = torch.randn(2, 1, tokens, 128, device="cuda").bfloat16()
+    q, k, v = product.split([32, 8, 8], 1)
+    assert len(kernels_of(lambda: cache.append_rotated(0, q, k, v, cos, sin))[0]) == 1
 
 
 @pytest.mark.parametrize("device", DEVICES)

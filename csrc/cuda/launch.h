@@ -53,7 +53,8 @@ cudaError_t launch_sparse_kv_product(const KvProductArgs& args, cudaStream_t str
 
 // The native cache (kv_page.h). Attention says how many parts of the context it wants.
 cudaError_t launch_sparse_kv_append(const KvAppendArgs& args, cudaStream_t stream);
-// Few tokens, no more than the window, without means, keys and values in pages of one kind.
+// Few tokens, no more than the window, without means, keys and values in pages of one kind. Without cosines
+// it is the same as the other one.
 cudaError_t launch_sparse_kv_append_rotated(const KvAppendRotatedArgs& args, cudaStream_t stream);
 int64_t sparse_kv_attention_split(const KvAttentionArgs& args);
 cudaError_t launch_sparse_kv_attention(const KvAttentionArgs& args, cudaStream_t stream);

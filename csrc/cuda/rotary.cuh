@@ -12,13 +12,19 @@ __device__ __forceinline__ float turned(float own, float other, float cos, float
   return __fadd_rn(rms::rounded<T>(__fmul_rn(own, cos)), rms::rounded<T>(__fmul_rn(other, sin)));
 }
 
+template <class T>
+__device__ __forceinline__ const T* token_of(const RotatedHeads& heads, int64_t sequence, int head,
+                                             int token) {
+  return static_cast<const T*>(heads.x) + sequence * heads.strides[0] + head * heads.strides[1] +
+         token * heads.strides[2];
+}
+
 // Vector i of eight values of a token's head.
 template <class Real16, int Channels>
 __device__ __forceinline__ uint4 turned_vector(const RotaryArgs& args, const RotatedHeads& heads,
                                                int64_t sequence, int head, int token, int i) {
   constexpr int kHalf = Channels / 16;
-  const Real16* x = static_cast<const Real16*>(heads.x) + sequence * heads.strides[0] +
-                    head * heads.strides[1] + token * heads.strides[2];
+  const Real16* x = token_of<Real16>(heads, sequence, head, token);
   const int64_t angle = sequence * args.angle_stride + token * Channels + 8 * i;
   float own[8], other[8], cos[8], sin[8];
   load8(own, x + 8 * i), load8(other, x + 8 * (i ^ kHalf));

@@ -167,8 +167,9 @@ template <PageKind Kind>
 constexpr int kPagesOf = PagePacker<Half, 64, false, Kind>::type::kPages;
 
 template <class Real16, int Channels, bool IsValue, PageKind Kind>
-__device__ __forceinline__ void append(const KvAppendArgs& args, const RotaryArgs& rotary, void* room,
-                                       int page_blocks, unsigned sequence) {
+__device__ __forceinline__ void append(const KvAppendRotatedArgs& all, void* room, int page_blocks,
+                                       unsigned sequence) {
+  const KvAppendArgs& args = all.append;
   const KvCacheArgs& c = args.cache;
   const unsigned row = sequence * static_cast<unsigned>(c.heads) + blockIdx.y;
   constexpr int kThreads = kThreadsOf<Kind>;
@@ -194,16 +195,20 @@ __device__ __forceinline__ void append(const KvAppendArgs& args, const RotaryArg
             own_sinks = static_cast<int>(c.sinks), first_kept = max(behind - before, 0),
             sinks = max(min(own_sinks - before, first_kept), 0);
   const int kept = sinks + max(plan.count - first_kept, 0);
-  const bool is_rotated = !IsValue && rotary.cos != nullptr;  // by one block
-  const int blocks = is_alone || rotary.cos != nullptr ? 1 : static_cast<int>(gridDim.x) - page_blocks;
+  const bool is_rotated = all.rotary.cos != nullptr;  // few tokens: one block stores
+  const int blocks = is_alone || is_rotated ? 1 : static_cast<int>(gridDim.x) - page_blocks;
   for (int i = plan.store * kThreads + static_cast<int>(threadIdx.x); i < kept * kVectors;
        i += blocks * kThreads) {
     const int k = i / kVectors, index = k < sinks ? k : first_kept + k - sinks, vector = i % kVectors;
     if (index >= plan.count) break;
-    appending.recent(before + index)[vector] =
-        is_rotated ? turned_vector<Real16, Channels>(rotary, rotary.sides[1], sequence,
-                                                     static_cast<int>(blockIdx.y), index, vector)
-                   : appending.added(index, vector);
+    uint4* const to = appending.recent(before + index) + vector;
+    const int head = static_cast<int>(blockIdx.y);
+    if (!is_rotated)
+      *to = appending.added(index, vector);
+    else if constexpr (IsValue)
+      *to = reinterpret_cast<const uint4*>(token_of<Real16>(all.values, sequence, head, index))[vector];
+    else
+      *to = turned_vector<Real16, Channels>(all.rotary, all.rotary.sides[1], sequence, head, index, vector);
   }
 }
 
@@ -236,21 +241,23 @@ constexpr int kBlocks<128, PageKind::kBitmap> = 7;
 
 template <class Real16, int Channels, PageKind Kind>
 __global__ void __launch_bounds__(kThreadsOf<Kind>, kBlocks<Channels, Kind>)
-    append_kernel(KvAppendArgs args, RotaryArgs rotary, int pages, unsigned first_side, unsigned both_sides) {
+    append_kernel(KvAppendRotatedArgs args, int pages, unsigned first_side, unsigned both_sides) {
   extern __shared__ uint4 room[];  // PackRoom
   wait_for_previous_kernel();
   let_next_kernel_start();
   const unsigned sequence = blockIdx.z >> both_sides, side = first_side + (blockIdx.z & both_sides);
-  if (rotary.cos != nullptr && blockIdx.x + 1 == gridDim.x)
-    rotate_queries<Real16, Channels>(rotary, sequence, side);
+  if (args.rotary.cos != nullptr && blockIdx.x + 1 == gridDim.x)
+    rotate_queries<Real16, Channels>(args.rotary, sequence, side);
   else if (side == 0)
-    append<Real16, Channels, false, Kind>(args, rotary, room, pages, sequence);
+    append<Real16, Channels, false, Kind>(args, room, pages, sequence);
   else
-    append<Real16, Channels, true, Kind>(args, rotary, room, pages, sequence);
+    append<Real16, Channels, true, Kind>(args, room, pages, sequence);
 }
 
-// rotary: without cos, there is none.
-cudaError_t launch_append(const KvAppendArgs& args, const RotaryArgs& rotary, cudaStream_t stream) {
+}  // namespace
+
+cudaError_t launch_sparse_kv_append_rotated(const KvAppendRotatedArgs& all, cudaStream_t stream) {
+  const KvAppendArgs& args = all.append;
   const KvCacheArgs& c = args.cache;
   Device device;
   cudaError_t status = device.read();
@@ -264,7 +271,7 @@ cudaError_t launch_append(const KvAppendArgs& args, const RotaryArgs& rotary, cu
       // How many leave at once is the keys' matter, of values of another kind too.
       const int more = std::max(kPagesOf<kKind>, pages_together(c.key_format));
       const int64_t pages = (args.count / kPageTokens + more) / kPagesOf<kKind>;
-      const dim3 grid(static_cast<unsigned>(pages + stores + (rotary.cos != nullptr)),
+      const dim3 grid(static_cast<unsigned>(pages + stores + (all.rotary.cos != nullptr)),
                       static_cast<unsigned>(c.heads), static_cast<unsigned>(c.batch) * sides);
       constexpr int kShared = static_cast<int>(sizeof(PackRoom<Half, channels.value, kKind>));
       const auto kernel = c.type == Real::kFloat16 ? append_kernel<Half, channels.value, kKind>
@@ -273,8 +280,8 @@ cudaError_t launch_append(const KvAppendArgs& args, const RotaryArgs& rotary, cu
         status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
       const DependentLaunch launch(grid, kThreadsOf<kKind>, device, stream, kShared);
       if (status == cudaSuccess)
-        status = cudaLaunchKernelEx(&launch.config, kernel, args, rotary, static_cast<int>(pages), first_side,
-                                    sides - 1);
+        status =
+            cudaLaunchKernelEx(&launch.config, kernel, all, static_cast<int>(pages), first_side, sides - 1);
     };
     const auto launch_of = [&](auto channels) {
       const auto of = [&]<PageKind Kind>() {
@@ -297,14 +304,8 @@ cudaError_t launch_append(const KvAppendArgs& args, const RotaryArgs& rotary, cu
   return status;
 }
 
-}  // namespace
-
 cudaError_t launch_sparse_kv_append(const KvAppendArgs& args, cudaStream_t stream) {
-  return launch_append(args, {}, stream);
-}
-
-cudaError_t launch_sparse_kv_append_rotated(const KvAppendRotatedArgs& args, cudaStream_t stream) {
-  return launch_append(args.append, args.rotary, stream);
+  return launch_sparse_kv_append_rotated({args, {}, {}}, stream);
 }
 
 }  // namespace quantgemm

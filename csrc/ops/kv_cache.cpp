@@ -153,9 +153,8 @@ Tensor sparse_kv_append_rotated(Tensor query, Tensor keys, Tensor values, Tensor
   const KvCacheArgs& c = args.append.cache;
   const RotaryArgs& r = args.rotary;
   const auto in_vectors = [](const RotatedHeads& heads) {
-    int64_t odd = reinterpret_cast<intptr_t>(heads.x) / 2;
-    for (const int64_t stride : heads.strides) odd |= stride;
-    return odd % 8 == 0;
+    const int64_t odd = heads.strides[0] | heads.strides[1] | heads.strides[2];
+    return odd % 8 == 0 && reinterpret_cast<uintptr_t>(heads.x) % 16 == 0;
   };
   const auto aligned = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; };
   // No page takes a token that comes now: keys are rotated on their way to the ring alone.
@@ -165,7 +164,12 @@ Tensor sparse_kv_append_rotated(Tensor query, Tensor keys, Tensor values, Tensor
                       keys.numel() > 0 && query.numel() > 0 && !means &&
                       c.key_format.kind == c.value_format.kind && in_vectors(r.sides[0]) &&
                       in_vectors(r.sides[1]) && aligned(r.cos) && aligned(r.sin);
-  if (!in_one) {
+  const bool values_fit = values.dim() == 4 && values.scalar_type() == keys.scalar_type() &&
+                          device_of(values) == device_of(keys) && values.size(0) == c.batch &&
+                          values.size(1) == c.heads && values.size(2) == r.tokens &&
+                          values.size(3) == c.channels && values.stride(3) == 1;
+  if (values_fit) args.values = heads_of(values);
+  if (!in_one || !values_fit || !in_vectors(args.values)) {
     auto [rotated, rotated_keys] = rotary(query, keys, cos, sin);
     sparse_kv_append(rotated_keys, values, key_pages, value_pages, page_table, recent_keys, recent_values,
                      lens, means, {}, sinks, window, key_format, value_format, keep);
@@ -173,12 +177,9 @@ Tensor sparse_kv_append_rotated(Tensor query, Tensor keys, Tensor values, Tensor
   }
 
   // arguments and output
-  const Tensor value_rows = packed(values);
-  check_cache_tensor("values", value_rows, recent_keys, recent_keys.scalar_type(),
-                     {c.batch, c.heads, r.tokens, c.channels});
   Tensor rotated = new_output("sparse_kv_append_rotated", query,
                               {r.batch, r.sides[0].heads, r.tokens, r.channels}, query.scalar_type());
-  args.append.values = value_rows.const_data_ptr(), args.append.count = r.tokens;
+  args.append.count = r.tokens;
   args.rotary.sides[0].out = rotated.mutable_data_ptr();
 
   // run

@@ -24,10 +24,6 @@ Tensor with_channels_together(const Tensor& t) {
   return t.size(3) <= 1 || t.stride(3) == 1 ? t : torch::stable::contiguous(t);
 }
 
-RotatedHeads heads_of(const Tensor& x) {
-  return {x.const_data_ptr(), nullptr, x.size(1), {x.stride(0), x.stride(1), x.stride(2)}};
-}
-
 }  // namespace
 
 Tensor rms_norm(Tensor x, Tensor weight, double eps) {
