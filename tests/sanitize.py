@@ -216,6 +216,10 @@ def run_kv_cache_cases(generator: torch.Generator) -> None:
                 cache.advance(1)
                 cache.attend(0, query)
                 cache.attend(0, query[:, :, None].repeat(1, 1, 3, 1))
+            cache.lens -= 2
+            cache.count(-2)
+            both = query[:, :, None].repeat(1, 1, 2, 1)
+            cache.append_rotated(0, both, x[:, :, 1:3], x[:, :, 1:3], x[:, 0, :2], x[:, 0, 1:3])
 
 
 PARTS = {
