@@ -6,7 +6,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch.utils import _pytree as pytree
@@ -97,7 +97,7 @@ class _FusedNorm:
         weight: torch.Tensor = self.module.weight  # type: ignore[assignment]
         x = _numbers(weight.numel(), weight.device, weight.dtype)
         with torch.no_grad():
-            want, got = self.module(x).float(), self.compute(x).float()
+            want, got = self.module(x).float(), self(x).float()
         return bool(((want - got).abs() <= 2 * torch.finfo(weight.dtype).eps * want.abs()).all())
 
 
@@ -182,6 +182,9 @@ class _FusedGate:
         return bool(((want - got).abs() <= close).all())
 
 
+Waiting = TypeVar("Waiting", bound="_Deferred")
+
+
 class _Deferred(torch.Tensor):
     """What nobody has computed yet, for someone who can do it inside of something else.
 
@@ -196,8 +199,8 @@ class _Deferred(torch.Tensor):
     numbers: torch.Tensor | None
 
     @classmethod
-    def make(cls, x: torch.Tensor, of: Any, cols: int) -> Self:
-        made: Self = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+    def make(cls: type[Waiting], x: torch.Tensor, of: Any, cols: int) -> Waiting:
+        made: Waiting = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             cls, [*x.shape[:-1], cols], dtype=x.dtype, device=x.device
         )
         made.x, made.of, made.version, made.numbers = x, of, x._version, None
