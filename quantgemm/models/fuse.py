@@ -355,8 +355,8 @@ class _Together:
     """Layers that are given the same x in turn: the first computes for all, in one product.
 
     layers: of one type, their bytes one behind the other; other: one of another type, whose product
-    is part of the same launch where there is such a kernel; all_of_x: whether nobody else multiplies
-    that x.
+    is part of the same launch where there is such a kernel; all_of_x: whether they are all
+    who multiply that x.
     """
 
     layers: list[QuantLinear]
