@@ -227,11 +227,13 @@ __device__ __forceinline__ void stage_one(const Shared<P>& shared, const X* x, i
     for (int j = 0; j < kAtOnce; ++j) {
       const int i = base + j * P::kThreads;
       if (i >= lanes) continue;  // a whole warp
-      float squares[4];
+      float squares[4] = {};
+      if (normed) {
 #pragma unroll
-      for (int w = 0; w < 4; ++w) {
-        squares[w] = squares_of<X>(words[j][w]);
-        if (normed) words[j][w] = times(words[j][w], scales[j][w]);
+        for (int w = 0; w < 4; ++w) {
+          squares[w] = squares_of<X>(words[j][w]);
+          words[j][w] = times(words[j][w], scales[j][w]);
+        }
       }
       put_unit<P, Bias>(shared, words[j], i, X{});
       if (!normed) continue;
