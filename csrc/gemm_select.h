@@ -167,10 +167,10 @@ inline PackedAlgo select_packed_gemm(const PackedProblem& p, bool may_round = fa
   return PackedAlgo::kMma;
 }
 
-// Whether the algorithm has an RMS norm inside, where x is on its way to tensor cores; else it is launched in
-// front.
+// Whether the algorithm has an RMS norm inside: x times its weight, rounded, and its factor for the sums,
+// which float16 has no range for. Else it is launched in front.
 inline bool folds_norm(PackedAlgo algo, const PackedProblem& p) {
-  return algo == PackedAlgo::kGemv && p.type != Real::kFloat32 && p.arch != 0 && p.k > 0;
+  return algo == PackedAlgo::kGemv && p.type == Real::kBFloat16 && p.arch != 0 && p.k > 0;
 }
 
 // Experts: each slot is a token of one of them. `tile` is how many tokens of an expert are multiplied at a

@@ -280,9 +280,10 @@ def gemm_packed(
     outputs on, else what ``auto`` takes, and is an error where ``int8`` is one. A row of y does not
     depend on the batch; NaN or infinity in x makes its row NaN. ``auto`` never rounds.
 
-    norm_weight: ``[k]`` of x's dtype; x is then ``rms_norm(x, norm_weight, norm_eps)``, with the
-    same bits. ``gemv`` has it inside for float16 and bfloat16; else it is a launch in front, as the
-    norm alone would be (`explain_gemm` says which).
+    norm_weight: ``[k]`` of x's dtype; x is then ``rms_norm(x, norm_weight, norm_eps)``. That is a
+    launch in front, but ``gemv`` has it inside for bfloat16 (`explain_gemm` says which): x ·
+    norm_weight is rounded and multiplied, the norm's factor multiplies float32 sums. So numbers are
+    those of two launches up to roundings, and a row of y still does not depend on the batch.
 
     ahead: packed weights that a later launch reads. ``gemv`` on sm_90 and newer, and ``few``,
     bring the first of them into the L2 while they end; others do not look at it. `ReadAhead`
@@ -370,6 +371,8 @@ def gemm_packed_pair(
     other_n: int,
     k: int,
     algo: str = "auto",
+    norm_weight: torch.Tensor | None = None,
+    norm_eps: float = 0,
     ahead: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``x · wᵀ`` and ``x · otherᵀ``, the same bits as of two calls of `gemm_packed`.
@@ -377,13 +380,25 @@ def gemm_packed_pair(
     Weights of two types that share x, as q and v of a mixed file: one launch with ``gemv``, up to
     eight tokens of float16 or bfloat16 and the types Q4_K and Q6_K, Q5_K and Q6_K, Q4_K and Q5_K,
     either first; else two. (Of one type, `gemm_packed` with their strips joined is one launch.) No
-    gradients. ahead, when weights are first read, and `torch.autocast`: as for `gemm_packed`.
+    gradients. norm_weight, ahead, when weights are first read, and `torch.autocast`: as for
+    `gemm_packed`.
     """
-    _without_gradients("gemm_packed_pair", x)
+    _without_gradients("gemm_packed_pair", x, norm_weight)
     if ahead is None:
         ahead = following(packed)
     return torch.ops.quantgemm.gemm_packed_pair(  # type: ignore[no-any-return]
-        x, packed, int(qtype), n, other, int(other_qtype), other_n, k, algo, ahead
+        x,
+        packed,
+        int(qtype),
+        n,
+        other,
+        int(other_qtype),
+        other_n,
+        k,
+        algo,
+        norm_weight,
+        norm_eps,
+        ahead,
     )
 
 
@@ -398,6 +413,8 @@ def _(
     other_n: int,
     k: int,
     algo: str = "auto",
+    norm_weight: torch.Tensor | None = None,
+    norm_eps: float = 0,
     ahead: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     return x.new_empty([*x.shape[:-1], n]), x.new_empty([*x.shape[:-1], other_n])

@@ -88,6 +88,8 @@ def run_packed_cases(generator: torch.Generator) -> None:
                 plan = explain_gemm(m, n, k, fmt.type_id, "cuda", dtype, packed=True)
                 for algo in plan.available:
                     ops.gemm_packed(x, packed, fmt.type_id, n, k, x.new_zeros(n), algo)
+                    norm = x.new_ones(k), 1e-5
+                    ops.gemm_packed(x, packed, fmt.type_id, n, k, None, algo, None, *norm)
                     if algo in ("few", "int8"):  # experts have none
                         continue
                     ids = torch.randint(-1, 3, (m, 2), generator=generator).cuda()

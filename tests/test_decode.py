@@ -22,7 +22,7 @@ from torch.profiler import ProfilerActivity
 from quantgemm import QType, QuantLinear, ops, replace_linear
 from quantgemm.integrations.transformers_cache import quantized_cache
 from quantgemm.later import computed, rotate, rotation_of, rotations_wait
-from quantgemm.models import compile_decode
+from quantgemm.models import compile_decode, fuse
 from quantgemm.models.angles import RotaryTables
 from quantgemm.models.fuse import fuse_steps
 from quantgemm.nn import alike_rows
@@ -53,10 +53,11 @@ def prompts(device: str, batch: int = 1, tokens: int = 9) -> torch.Tensor:
     return torch.randint(3, 96, (batch, tokens), generator=generator).to(device)
 
 
+@pytest.mark.parametrize("pack", [False, True])
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("case", ["llama", "qwen2", "qwen3", "mistral"])
-def test_logits_are_the_models(device: str, case: str) -> None:
-    model = tiny(device, case)
+def test_logits_are_the_models(device: str, case: str, pack: bool) -> None:
+    model = packed(tiny(device, case)) if pack else tiny(device, case)
     ids = prompts(device, 2, 30)
     with torch.no_grad():
         want = model(ids).logits
@@ -684,3 +685,119 @@ def test_small_launches_of_a_layer(room: int) -> None:
     for part, count in (("append_", 1), ("attention_", 1), ("rotary_", 0), ("merge_", 0)):
         found_names = [n for n in names if part + "kernel" in n or part + "few" in n]
         assert len(found_names) == count * layers, names
+
+
+def mixed(device: str) -> Any:
+    """v of layer 1 is of another type than q and k."""
+    model = tiny(device)
+    attention = model.model.layers[1].self_attn
+    cols, rows = attention.v_proj.in_features, attention.v_proj.out_features
+    other = QuantLinear.from_linear(torch.nn.Linear(cols, rows, bias=False), "Q4_0")
+    attention.v_proj = other.to(device, torch.bfloat16)
+    return packed(model)
+
+
+def close_to(want: torch.Tensor) -> dict[str, Any]:
+    return {"rtol": 0, "atol": 0.02 * float(want.abs().max())}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_norms_inside_of_products(device: str) -> None:
+    """They are in nobody's way: who is no product that can have one inside is given numbers."""
+    model = mixed(device)
+    fuse_steps(model)
+    first, second, third = model.model.layers[:3]
+    x = torch.randn(1, 3, model.config.hidden_size, device=device).bfloat16()
+    heads = ("q_proj", "k_proj", "v_proj")
+
+    def want_of(norm: Any, x: torch.Tensor = x) -> torch.Tensor:
+        return ops.rms_norm(x, norm.weight, norm.variance_epsilon)
+
+    with torch.no_grad():
+        for layer in (first, second):
+            lazy, rows = layer.input_layernorm(x), want_of(layer.input_layernorm)
+            assert type(lazy) is fuse._Norm and lazy.numbers is None
+            assert (lazy.shape, lazy.dtype, lazy.device) == (rows.shape, rows.dtype, rows.device)
+            for name in heads:
+                product = getattr(layer.self_attn, name)
+                want, got = product(rows), product(lazy)
+                torch.testing.assert_close(got, want, **close_to(want))
+            assert lazy.numbers is None
+            lazy = layer.post_attention_layernorm(x)
+            want = layer.mlp(want_of(layer.post_attention_layernorm)) * 1
+            torch.testing.assert_close(layer.mlp(lazy) * 1, want, **close_to(want))
+            assert lazy.numbers is None
+
+        norm, attention = first.input_layernorm, first.self_attn
+        rows = want_of(norm)
+        for use in (
+            lambda y: y,
+            lambda y: y * x,
+            lambda y: x + y,
+            lambda y: torch.cat([y, y]),
+            lambda y: y[:, 1:].mul_(2),
+            lambda y: y.view(-1),
+            lambda y: copy.deepcopy(y),
+            lambda y: torch.ops.quantgemm.rms_norm(y, norm.weight, 1e-5),
+            lambda y: second.mlp.up_proj(y),
+            lambda y: first.mlp.gate_proj(y),
+            lambda y: attention.k_proj(y),  # nobody has asked q
+        ):
+            assert torch.equal(use(norm(x)), use(rows.clone()))
+        lazy = norm(x)
+        q = attention.q_proj(lazy)
+        lazy.add_(1)  # k and v see that
+        assert torch.equal(attention.k_proj(lazy), attention.k_proj(rows + 1))
+        assert torch.equal(attention.q_proj(lazy), attention.q_proj(rows + 1))
+        torch.testing.assert_close(q, attention.q_proj(rows), **close_to(q))
+        z = torch.randn(1, 3, attention.o_proj.in_features, device=device).bfloat16()
+        assert torch.equal(norm(x) + attention.o_proj(z), rows + attention.o_proj(z) * 1)
+
+        third.self_attn.k_proj.unpack()
+        rows = want_of(third.input_layernorm)
+        lazy = third.input_layernorm(x)
+        for name in heads:
+            product = getattr(third.self_attn, name)
+            assert torch.equal(product(lazy), product(rows)), name
+
+        assert type(model.model.norm(x)) is torch.Tensor  # no product of a layer behind it
+        assert type(norm(x.repeat(1, 3, 1))) is torch.Tensor  # many tokens
+        assert type(norm(x[:, :0])) is torch.Tensor
+        with torch.autocast(device, torch.float16):
+            assert type(norm(x)) is torch.Tensor
+        if device == "cpu":
+            compiled = torch.compile(lambda x: attention.q_proj(norm(x)), backend="eager")
+            assert torch.equal(compiled(x), attention.q_proj(want_of(norm)))
+        lazy = norm(x)
+        x.add_(1)
+        for use in (attention.q_proj, first.mlp, torch.Tensor.clone):
+            with pytest.raises(RuntimeError, match="x of a norm was written to before its output"):
+                use(lazy)
+    assert norm(x.requires_grad_()).requires_grad
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_norms_inside_of_a_model(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the last norm is a launch; numbers are those of launches up to roundings."""
+    model = mixed(device)
+    fuse_steps(model)
+    calls, norm = [], ops.rms_norm
+    monkeypatch.setattr(ops, "rms_norm", lambda *args: calls.append(1) or norm(*args))
+    logits = []
+    for inside in (True, False):
+        if not inside:
+            monkeypatch.setattr(fuse, "_can_be_inside", lambda x: False)
+        calls.clear()
+        with torch.no_grad():
+            logits.append(model(prompts(device, 1, 3), use_cache=False).logits)
+        layers = model.config.num_hidden_layers
+        assert len(calls) == (1 if inside else 2 * layers + 1)
+    if device == "cpu":  # it is in front there
+        assert torch.equal(*logits)
+    torch.testing.assert_close(*logits, rtol=0, atol=0.05 * float(logits[0].abs().max()))
+    monkeypatch.undo()
+    half = packed(tiny(device, dtype=torch.float16))
+    fuse_steps(half)
+    x = torch.randn(1, 1, model.config.hidden_size, device=device).half()
+    with torch.no_grad():
+        assert type(half.model.layers[0].input_layernorm(x)) is torch.Tensor

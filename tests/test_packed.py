@@ -207,7 +207,7 @@ def assert_same_bits(a: torch.Tensor, b: torch.Tensor) -> None:
 @on_devices
 @by_name
 def test_norm_in_front(fmt: Format, device: str) -> None:
-    """The bits of rms_norm and a product after it, wherever the norm is done."""
+    """Inside of a product what float64 says; in front of it, the bits of rms_norm and a product."""
     e = fmt.block_elems
     ks = [e, 3 * e, 4096 + e]
     ms: list[int] = [1, 3, 9]
@@ -216,7 +216,9 @@ def test_norm_in_front(fmt: Format, device: str) -> None:
     dtypes = [torch.float16, torch.bfloat16, *([torch.float32] if device == "cpu" else [])]
     for k, dtype in itertools.product(ks, dtypes):
         n = 70 if k > 8192 else 200
-        blocks = [random_weights(fmt, n, k, device, seed)[0] for seed in (1, 2)]
+        blocks, weights = zip(
+            *(random_weights(fmt, n, k, device, seed) for seed in (1, 2)), strict=True
+        )
         w, up = (ops.pack(each, fmt.type_id) for each in blocks)
         bias = random_x(n, dtype=dtype, device=device, seed=5)
         weight = random_x(k, dtype=dtype, device=device, seed=4) + 1
@@ -226,16 +228,60 @@ def test_norm_in_front(fmt: Format, device: str) -> None:
             plain = ops.rms_norm(x, weight, 1e-5)
             for algo in ("auto", *(["gemv"] if device == "cuda" else [])):
                 rest = fmt.type_id, n, k
-                want = ops.gemm_packed(plain, w, *rest, bias, algo, residual)
                 got = ops.gemm_packed(x, w, *rest, bias, algo, residual, weight, 1e-5)
-                assert_same_bits(got, want)
-                want = ops.gemm_packed_gated(plain, w, up, *rest, algo)
-                assert_same_bits(ops.gemm_packed_gated(x, w, up, *rest, algo, weight, 1e-5), want)
+                gated = ops.gemm_packed_gated(x, w, up, *rest, algo, weight, 1e-5)
+                plan = explain_gemm(m, n, k, fmt.name, device, dtype, packed=True)
+                inside = plan.folds_norm or (algo == "gemv" and dtype == torch.bfloat16)
+                if not inside:
+                    want = ops.gemm_packed(plain, w, *rest, bias, algo, residual)
+                    assert_same_bits(got, want)
+                    assert_same_bits(gated, ops.gemm_packed_gated(plain, w, up, *rest, algo))
+                    continue
+                factor = (x.double().square().mean(-1, keepdim=True) + 1e-5).rsqrt()
+                rows = (x * weight).double() * factor  # rounded products, and no factor yet
+                sums = [rows @ each.T for each in weights]
+                sizes = [rows.abs() @ each.abs().T for each in weights]
+                want = sums[0] + bias.double() + residual.double()
+                size = sums[0].abs() + bias.double().abs() + residual.double().abs()
+                eps = torch.finfo(dtype).eps
+                assert_near(got, want, 4e-6 * (sizes[0] + size) + eps * want.abs() + 1e-12)
+                want = torch.nn.functional.silu(sums[0]) * sums[1]
+                size = sizes[0] * sums[1].abs() + sums[0].abs() * sizes[1]
+                assert_near(gated, want, 4e-6 * size + 4 * eps * want.abs() + 1e-12)
+
+
+@pytest.mark.cuda
+@by_name
+def test_norm_inside_is_the_same_in_any_batch(fmt: Format) -> None:
+    """Bit for bit: as a row alone and as one of eight, in one panel of columns and in several."""
+    e = fmt.block_elems
+    for k in (e, 3 * e, 4096, 5120 + e, 8192, 14336, 18944, 28672):
+        if k % e != 0:
+            continue
+        n = 70 if k > 8192 else 200
+        w, up = (ops.pack(random_weights(fmt, n, k, "cuda", s)[0], fmt.type_id) for s in (1, 2))
+        dtype = torch.bfloat16
+        weight = random_x(k, dtype=dtype, device="cuda", seed=4) + 1
+        x = 3 * random_x(8, k, dtype=dtype, device="cuda", seed=3)
+        x[1] *= 1e-4  # where eps matters
+        x[2, 5] = 3e4
+        residual = random_x(8, n, dtype=dtype, device="cuda", seed=6)
+
+        inside = {"algo": "gemv", "norm_weight": weight, "norm_eps": 1e-5}
+        gated = partial(ops.gemm_packed_gated, gate=w, up=up, qtype=fmt.type_id, n=n, k=k, **inside)
+        plain = partial(ops.gemm_packed, packed=w, qtype=fmt.type_id, n=n, k=k, **inside)
+        whole = [plain(x), plain(x, residual=residual), gated(x)]
+        some = [slice(i, i + 1) for i in range(8)] + [slice(0, 2), slice(3, 6), slice(2, 7)]
+        for rows in some:
+            got = [plain(x[rows]), plain(x[rows], residual=residual[rows]), gated(x[rows])]
+            for mine, want in zip(got, whole, strict=True):
+                assert_same_bits(mine, want[rows])
 
 
 @on_devices
 @by_name
 def test_norm_of_what_is_no_number(fmt: Format, device: str) -> None:
+    """Infinite and NaN where those of rms_norm and a product after it are."""
     n, k = 70, max(512, fmt.block_elems)
     packed = ops.pack(random_weights(fmt, n, k, device)[0], fmt.type_id)
     for dtype in (torch.float16, torch.bfloat16):
@@ -243,10 +289,16 @@ def test_norm_of_what_is_no_number(fmt: Format, device: str) -> None:
         x[1, 3], x[2, 17], x[3] = float("inf"), float("nan"), 0
         weight = random_x(k, dtype=dtype, device=device, seed=4)
         for weight[5], eps in itertools.product((1.0, float("inf"), float("nan")), (0.0, 1e-5)):
+            args = packed, fmt.type_id, n, k, None, "auto", None, weight, eps
             want = ops.gemm_packed(ops.rms_norm(x, weight, eps), packed, fmt.type_id, n, k)
+            got = ops.gemm_packed(x, *args)
+            finite = want.isfinite()
+            torch.testing.assert_close(got[~finite], want[~finite], equal_nan=True)
+            if finite.any():
+                atol = 2**-6 * float(want[finite].abs().max())
+                torch.testing.assert_close(got[finite], want[finite], rtol=0, atol=atol)
             for rows in (slice(0, 6), slice(0, 1), slice(1, 2), slice(3, 4)):
-                args = packed, fmt.type_id, n, k, None, "auto", None, weight, eps
-                assert_same_bits(ops.gemm_packed(x[rows], *args), want[rows])
+                assert_same_bits(ops.gemm_packed(x[rows], *args), got[rows])
 
 
 @pytest.mark.cuda
@@ -265,8 +317,8 @@ def test_norm_in_graphs_and_one_launch() -> None:
             x = ops.gemm_packed(y, packed, fmt.type_id, k, k, None, "auto", x.contiguous(), *norm)
         return x
 
-    want = chain(x, fold=False)
-    assert torch.equal(chain(x, fold=True), want)
+    want, got = chain(x, fold=False).double(), chain(x, fold=True).double()
+    assert (got - want).norm() < 0.05 * want.norm()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -274,7 +326,7 @@ def test_norm_in_graphs_and_one_launch() -> None:
     for factor in (1.0, 2.0):
         static.copy_(factor * x)
         graph.replay()
-        assert torch.equal(out, chain(factor * x, fold=False))
+        assert torch.equal(out, chain(factor * x, fold=True))
     activities = [torch.profiler.ProfilerActivity.CUDA]
     counts = []
     for fold in (False, True):
@@ -292,10 +344,11 @@ def test_who_has_the_norm_inside() -> None:
 
     assert folds(1) and folds(8) and folds(8, algo="auto_int8") and folds(3, device="sm_80")
     assert not folds(9) and not folds(1, dtype=torch.float32) and not folds(1, device="cpu")
+    assert not folds(1, dtype=torch.float16)  # x · weight could overflow
     long = explain_gemm(2, 64, 16384, "Q4_K", "sm_90", packed=True, dtype=torch.bfloat16)
     assert long.algo == "few" and not long.folds_norm
     assert not folds(1, packed=False)
-    plan = explain_gemm(1, 64, 256, "Q4_K", "sm_90", packed=True)
+    plan = explain_gemm(1, 64, 256, "Q4_K", "sm_90", packed=True, dtype=torch.bfloat16)
     assert "norm_weight takes no launch of its own" in str(plan)
 
 
@@ -388,6 +441,15 @@ def test_two_weights_of_one_x(names: tuple[str, str], device: str) -> None:
             got = ops.gemm_packed_pair(x, packed, one.type_id, n, others, other.type_id, other_n, k)
             assert_same_bits(got[0], ops.gemm_packed(x, packed, one.type_id, n, k))
             assert_same_bits(got[1], ops.gemm_packed(x, others, other.type_id, other_n, k))
+            norm = random_x(k, dtype=dtype, device=device, seed=4), 1e-5
+            got_norm = ops.gemm_packed_pair(
+                *(x, packed, one.type_id, n, others, other.type_id, other_n, k, "auto", *norm)
+            )
+            args = None, "auto", None, *norm
+            want = ops.gemm_packed(x, packed, one.type_id, n, k, *args)
+            assert_same_bits(got_norm[0], want)
+            want = ops.gemm_packed(x, others, other.type_id, other_n, k, *args)
+            assert_same_bits(got_norm[1], want)
             turned = x.t().contiguous().t()  # x and weights that are copied first
             strided = torch.stack([others, others], -1)[..., 0]
             same = ops.gemm_packed_pair(
@@ -410,11 +472,11 @@ def test_one_launch_of_two_weights(names: tuple[str, str]) -> None:
     one, other = (format_by_name(name) for name in names)
     packed = ops.pack(random_weights(one, 320, 1024, "cuda")[0], one.type_id)
     others = ops.pack(random_weights(other, 64, 1024, "cuda")[0], other.type_id)
-    for m, launches in ((1, 1), (8, 1), (9, 2)):
+    for m, launches, normed in ((1, 1, 0), (8, 1, 0), (9, 2, 0), (1, 1, 1), (8, 1, 1), (9, 3, 1)):
         x = random_x(m, 1024, dtype=torch.bfloat16, device="cuda")
-        call = partial(
-            ops.gemm_packed_pair, x, packed, one.type_id, 320, others, other.type_id, 64, 1024
-        )
+        norm = {"norm_weight": x[0], "norm_eps": 1e-5} if normed else {}
+        args = x, packed, one.type_id, 320, others, other.type_id, 64, 1024
+        call = partial(ops.gemm_packed_pair, *args, **norm)
         call()
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found:
             call()

@@ -107,6 +107,13 @@ def product_cases(device: str) -> dict[str, tuple[Callable, tuple]]:
             Q.gemm_packed_pair.default,
             (x[0].half(), packed, int(QType.Q4_K), 9, other, int(QType.Q4_K), 9, 512),
         ),
+        "gemm_packed_pair with a norm": (
+            Q.gemm_packed_pair.default,
+            (
+                *(x[0].bfloat16(), packed, int(QType.Q4_K), 9, other, int(QType.Q4_K), 9, 512),
+                *("auto", weights[0].bfloat16(), 1e-5),
+            ),
+        ),
         "gemm_packed_gated": (
             Q.gemm_packed_gated.default,
             (x[0].half(), packed, other, int(QType.Q4_K), 9, 512, "auto"),

@@ -78,15 +78,14 @@ struct Line {
 
 // What block number `block` of a product does.
 template <PackableFormat F, class X, int Tokens, bool Experts>
-__device__ __forceinline__ void multiply_strips(const GemmPackedArgs& args, const Split& split, int block,
-                                                typename Norm<X, Tokens>::Memory& norm_memory) {
+__device__ __forceinline__ void multiply_strips(const GemmPackedArgs& args, const Split& split, int block) {
   using P = Plan<F, X, Tokens>;
   using B = typename P::B;
   using L = PackedLayout<F>;
   constexpr float kBias = Fragment<F, X>::kBias;
   constexpr int kLines = P::kStripSums / P::kEach;  // threads that a strip's sums want
   extern __shared__ uint4 memory[];
-  const Norm<X, Tokens> norm{static_cast<const X*>(args.norm_weight), args.norm_eps, norm_memory};
+  const X* const norm = kHasNorm<X> ? static_cast<const X*>(args.norm_weight) : nullptr;
   const int lane = threadIdx.x % 32, warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
   const auto strip_bytes = static_cast<uint32_t>(split.strip_bytes);
   const X* const x = static_cast<const X*>(args.x);
@@ -140,7 +139,7 @@ __device__ __forceinline__ void multiply_strips(const GemmPackedArgs& args, cons
 #pragma unroll 1
   while (!routed || pieces.strips > 0) {
     start();
-    norm.template prefetch<P>(args.k);
+    prefetch_norm<P>(norm, args.k);
     const int tokens = routed ? pieces.tokens : split.columns;
     Sums<Tokens> sums;
     Activations<Tokens> of{};
@@ -161,14 +160,11 @@ __device__ __forceinline__ void multiply_strips(const GemmPackedArgs& args, cons
 #pragma unroll 1
     for (int first = 0; first < split.panels; first += split.staged) {
       const bool begins = !routed && first == 0;
-      if (norm.weight != nullptr) {
-        if (begins) wait_for_previous_kernel();
-        stage_normalized<P, kBias>(shared, x, static_cast<int>(args.k), split, first, begins, norm);
-      } else if constexpr (Tokens == 1) {
-        stage_one<P, kBias>(shared, x, static_cast<int>(args.k), split, first, begins);
-      } else {
-        stage_rows<P, kBias>(shared, x, static_cast<int>(args.k), split, first, tokens, row_of_x, begins);
-      }
+      if constexpr (Tokens == 1)
+        stage_one<P, kBias>(shared, x, static_cast<int>(args.k), split, first, begins, norm);
+      else
+        stage_rows<P, kBias>(shared, x, static_cast<int>(args.k), split, first, tokens, row_of_x, begins,
+                             norm);
       __syncwarp();
       if (first == 0 && lane == 0) mbarrier_arrive(shared_address(shared.has_x + quarter));
       const bool final = first + split.staged >= split.panels;
@@ -222,6 +218,12 @@ __device__ __forceinline__ void multiply_strips(const GemmPackedArgs& args, cons
             sum.store(total);
           }
         } else {
+          static_assert(P::kThreads % kLines == 0);  // so that a thread has lines of the same tokens
+          float factors[P::kEach];
+#pragma unroll
+          for (float& factor : factors) factor = 1;
+          if (norm != nullptr && static_cast<int>(threadIdx.x) < lines)
+            norm_factors<P>(factors, shared, split, threadIdx.x * P::kEach % Tokens, args.k, args.norm_eps);
 #pragma unroll 1
           for (int i = threadIdx.x; i < lines; i += P::kThreads) {
             if (Tokens > 1 || i >= P::kThreads) line = line_at(i);
@@ -237,17 +239,16 @@ __device__ __forceinline__ void multiply_strips(const GemmPackedArgs& args, cons
               for (int j = 0; j < P::kEach; ++j) {
                 if (sum.of[j] == sum.of[j] || j >= line.count) continue;
                 const X* const x_row = x + row_of_x(token + j) * args.k;
-                sum.of[j] = norm.weight == nullptr
+                sum.of[j] = norm == nullptr
                                 ? packed_gemm::dot_decoded<F>(strip_at(strip), within / Tokens, x_row, args.k)
-                                : dot_normalized<F>(strip_at(strip), within / Tokens, x_row, args.k,
-                                                    norm.weight, norm.memory.factors[token + j]);
+                                : dot_weighted<F>(strip_at(strip), within / Tokens, x_row, args.k, norm);
               }
             }
 #pragma unroll
             for (int j = 0; j < P::kEach; ++j) {
               if (j >= line.count) continue;
-              float y = sum.of[j];
-              if (gated) y *= silu(gate.of[j]);
+              float y = sum.of[j] * factors[j];
+              if (gated) y *= silu(gate.of[j] * factors[j]);
               y += to_float(line.bias);
               const int64_t y_row = row_of_y(token + j);
               if (routed && args.routes.weights != nullptr) y *= args.routes.weights[y_row];
@@ -276,8 +277,7 @@ __device__ __forceinline__ void multiply_strips(const GemmPackedArgs& args, cons
 template <PackableFormat F, class X, int Tokens>
 __global__ void __launch_bounds__(Plan<F, X, Tokens>::kAllThreads, 1)
     gemv_kernel(const __grid_constant__ GemmPackedArgs args, const __grid_constant__ Split split) {
-  __shared__ typename Norm<X, Tokens>::Memory norm_memory;
-  multiply_strips<F, X, Tokens, (Tokens > 1)>(args, split, static_cast<int>(blockIdx.x), norm_memory);
+  multiply_strips<F, X, Tokens, (Tokens > 1)>(args, split, static_cast<int>(blockIdx.x));
 }
 
 // How a product is divided: panels as eight tokens need them. No panels that fit: false.
@@ -315,8 +315,8 @@ Division divide(const GemmPackedArgs& args, const Device& device, int multiproce
   split.columns = routed ? args.routes.tile : static_cast<int>(args.m);
   split.staged = P::kPlannedTokens / Tokens;
   const int pieces_bytes = routed ? static_cast<int>(sizeof(Pieces)) : 0, gated = args.up_at != 0;
-  const int limit = device.shared_per_block - kReservedShared - pieces_bytes -
-                    static_cast<int>(sizeof(typename Norm<X, P::kPlannedTokens>::Memory));
+  split.normed = kHasNorm<X> && args.norm_weight != nullptr;
+  const int limit = device.shared_per_block - kReservedShared - pieces_bytes;
   int strips = 0;
   for (int most = P::kMostStrips >> gated; blocks == 0 && most > 0; most /= 2) {
     int some = split.strips < multiprocessors && !routed ? split.strips : multiprocessors;

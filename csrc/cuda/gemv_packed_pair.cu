@@ -20,12 +20,11 @@ __global__ void __launch_bounds__(Plan<F, X, Tokens>::kAllThreads, 1)
                      int blocks, const __grid_constant__ GemmPackedArgs other_args,
                      const __grid_constant__ Split other_split) {
   static_assert(Plan<F, X, Tokens>::kWarps == Plan<G, X, Tokens>::kWarps);
-  __shared__ typename Norm<X, Tokens>::Memory norm_memory;
   const int block = static_cast<int>(blockIdx.x);
   if (block < blocks)
-    multiply_strips<F, X, Tokens, false>(args, split, block, norm_memory);
+    multiply_strips<F, X, Tokens, false>(args, split, block);
   else
-    multiply_strips<G, X, Tokens, false>(other_args, other_split, block - blocks, norm_memory);
+    multiply_strips<G, X, Tokens, false>(other_args, other_split, block - blocks);
 }
 
 // Multiprocessors for the first, so that the block with most to read has the least.

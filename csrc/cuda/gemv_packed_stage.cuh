@@ -3,7 +3,9 @@
 // and activations on their way there, with − kBias · Σ x of each group of columns, which is where a group's
 // sum begins (packed_tile.cuh). One token: as B fragments of mma.m16n8k16, a lane's of 32 columns side by
 // side; eight: as they are in memory, for ldmatrix makes fragments of them. An RMS norm in front of the
-// product is done on that way too: every thread block has all of x.
+// product (bfloat16) is part of that too: x goes there times the norm's weight, and of each batch the sum of
+// the squares of x is left for the end, where the norm's factor multiplies sums. Sums of squares are added
+// up in the same order for one token and for eight.
 #pragma once
 #include "dependent_launch.cuh"
 #include "gemv_packed_batch.cuh"
@@ -20,8 +22,12 @@ struct Split : packed_gemm::Split {
   int whole_stages;  // whether every warp has a batch of every panel of a strip
   // What every block would have to compute before it can ask for anything: bytes of a token's activations and
   // of a strip, places in shared memory (Shared) in units of 16 bytes.
-  int x_pitch, strip_bytes, barriers_at, x_at, starts_at, sums_at, totals_at;
+  int x_pitch, strip_bytes, barriers_at, x_at, starts_at, sums_at, totals_at, squares_at;
+  int normed;  // whether there is a norm in front
 };
+
+template <class X>
+inline constexpr bool kHasNorm = std::is_same_v<X, BFloat16>;  // float16 might overflow
 
 template <PackableFormat F, class X, int Tokens>
 struct Plan {
@@ -64,6 +70,7 @@ struct Shared {
   Note* notes;             // [split.ring][warps]
   float *starts, *sums;    // [batches][kSums][kTokens]; [staged panels][round][warps][16 rows][kTokens]
   float* totals;           // [strips][16 rows][kTokens] of earlier panels
+  float* squares;          // [batches of all panels][kTokens]
 
   static constexpr int kMostRing = 4, kNotesBytes = P::kWarps * sizeof(Note);  // of a stage
   // From split.barriers_at on.
@@ -71,6 +78,9 @@ struct Shared {
   static constexpr int kNotesAt = (kHasXAt + P::kTurnBytes + 15) / 16 * 16;
   static_assert(P::kRing <= kMostRing && P::kDeepRing <= kMostRing);
 
+  static __host__ __device__ int num_batches(const Split& split) {
+    return (split.tiles + P::B::kTiles - 1) / P::B::kTiles;
+  }
   static int panels(const Split& split) { return split.panels < split.staged ? split.panels : split.staged; }
   static int64_t round_bytes(const Split& split) {  // of one strip
     return int64_t{panels(split)} * P::kWarps * P::kStripSums * 4;
@@ -90,6 +100,7 @@ struct Shared {
     split.starts_at = next(batches * P::kSumBytes * P::kTokens);
     split.sums_at = next(split.round * round_bytes(split));
     split.totals_at = next(split.panels > split.staged ? int64_t{4} * strips * P::kStripSums : 0);
+    split.squares_at = next(split.normed ? (int64_t{4} * num_batches(split) * P::kTokens + 15) / 16 * 16 : 0);
     return at;
   }
   __device__ __forceinline__ Shared(uint4* memory, const Split& split) {
@@ -101,6 +112,7 @@ struct Shared {
     starts = reinterpret_cast<float*>(memory + split.starts_at);
     sums = reinterpret_cast<float*>(memory + split.sums_at);
     totals = reinterpret_cast<float*>(memory + split.totals_at);
+    squares = reinterpret_cast<float*>(memory + split.squares_at);
   }
 };
 
@@ -128,20 +140,43 @@ __device__ __forceinline__ void put_starts(const Shared<P>& shared, const uint32
   }
 }
 
-// Unit i of a token's row, eight columns of 32 as a lane has them, to its place, if there is one. A warp's
-// lanes have those of a batch.
+// Unit i of the token's row, eight columns of 32 as a lane has them, to its place. A warp's lanes have those
+// of a batch.
 template <class P, float Bias, class X>
-__device__ __forceinline__ void put_unit(const Shared<P>& shared, int pitch, const uint32_t (&words)[4],
-                                         int i, int token, bool some, X) {
-  if (!some) return;
-  put_starts<P, Bias, true>(shared, words, i / 32 * 8, token, X{});
-  if constexpr (P::kTokens == 1) {
-    *reinterpret_cast<uint4*>(shared.x + i * 16) = make_uint4(words[0], words[1], words[2], words[3]);
-  } else {
+__device__ __forceinline__ void put_unit(const Shared<P>& shared, const uint32_t (&words)[4], int i, X) {
+  put_starts<P, Bias, true>(shared, words, i / 32 * 8, 0, X{});
+  *reinterpret_cast<uint4*>(shared.x + i * 16) = make_uint4(words[0], words[1], words[2], words[3]);
+}
+
+// Pairs of x times those of a norm's weight, rounded. PTX ISA 9.7.4.4: mul would need compute capability 9.0.
+__device__ __forceinline__ uint32_t times(uint32_t pair, uint32_t weights) {
+  constexpr uint32_t kMinusZeros = 0x80008000u;  // which change no product
+  asm("fma.rn.bf16x2 %0, %0, %1, %2;" : "+r"(pair) : "r"(weights), "r"(kMinusZeros));
+  return pair;
+}
+
+template <class X>
+__device__ __forceinline__ float squares_of(uint32_t pair) {
+  float sum = 0;
+  rms::add_squares(sum, rms::half_of<X>(pair, 0), rms::half_of<X>(pair, 1));
+  return sum;
+}
+
+// Sums of N values over lanes, of which each is left with one: value 0 where the bits `Step`, Step / 2, … of
+// its number are zeros. Each step halves what is left to exchange.
+template <int Step, int N>
+__device__ __forceinline__ float share_sums(float (&values)[N]) {
+  int step = Step;
 #pragma unroll
-    for (int w = 0; w < 4; ++w)
-      *reinterpret_cast<uint32_t*>(shared.x + token * pitch + i / 4 * 64 + w * 16 + i % 4 * 4) = words[w];
+  for (int half = N / 2; half > 0; half /= 2, step /= 2) {
+    const bool upper = threadIdx.x & step;
+#pragma unroll
+    for (int i = 0; i < half; ++i) {
+      const float given = upper ? values[i] : values[i + half];
+      values[i] = (upper ? values[i + half] : values[i]) + __shfl_xor_sync(~0u, given, step);
+    }
   }
+  return values[0];
 }
 
 // Of the panels from `first` on that are staged together, and of zeros behind k.
@@ -156,8 +191,9 @@ __device__ __forceinline__ int num_units(const Split& split, int first) {
 // front of them. One token, as B fragments; four lanes hold a run of 32 columns.
 template <class P, float Bias, class X>
 __device__ __forceinline__ void stage_one(const Shared<P>& shared, const X* x, int k, const Split& split,
-                                          int first, bool begins) {
+                                          int first, bool begins, const X* norm) {
   constexpr int kAtOnce = 4;  // loads under way
+  const bool normed = kHasNorm<X> && norm != nullptr;
   const int lanes = num_units(split, first), first_col = first * split.panel_tiles * kTileCols;
   const int own_col = first_col + 8 * (threadIdx.x & ~3);
   const int end = min(k, first_col + 8 * lanes);
@@ -175,12 +211,35 @@ __device__ __forceinline__ void stage_one(const Shared<P>& shared, const X* x, i
         for (int w = 0; w < 4; ++w)
           words[j][w] = *reinterpret_cast<const uint32_t*>(x + at + 8 * (j * P::kThreads + w));
       }
+    uint32_t scales[kAtOnce][4] = {};
+    if (normed) {
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j)
+        if (left > j * 8 * P::kThreads) {
+#pragma unroll
+          for (int w = 0; w < 4; ++w)
+            scales[j][w] = *reinterpret_cast<const uint32_t*>(norm + at + 8 * (j * P::kThreads + w));
+        }
+    }
     if (begins) let_next_kernel_start();
     begins = false;
 #pragma unroll
     for (int j = 0; j < kAtOnce; ++j) {
       const int i = base + j * P::kThreads;
-      put_unit<P, Bias>(shared, 0, words[j], i, 0, i < lanes, X{});
+      if (i >= lanes) continue;  // a whole warp
+      float squares[4] = {};
+      if (normed) {
+#pragma unroll
+        for (int w = 0; w < 4; ++w) {
+          squares[w] = squares_of<X>(words[j][w]);
+          words[j][w] = times(words[j][w], scales[j][w]);
+        }
+      }
+      put_unit<P, Bias>(shared, words[j], i, X{});
+      if (!normed) continue;
+      // Four lanes have a run of 32 columns: each is left with the sum of eight of them.
+      const float sum = rms::sum_of_lanes(share_sums<2>(squares));
+      if (threadIdx.x % 32 == 0) shared.squares[(first * split.panel_tiles * 8 + i) / 32] = sum;
     }
     at += 8 * kAtOnce * P::kThreads, left -= min(left, kAtOnce * 8 * P::kThreads);
   }
@@ -197,8 +256,10 @@ __device__ __forceinline__ uint32_t matrix_row(const Shared<P>& shared, const Sp
 // Up to eight tokens, as they are in memory; row_of(token) is a token's row of x. A warp has whole batches.
 template <class P, float Bias, class X, class RowOf>
 __device__ __forceinline__ void stage_rows(const Shared<P>& shared, const X* x, int k, const Split& split,
-                                           int first, int tokens, const RowOf& row_of, bool begins) {
+                                           int first, int tokens, const RowOf& row_of, bool begins,
+                                           const X* norm) {
   static_assert(P::B::kCols == 8 * 32);
+  const bool normed = kHasNorm<X> && norm != nullptr;
   const int lane = threadIdx.x % 32, pitch = split.x_pitch;
   const int batches = num_units(split, first) / 32;
   const int first_col = first * split.panel_tiles * kTileCols + 8 * lane;
@@ -216,12 +277,32 @@ __device__ __forceinline__ void stage_rows(const Shared<P>& shared, const X* x, 
       if (token < tokens && col < k)
         units[token] = *reinterpret_cast<const uint4*>(x + row * static_cast<uint32_t>(k) + col);
     }
+    uint4 scales = make_uint4(0, 0, 0, 0);
+    if (normed && col < k) scales = *reinterpret_cast<const uint4*>(norm + col);
     if (begins) let_next_kernel_start();
     begins = false;
+    float squares[P::kTokens];
+    if (normed) {
+#pragma unroll
+      for (int token = 0; token < P::kTokens; ++token) {
+        uint4& unit = units[token];
+        squares[token] = (squares_of<X>(unit.x) + squares_of<X>(unit.z)) +
+                         (squares_of<X>(unit.y) + squares_of<X>(unit.w));  // as lanes of one token do
+        unit = make_uint4(times(unit.x, scales.x), times(unit.y, scales.y), times(unit.z, scales.z),
+                          times(unit.w, scales.w));
+      }
+    }
     uint8_t* const to = shared.x + batch * P::kBatchBytes + lane * 16;
 #pragma unroll
     for (int token = 0; token < P::kTokens; ++token)
       if (token < tokens) *reinterpret_cast<uint4*>(to + token * pitch) = units[token];
+    if (normed) {
+      float sum = share_sums<16>(squares);
+      sum += __shfl_xor_sync(~0u, sum, 2);
+      sum += __shfl_xor_sync(~0u, sum, 1);
+      const int of_all = first * split.panel_tiles / P::B::kTiles + batch;
+      if (lane % 4 == 0) shared.squares[of_all * P::kTokens + lane / 4] = sum;
+    }
     __syncwarp();
     if constexpr (P::kNeedsStarts) {
 #pragma unroll
@@ -238,116 +319,47 @@ __device__ __forceinline__ void stage_rows(const Shared<P>& shared, const X* x, 
   }
 }
 
-// Of columns `col` on, which a lane has of 32; zeros behind k.
-template <class X>
-__device__ __forceinline__ void load_words(uint32_t (&words)[4], const X* row, int col, int k) {
-#pragma unroll
-  for (int w = 0; w < 4; ++w) words[w] = col < k ? *reinterpret_cast<const uint32_t*>(row + col + 8 * w) : 0;
+// A norm's weight, before anything is waited for: other layers' weights have pushed it out of L2.
+template <class P, class X>
+__device__ __forceinline__ void prefetch_norm(const X* norm, int64_t k) {
+  constexpr int kLine = 128 / sizeof(X);
+  if (norm == nullptr) return;
+#pragma unroll 1
+  for (int64_t at = int64_t{kLine} * threadIdx.x; at < k; at += kLine * P::kThreads)
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(norm + at));  // PTX ISA 9.7.9.15
 }
 
-// The norm in front of a product. What a launch runs through once costs it the fetching of instructions, so
-// these are loops over one unit where they can be.
-template <class X, int Tokens>
-struct Norm {
-  // Of the tokens: of each warp of rms::kThreads its sum of squares, and what x is multiplied by. Ring and
-  // activations lie behind this, at their own boundaries.
-  struct alignas(128) Memory {
-    float sums[rms::kWarps][Tokens], factors[Tokens];
-  };
-  const X* weight;  // [k], or null: none
-  float eps;
-  Memory& memory;
-
-  // Before anything is waited for: in a model other layers' weights have pushed these out of L2.
-  template <class P>
-  __device__ __forceinline__ void prefetch(int64_t k) const {
-    constexpr int kLine = 128 / sizeof(X);
-    if (weight == nullptr) return;
+// What sums of `token` and those beside it are multiplied by, when all of x has been staged.
+template <class P>
+__device__ __forceinline__ void norm_factors(float (&factors)[P::kEach], const Shared<P>& shared,
+                                             const Split& split, int token, int64_t k, float eps) {
+  constexpr int kAtOnce = 8;
+  float sums[kAtOnce][P::kEach] = {};
+  const int batches = Shared<P>::num_batches(split);
 #pragma unroll 1
-    for (int64_t at = int64_t{kLine} * threadIdx.x; at < k; at += kLine * P::kThreads)
-      asm volatile("prefetch.global.L2 [%0];" ::"l"(weight + at));  // PTX ISA 9.7.9.15
+  for (int batch = 0; batch < batches; batch += kAtOnce)
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i)
+#pragma unroll
+      for (int j = 0; j < P::kEach; ++j)
+        if (batch + i < batches) sums[i][j] += shared.squares[(batch + i) * P::kTokens + token + j];
+#pragma unroll
+  for (int j = 0; j < P::kEach; ++j) {
+#pragma unroll
+    for (int step = kAtOnce / 2; step > 0; step /= 2)
+#pragma unroll
+      for (int i = 0; i < step; ++i) sums[i][j] += sums[i + step][j];
+    factors[j] = rms::factor_of(sums[0][j], k, eps);
   }
+}
 
-  // All threads; lane l gets the factor of token l % Tokens.
-  template <class P>
-  __device__ __forceinline__ float factor(const X* x, int k, int tokens) const {
-    constexpr int kAtOnce = Tokens < 4 ? Tokens : 4;
-    const int lane = threadIdx.x % 32;
-#pragma unroll 1
-    for (int as_warp = threadIdx.x / 32; as_warp < rms::kWarps; as_warp += P::kWarps)
-#pragma unroll 1
-      for (int token = 0; token < tokens; token += kAtOnce) {
-        float sums[kAtOnce] = {};
-#pragma unroll 1
-        for (int col = rms::first_col(32 * as_warp + lane); col < k; col += 8 * rms::kThreads) {
-          uint32_t words[kAtOnce][4];
-#pragma unroll
-          for (int j = 0; j < kAtOnce; ++j)  // all loads at once
-            load_words(words[j], x + int64_t{min(token + j, tokens - 1)} * k, col, k);
-#pragma unroll
-          for (int j = 0; j < kAtOnce; ++j)
-#pragma unroll
-            for (int w = 0; w < 4; ++w)
-              rms::add_squares(sums[j], rms::half_of<X>(words[j][w], 0), rms::half_of<X>(words[j][w], 1));
-        }
-#pragma unroll
-        for (int j = 0; j < kAtOnce; ++j) sums[j] = rms::sum_of_lanes(sums[j]);
-#pragma unroll
-        for (int j = 0; j < kAtOnce; ++j)
-          if (lane == 0) memory.sums[as_warp][token + j] = sums[j];
-      }
-    sync_some<1, P::kThreads>();
-    const float* const own = memory.sums[0] + lane % Tokens;
-    const float found = rms::factor_of(rms::sum_of_warps(own, Tokens), k, eps);
-    if (threadIdx.x < Tokens) memory.factors[threadIdx.x] = found;
-    return found;
-  }
-};
-
-// One output of a norm and decoded weights, as packed_gemm::dot_decoded.
+// One output of decoded weights and of x times a norm's weight, as packed_gemm::dot_decoded.
 template <PackableFormat F, class X>
-__device__ __noinline__ float dot_normalized(bytes_ptr strip, int row, const X* x, int64_t k, const X* weight,
-                                             float factor) {
+__device__ __noinline__ float dot_weighted(bytes_ptr strip, int row, const X* x, int64_t k, const X* norm) {
   float sum = 0;
-  for (int64_t e = 0; e < k; ++e) {
-    const float value = rms::normalized<X>(to_float(x[e]), to_float(weight[e]), factor);
-    sum += rms::rounded<X>(value) * packed_weight<F>(strip, k, row, e);
-  }
+  for (int64_t e = 0; e < k; ++e)
+    sum += rms::rounded<X>(__fmul_rn(to_float(x[e]), to_float(norm[e]))) * packed_weight<F>(strip, k, row, e);
   return sum;
-}
-
-// The same, behind a norm. Experts have none. Out of line: the plain product keeps its registers.
-template <class P, float Bias, class X>
-__device__ __noinline__ void stage_normalized(Shared<P> shared, const X* x, int k, Split split, int first,
-                                              bool let_next, Norm<X, P::kTokens> norm) {
-  constexpr int kAtOnce = P::kTokens < 4 ? P::kTokens : 4;
-  const int lanes = num_units(split, first), pitch = split.x_pitch;
-  const int first_unit = first * split.panel_tiles * (kTileCols / 8), tokens = split.columns;
-  uint32_t scales[4], next_scales[4];  // under way before they are needed, first while x is summed
-  load_words(next_scales, norm.weight, rms::first_col<int>(first_unit + threadIdx.x), k);
-  const float factor = norm.template factor<P>(x, k, tokens);
-  if (let_next) let_next_kernel_start();
-#pragma unroll 1
-  for (int i = threadIdx.x; i - static_cast<int>(threadIdx.x % 32) < lanes; i += P::kThreads) {
-    const int col = rms::first_col(first_unit + i), next_col = col + 8 * P::kThreads;
-#pragma unroll
-    for (int w = 0; w < 4; ++w) scales[w] = next_scales[w];
-    load_words(next_scales, norm.weight, next_col, k);
-#pragma unroll 1
-    for (int base = 0; base < tokens; base += kAtOnce) {
-      uint32_t words[kAtOnce][4];
-#pragma unroll
-      for (int j = 0; j < kAtOnce; ++j)
-        load_words(words[j], x + int64_t{min(base + j, tokens - 1)} * k, col, k);
-#pragma unroll
-      for (int j = 0; j < kAtOnce; ++j) {
-        const float own = P::kTokens == 1 ? factor : __shfl_sync(~0u, factor, base + j);
-#pragma unroll
-        for (int w = 0; w < 4; ++w) words[j][w] = rms::normalized_pair<X>(words[j][w], scales[w], own);
-        put_unit<P, Bias>(shared, pitch, words[j], i, base + j, i < lanes && base + j < tokens, X{});
-      }
-    }
-  }
 }
 
 }  // namespace quantgemm::packed_gemv

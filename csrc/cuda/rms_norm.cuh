@@ -1,9 +1,8 @@
 // SPDX-License-Identifier: MIT
 // The RMS norm of a row, y = weight · rounded(x / root(mean(x²) + eps)), in pieces for the kernels that have
-// it: one of its own (layer_steps.cu) and the products that begin with it (gemv_packed_stage.cuh). Both give
-// the same bits, so the order of the sum is fixed here. A unit is eight values of 32 columns, four pairs
-// eight columns apart, as tensor cores take them. Thread t of 512 adds the squares of units t, t + 512, …;
-// lanes of 32 are added up as a butterfly, then their sixteen sums.
+// it: one of its own (layer_steps.cu) and the products that have it inside (gemv_packed_stage.cuh). In the
+// first thread t of 512 adds the squares of units t, t + 512, …; a unit is eight values of 32 columns, four
+// pairs eight columns apart. Lanes of 32 are added up as a butterfly, then their sixteen sums.
 #pragma once
 #include "memory.cuh"
 
@@ -40,11 +39,11 @@ __device__ __forceinline__ float sum_of_lanes(float sum) {
   return sum;
 }
 
-// Of the sums of the warps, `stride` apart. Every thread adds up all: it waits for them once.
-__device__ __forceinline__ float sum_of_warps(const float* of_warps, int stride = 1) {
+// Of the sums of the warps. Every thread adds up all: it waits for them once.
+__device__ __forceinline__ float sum_of_warps(const float* of_warps) {
   float sums[kWarps];
 #pragma unroll
-  for (int w = 0; w < kWarps; ++w) sums[w] = of_warps[w * stride];
+  for (int w = 0; w < kWarps; ++w) sums[w] = of_warps[w];
 #pragma unroll
   for (int step = kWarps / 2; step > 0; step /= 2)
 #pragma unroll
@@ -67,13 +66,6 @@ __device__ __forceinline__ float rounded(float x) {
 template <class T>
 __device__ __forceinline__ float normalized(float x, float weight, float factor) {
   return __fmul_rn(weight, rounded<T>(__fmul_rn(x, factor)));
-}
-
-// Two values in a word.
-template <class T>
-__device__ __forceinline__ uint32_t normalized_pair(uint32_t x, uint32_t weight, float factor) {
-  return pack_pair(normalized<T>(half_of<T>(x, 0), half_of<T>(weight, 0), factor),
-                   normalized<T>(half_of<T>(x, 1), half_of<T>(weight, 1), factor), T{});
 }
 
 }  // namespace quantgemm::rms

@@ -4,10 +4,11 @@
 //     -> y [..., n] of x's dtype; y = x · wᵀ + bias + residual, sums and bias in float32, y rounded once
 // gemm_packed_gated(x, gate, up, qtype, n, k, algo, norm_weight, norm_eps)
 //     -> silu(x · gateᵀ) · (x · upᵀ), gate and up like packed
-// gemm_packed_pair(x, packed, qtype, n, other, other_qtype, other_n, k, algo)
+// gemm_packed_pair(x, packed, qtype, n, other, other_qtype, other_n, k, algo, norm_weight, norm_eps)
 //     -> x · wᵀ and x · otherᵀ, in one launch for up to eight tokens and some pairs of types
 // `ahead`, packed weights that a later launch reads, or None, is the last argument of all three: a hint.
-// With norm_weight of rms_norm(x, norm_weight, norm_eps) in place of x, the same bits in fewer launches.
+// With norm_weight of rms_norm(x, norm_weight, norm_eps) in place of x: that itself, or inside of the product
+// where folds_norm(), which rounds in other places (gemv_packed_stage.cuh).
 #include "gemm_packed.h"
 
 #include <vector>
@@ -59,12 +60,12 @@ cudaError_t launch_gemm_packed(const PackedJob& job, cudaStream_t stream) {
   return cudaErrorInvalidValue;
 }
 
-static cudaError_t launch_gemm_packed_pair(const std::pair<GemmPackedArgs, GemmPackedArgs>& jobs,
-                                           cudaStream_t stream) {
-  const cudaError_t status = launch_gemv_pair(jobs.first, jobs.second, stream);
+static cudaError_t launch_gemm_packed_pair(const std::pair<PackedJob, PackedJob>& jobs, cudaStream_t stream) {
+  const auto& [one, other] = jobs;
+  const cudaError_t status = launch_gemv_pair(one.args, other.args, stream);
   if (status != cudaErrorNotSupported) return status;
-  const cudaError_t first = launch_gemv_packed(jobs.first, stream);
-  return first != cudaSuccess ? first : launch_gemv_packed(jobs.second, stream);
+  const cudaError_t first = launch_gemm_packed(one, stream);
+  return first != cudaSuccess ? first : launch_gemm_packed(other, stream);
 }
 
 static cudaError_t launch_gemm_packed_int8(const std::pair<GemmPackedArgs, uint8_t*>& job,
@@ -210,7 +211,7 @@ Tensor product(const Tensor& x, const Product& of) {
   const PackedAlgo chosen = check_packed_algo(algo, problem);
   const auto norm_first = [&] {
     Product rest = of;
-    rest.norm_weight = std::nullopt;
+    rest.norm_weight = std::nullopt, rest.waiting = nullptr;  // these rows do not live long
     return product(rms_norm(x, *norm_weight, norm_eps), rest);
   };
   if (norm_weight && (m == 0 || n == 0 || !folds_norm(chosen, problem))) return norm_first();
@@ -302,22 +303,40 @@ Tensor gemm_packed_gated(Tensor x, Tensor gate, Tensor up, int64_t qtype, int64_
 
 std::tuple<Tensor, Tensor> gemm_packed_pair(Tensor x, Tensor packed_weights, int64_t qtype, int64_t n,
                                             Tensor other, int64_t other_qtype, int64_t other_n, int64_t k,
-                                            std::string algo, OptTensor ahead) {
-  const Tensor rows = x.is_cuda() ? packed(x) : x;  // lives until both are launched
+                                            std::string algo, OptTensor norm_weight, double norm_eps,
+                                            OptTensor ahead) {
+  const auto norm_first = [&] {  // once for both
+    return gemm_packed_pair(rms_norm(x, *norm_weight, norm_eps), packed_weights, qtype, n, other, other_qtype,
+                            other_n, k, algo, std::nullopt, 0, ahead);
+  };
+  const auto folds = [&](int64_t outputs) {
+    const PackedProblem problem{k > 0 ? x.numel() / k : 0, outputs, k, check_real("x", x.scalar_type()),
+                                architecture_of(x)};
+    return folds_norm(check_packed_algo(algo, problem), problem);
+  };
+  if (norm_weight && !(folds(n) && folds(other_n))) return norm_first();
+  const Tensor rows = x.is_cuda() ? packed(x) : x;  // these live until both are launched
+  OptTensor norm;
+  if (norm_weight) norm = packed(*norm_weight);
   std::optional<GemmPackedArgs> one, two;
   Product first{"gemm_packed_pair", packed_weights, qtype, n, k, algo},
       second{"gemm_packed_pair", other, other_qtype, other_n, k, algo};
   first.waiting = &one, second.waiting = &two, first.ahead = second.ahead = ahead;
   second.weights_name = "other";
+  first.norm_weight = second.norm_weight = norm, first.norm_eps = second.norm_eps = norm_eps;
   Tensor y = product(rows, first), z = product(rows, second);
+  bool launched = true;
+  const auto job_of = [&](const GemmPackedArgs& args) {
+    return PackedJob{PackedAlgo::kGemv, args, norm ? &launched : nullptr};
+  };
   if (one && two) {
-    [[maybe_unused]] const std::pair job{*one, *two};
+    [[maybe_unused]] const std::pair job{job_of(*one), job_of(*two)};
     QG_RUN_ON_GPU(gemm_packed_pair, rows, job);
   } else if (one || two) {
-    [[maybe_unused]] const PackedJob job{PackedAlgo::kGemv, one ? *one : *two};
+    [[maybe_unused]] const PackedJob job = job_of(one ? *one : *two);
     QG_RUN_ON_GPU(gemm_packed, rows, job);
   }
-  return {y, z};
+  return launched ? std::tuple{y, z} : norm_first();
 }
 
 }  // namespace quantgemm

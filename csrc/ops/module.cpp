@@ -21,7 +21,8 @@ STABLE_TORCH_LIBRARY(quantgemm, m) {
       "Tensor? norm_weight=None, float norm_eps=0, Tensor? ahead=None) -> Tensor");
   m.def(
       "gemm_packed_pair(Tensor x, Tensor packed, int qtype, int n, Tensor other, int other_qtype, "
-      "int other_n, int k, str algo='auto', Tensor? ahead=None) -> (Tensor y, Tensor other_y)");
+      "int other_n, int k, str algo='auto', Tensor? norm_weight=None, float norm_eps=0, Tensor? ahead=None) "
+      "-> (Tensor y, Tensor other_y)");
   m.def(
       "moe_gemm(Tensor x, Tensor packed, int qtype, int n, int k, Tensor expert_ids, Tensor? weights=None, "
       "Tensor? bias=None, str algo='auto', Tensor? up=None) -> Tensor");

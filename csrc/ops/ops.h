@@ -26,7 +26,8 @@ Tensor gemm_packed_gated(Tensor x, Tensor gate, Tensor up, int64_t qtype, int64_
                          std::string algo, OptTensor norm_weight, double norm_eps, OptTensor ahead);
 std::tuple<Tensor, Tensor> gemm_packed_pair(Tensor x, Tensor packed_weights, int64_t qtype, int64_t n,
                                             Tensor other, int64_t other_qtype, int64_t other_n, int64_t k,
-                                            std::string algo, OptTensor ahead);
+                                            std::string algo, OptTensor norm_weight, double norm_eps,
+                                            OptTensor ahead);
 Tensor moe_gemm(Tensor x, Tensor packed_weights, int64_t qtype, int64_t n, int64_t k, Tensor expert_ids,
                 OptTensor weights, OptTensor bias, std::string algo, OptTensor up);
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> spec_verify(

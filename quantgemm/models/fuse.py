@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -17,7 +17,7 @@ from quantgemm.nn import QuantLinear
 
 __all__ = ["Fused", "fuse_steps"]
 
-FEW_ROWS = 8  # of x, for which a product takes what is added to it inside
+FEW_ROWS = 8  # of x, for which a product takes what is added to it inside, and the norm of x
 
 
 class Fused(NamedTuple):
@@ -40,8 +40,9 @@ def fuse_steps(model: torch.nn.Module) -> Fused:
     of each class and size are compared, and rotations are the same bit for bit. Where gradients are
     asked for, all is as before. Products become one where their weights are packed and of one type;
     those of q, k and v then lie one behind the other. What a decoder layer adds to the product of
-    o, and of down, is added before that is rounded, for up to eight tokens. The rotary embedding is
-    a function of transformers' module, so it is replaced for all models of that module.
+    o, and of down, is added before that is rounded, and norms of bfloat16 rows are part of the products
+    behind them, for up to eight tokens. The rotary embedding is a function of transformers' module,
+    so it is replaced for all models of that module.
     """
     agreed: dict[tuple[Any, ...], bool] = {}
     norms = gates = heads = 0
@@ -56,7 +57,10 @@ def fuse_steps(model: torch.nn.Module) -> Fused:
             module.forward = fused  # type: ignore[assignment]
             norms += isinstance(fused, _FusedNorm)
             gates += isinstance(fused, _FusedGate)
-    sums = sum(_fuse_sums(module) for module in model.modules())
+    sums = 0
+    for module in model.modules():
+        sums += _fuse_sums(module)
+        _let_norms_wait(module)
     names = {type(module).__module__ for module in model.modules()}
     return Fused(norms, gates, heads, sum(_fuse_rotary(name) for name in names), sums)
 
@@ -67,13 +71,19 @@ class _FusedNorm:
 
     module: torch.nn.Module
     eps: float
+    may_wait: bool = False  # what it makes is for products
 
     def __call__(self, hidden_states: torch.Tensor) -> torch.Tensor:
         weight: torch.Tensor = self.module.weight  # type: ignore[assignment]
         same = hidden_states.dtype == weight.dtype and weight.dtype in DTYPES
         if torch.is_grad_enabled() or not same or weight.device.type not in ("cpu", "cuda"):
             return type(self.module).forward(self.module, hidden_states)  # type: ignore[no-any-return]
-        return ops.rms_norm(hidden_states, weight, self.eps)
+        if self.may_wait and _can_be_inside(hidden_states):
+            return _Norm.make(hidden_states, self, len(weight))
+        return self.compute(hidden_states)
+
+    def compute(self, x: torch.Tensor) -> torch.Tensor:
+        return ops.rms_norm(x, self.module.weight, self.eps)  # type: ignore[arg-type]
 
     @property
     def kind(self) -> tuple[Any, ...]:
@@ -96,6 +106,24 @@ def _fused_norm(module: torch.nn.Module) -> _FusedNorm | None:
     return _FusedNorm(module, eps) if is_row else None
 
 
+def _let_norms_wait(layer: torch.nn.Module) -> None:
+    """Those of a decoder layer, whose rows products multiply. What else uses them has numbers."""
+    if not (hasattr(layer, "self_attn") or hasattr(layer, "mlp")):
+        return
+    for norm in layer.children():
+        forward = norm.__dict__.get("forward")
+        if isinstance(forward, _FusedNorm):
+            norm.forward = replace(forward, may_wait=True)  # type: ignore[assignment]
+
+
+def _can_be_inside(x: torch.Tensor) -> bool:
+    """Whether a product with packed weights may have the norm of these rows inside."""
+    if torch.compiler.is_compiling() or type(x) is not torch.Tensor:
+        return False
+    few = 0 < x.numel() <= FEW_ROWS * x.shape[-1]
+    return few and x.dtype == torch.bfloat16 and _is_plain(x)
+
+
 @dataclass(frozen=True)
 class _FusedGate:
     """The forward of ``down(silu(gate(x)) · up(x))`` with packed weights of one type."""
@@ -113,14 +141,16 @@ class _FusedGate:
         if not torch.compiler.is_compiling():
             gate._check_type()
             up._check_type()
+        rows, norm = _without_norm(x)
         return ops.gemm_packed_gated(
-            x,
+            rows,
             gate.weight,
             up.weight,
             gate.qtype,
             gate.out_features,
             gate.in_features,
             gate.packed_algo,
+            **norm,
         )
 
     @property
@@ -148,19 +178,45 @@ class _FusedGate:
         return bool(((want - got).abs() <= close).all())
 
 
-class _Product(Later):
-    """A product that nobody has computed yet, for the sum that it is part of."""
+Waiting = TypeVar("Waiting", bound="_Waiting")
 
+
+class _Waiting(Later):
+    """What a layer makes of x, for someone who can compute it inside of something else."""
+
+    kind: str
     x: torch.Tensor
-    of: _Summand
+    of: Any
     version: int
     numbers: torch.Tensor | None
 
-    @staticmethod
-    def make(x: torch.Tensor, of: _Summand) -> _Product:
-        made = _Product.like(x, [*x.shape[:-1], of.layer.out_features])
+    @classmethod
+    def make(cls: type[Waiting], x: torch.Tensor, of: Any, cols: int) -> Waiting:
+        made = cls.like(x, [*x.shape[:-1], cols])
         made.x, made.of, made.version, made.numbers = x, of, x._version, None
         return made
+
+    def compute(self) -> torch.Tensor:
+        if self.numbers is None:
+            self.numbers = self.run()
+        return self.numbers
+
+    def run(self, *more: torch.Tensor) -> torch.Tensor:
+        self.check()
+        with torch.no_grad(), torch.autocast(self.x.device.type, enabled=False):
+            return self.of.compute(self.x, *more)  # type: ignore[no-any-return]
+
+    def check(self) -> None:
+        if self.x._version != self.version:
+            raise RuntimeError(
+                f"fuse_steps: x of a {self.kind} was written to before its output was used"
+            )
+
+
+class _Product(_Waiting):
+    """A product, for the sum that it is part of."""
+
+    kind = "product"
 
     @classmethod
     def __torch_function__(
@@ -171,9 +227,9 @@ class _Product(Later):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         if func in _ADDS and len(args) == 2 and not kwargs:
-            product, other = args if isinstance(args[0], cls) else args[::-1]
-            if product.can_add(other):
-                return product.compute(other)
+            for product, other in (args, args[::-1]):
+                if isinstance(product, _Product) and product.can_add(other):
+                    return product.run(other)
         return super().__torch_function__(func, types, args, kwargs)
 
     def can_add(self, other: Any) -> bool:
@@ -181,18 +237,21 @@ class _Product(Later):
         alike = alike and (other.dtype, other.device) == (self.dtype, self.device)
         return alike and self.numbers is None and _is_plain(other)
 
-    def compute(self, residual: torch.Tensor | None = None) -> torch.Tensor:
-        if self.numbers is not None:
-            return self.numbers
-        if self.x._version != self.version:
-            raise RuntimeError(
-                "fuse_steps: x of a product was written to before its output was used"
-            )
-        with torch.no_grad(), torch.autocast(self.x.device.type, enabled=False):
-            y = self.of.compute(self.x, residual)
-        if residual is None:
-            self.numbers = y
-        return y
+
+class _Norm(_Waiting):
+    """An RMS norm, for the product that takes it inside."""
+
+    kind = "norm"
+
+
+def _without_norm(x: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
+    """Rows for a product with packed weights, and the norm that it is to take inside, if any."""
+    if not isinstance(x, _Norm):
+        return x, {}
+    if x.numbers is not None:  # someone wanted them
+        return x.numbers, {}
+    x.check()
+    return x.x, {"norm_weight": x.of.module.weight, "norm_eps": x.of.eps}
 
 
 _ADDS = {torch.add, torch.Tensor.add, torch.Tensor.__add__, torch.Tensor.__radd__}
@@ -210,10 +269,10 @@ class _Summand:
             return QuantLinear.forward(self.layer, x)
         few = type(x) is torch.Tensor and x.shape[-1:] == (cols,) and x.numel() <= FEW_ROWS * cols
         if few and _is_plain(x) and _is_bare(self.layer):
-            return _Product.make(x, self)
+            return _Product.make(x, self, self.layer.out_features)
         return QuantLinear.forward(self.layer, x)
 
-    def compute(self, x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
+    def compute(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         layer = self.layer
         if residual is None:
             return QuantLinear.forward(layer, x)
@@ -269,15 +328,17 @@ class _Together:
     """Layers that are given the same x in turn: the first computes for all, in one product.
 
     layers: of one type, their bytes one behind the other; other: one of another type, whose product
-    is part of the same launch where there is such a kernel.
+    is part of the same launch where there is such a kernel; all_of_x: whether they are all
+    who multiply that x.
     """
 
     layers: list[QuantLinear]
     other: QuantLinear | None = None
+    all_of_x: bool = False
     seen: tuple[torch.Tensor, int, tuple[torch.Tensor, ...]] | None = None  # x, its version, y
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"layers": self.layers, "other": self.other, "seen": None}
+        return {**self.__dict__, "seen": None}
 
     def serves(self) -> bool:
         """Whether the bytes still lie one behind the other, as `_fuse_heads` has put them."""
@@ -301,19 +362,20 @@ class _Together:
         weights = first.weight.as_strided((strips, first.weight.shape[1]), first.weight.stride())
         sizes = sum(rows), first.in_features
         more: list[torch.Tensor] = []
+        of, norm = _without_norm(x)
         if other is None:
-            y = ops.gemm_packed(x, weights, first.qtype, *sizes, algo=first.packed_algo)
+            y = ops.gemm_packed(of, weights, first.qtype, *sizes, algo=first.packed_algo, **norm)
         else:
             own = weights, first.qtype, sizes[0]
             its = other.weight, other.qtype, other.out_features
-            y, *more = ops.gemm_packed_pair(x, *own, *its, sizes[1], first.packed_algo)
+            y, *more = ops.gemm_packed_pair(of, *own, *its, sizes[1], first.packed_algo, **norm)
         parts = (*torch.split(y, rows, -1), *more)
-        self.seen = x, x._version, parts
+        self.seen = x, of._version, parts
         return parts[0]
 
     def take(self, x: torch.Tensor, index: int) -> torch.Tensor | None:
         seen = self.seen
-        if seen is None or seen[0] is not x or seen[1] != x._version:
+        if seen is None or seen[0] is not x or seen[1] != _without_norm(x)[0]._version:
             return None
         if index == len(seen[2]) - 1:
             self.seen = None
@@ -329,7 +391,9 @@ class _Part:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         together = self.together
-        if not torch.compiler.is_compiling() and _is_plain(x):
+        if isinstance(x, _Norm) and not (x.numbers is None and together.all_of_x):
+            x = x.compute()
+        if not torch.compiler.is_compiling() and _is_plain(_without_norm(x)[0]):
             if self.index == 0 and together.serves():
                 return together.compute(x)
             if self.index > 0 and (y := together.take(x, self.index)) is not None:
@@ -375,7 +439,8 @@ def _fuse_heads(module: torch.nn.Module) -> int:
     other = others[0] if len(others) == 1 and others[0] is layers[-1] else None
     if len(alike) < 2 and other is None:
         return 0
-    together, at = _Together(alike, other), 0
+    present = sum(layer is not None for layer in layers)
+    together, at = _Together(alike, other, present == len(alike) + (other is not None)), 0
     weights = torch.cat([layer.weight for layer in alike])
     for index, layer in enumerate(alike):
         layer.weight.data = weights[at : at + len(layer.weight)]
