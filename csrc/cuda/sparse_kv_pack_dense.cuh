@@ -159,7 +159,7 @@ struct DensePacker {
     constexpr uint32_t kOnes = 0x3c003c00u;
     // Zero is added: what the compiler knows it makes anew for each product.
     const uint32_t ones[2] = {kOnes + threadIdx.y, kOnes + threadIdx.z};
-#pragma unroll 1
+#pragma unroll 2
     for (int row = 0; row < kRows; row += 16) {
       const int m = lane / 8;  // this lane has the address of a row of matrix m
       const uint16_t* from = IsValue
