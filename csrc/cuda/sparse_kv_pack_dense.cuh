@@ -145,17 +145,13 @@ struct DensePacker {
   }
 
   // fit_page_group's ranges of 16 columns by a warp: tensor cores add what is beyond each step, in whole
-  // numbers above 1.5 · 2^23, whose lowest bits they are. Lane 4r + c has values of columns r and r + 8.
+  // numbers. Lane 4r + c has values of columns r and r + 8.
   __device__ __forceinline__ void choose_ranges(int tile) {
     constexpr int kRows = IsValue ? Channels : kTokens;
     constexpr float kMagic = 12582912.0f;
     const int lane = thread % 32;
     const float2 grids[2] = {room.coders[16 * tile + lane / 4], room.coders[16 * tile + lane / 4 + 8]};
-    float sums[kRanges + 1][4];
-#pragma unroll
-    for (int n = 0; n <= kRanges; ++n)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) sums[n][i] = kMagic;
+    float sums[kRanges + 1][4] = {};
     constexpr uint32_t kOnes = 0x3c003c00u;
     // Zero is added: what the compiler knows it makes anew for each product.
     const uint32_t ones[2] = {kOnes + threadIdx.y, kOnes + threadIdx.z};
@@ -189,7 +185,7 @@ struct DensePacker {
     }
     // Lanes 4r and 4r + 1 have a column each.
     const auto whole = [&](int n) {
-      return bit_cast<int>(lane % 2 == 0 ? sums[n][0] : sums[n][2]) - bit_cast<int>(kMagic);
+      return bit_cast<int>((lane % 2 == 0 ? sums[n][0] : sums[n][2]) + kMagic) - bit_cast<int>(kMagic);
     };
     const int sum = whole(kRanges) - kRows * kRangeUnits;
     int best = 0, error = range_error(0, kRows, sum, whole(0));
