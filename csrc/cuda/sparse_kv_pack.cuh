@@ -157,7 +157,7 @@ struct SparsePacker {
     const uint16_t scale = fit_sparse_group(group, Bits);
     const float factor = SparseCoder(scale, Bits).factor;
     if constexpr (Bits == 4) {
-      room.factors[k] = factor;
+      room.factors[k] = group.hi == 0.0f ? 0.0f : factor;  // no NaN that would reach its neighbours
     } else {  // what is above it is above the next lower half too
       uint32_t limit;
       if constexpr (std::is_same_v<Real16, Half>)
@@ -294,6 +294,15 @@ struct SparsePacker {
   // than 7: see SparseCoder and keep_fit.
   static __device__ __forceinline__ uint32_t rounded(float x, float factor) {
     return bit_cast<uint32_t>(rounded_product(x, factor) + 12582912.0f);
+  }
+  // The same as the i-th of four that nibbles() puts side by side, plus 16, so that none is negative and
+  // none borrows from the next. All else in those floats adds up to 0 in the lower half of each byte.
+  static __device__ __forceinline__ uint32_t rounded(float x, float factor, int i) {
+    const float lift = 12582912.0f + (i == 1 ? 65536.0f + 16.0f : (i == 3 ? 20.0f : 16.0f));
+    return bit_cast<uint32_t>(rounded_product(x, factor) + lift);
+  }
+  static __device__ __forceinline__ uint32_t nibbles(uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+    return (a + b * 256u + (c + d * 256u) * 65536u) & 0x0f0f0f0fu;
   }
   // 4 bits: the codes of a pair's halves, plus 8 (which is their highest bit, inverted); of what is not set
   // they may be anything.

@@ -57,7 +57,7 @@ __device__ __forceinline__ void SparsePacker<Real16, Channels, IsValue, Kind>::p
 #pragma unroll
     for (int i = 0; i < 2; ++i)
       chunk<Bits, IsOdd>(pairs, i, IsValue ? factors : factors + i * kEach, selectors, masks[i], chunks[i]);
-    *masks_to = static_cast<uint16_t>(masks[0] | masks[1] << 8);
+    *masks_to = static_cast<uint16_t>(masks[0] + masks[1] * 256u);
     if constexpr (Bits == 2)
       *chunks_to = chunks[0] | chunks[1] << 16;
     else
@@ -76,7 +76,7 @@ __device__ __forceinline__ void SparsePacker<Real16, Channels, IsValue, Kind>::c
     const uint32_t (&pairs)[2][2][2], int o, const Factors* factors, uint32_t selectors, uint32_t& mask,
     uint32_t& codes_of_set) const {
   constexpr int kNextX = IsValue ? 16 : 0, kEven = IsValue ? 1 : 16 * kBlocks * (Bits == 2 ? 1 : 2);
-  uint32_t bits = 0, four[2];
+  uint32_t bits = 0, four[2], whole[2][4];
 #pragma unroll
   for (int n = 0; n < 2; ++n) {
     const uint32_t a = pairs[n][0][o], b = pairs[n][1][o];
@@ -92,14 +92,21 @@ __device__ __forceinline__ void SparsePacker<Real16, Channels, IsValue, Kind>::c
       const uint32_t of_b = lifted_codes<IsOdd>(b, second[0], second[kOther]);
       four[n] = (of_a + of_b * 256u) ^ (kLifts & 0x0f0f0f0fu);
     } else {
-      const auto of = [](uint32_t pair, int i, float by) { return rounded(magnitude(half_at(pair, i)), by); };
-      const uint32_t low = __byte_perm(of(a, 0, first[0]), of(b, 0, second[0]), 0x0040),
-                     high = __byte_perm(of(a, 1, first[kOther]), of(b, 1, second[kOther]), 0x0040);
-      four[n] = __byte_perm(low, high, 0x5410) & 0x0f0f0f0fu;
+      whole[n][0] = rounded(magnitude(half_at(a, 0)), first[0], IsValue && n > 0 ? 2 : 0);
+      whole[n][1] = rounded(magnitude(half_at(b, 0)), second[0], IsValue && n > 0 ? 3 : 1);
+      whole[n][2] = rounded(magnitude(half_at(a, 1)), first[kOther], IsValue && n == 0 ? 0 : 2);
+      whole[n][3] = rounded(magnitude(half_at(b, 1)), second[kOther], IsValue && n == 0 ? 1 : 3);
     }
   }
   mask = __dp4a(bits, 0x01010101u, 0u);
-  if constexpr (IsValue) {
+  if constexpr (Bits == 4 && !IsOdd) {
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+      const uint32_t(&low)[4] = whole[IsValue ? 0 : n], (&high)[4] = whole[IsValue ? 1 : n];
+      const int from = IsValue ? 2 * n : 0;
+      four[n] = nibbles(low[from], low[from + 1], high[IsValue ? from : 2], high[IsValue ? from + 1 : 3]);
+    }
+  } else if constexpr (IsValue) {
     const uint32_t low = __byte_perm(four[0], four[1], 0x5410), high = __byte_perm(four[0], four[1], 0x7632);
     four[0] = low, four[1] = high;
   }
