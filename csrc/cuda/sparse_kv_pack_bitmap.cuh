@@ -102,7 +102,7 @@ __device__ __forceinline__ void SparsePacker<Real16, Channels, IsValue, Kind>::c
   if constexpr (Bits == 4 && !IsOdd) {
 #pragma unroll
     for (int n = 0; n < 2; ++n) {
-      const uint32_t(&low)[4] = whole[IsValue ? 0 : n], (&high)[4] = whole[IsValue ? 1 : n];
+      const uint32_t (&low)[4] = whole[IsValue ? 0 : n], (&high)[4] = whole[IsValue ? 1 : n];
       const int from = IsValue ? 2 * n : 0;
       four[n] = nibbles(low[from], low[from + 1], high[IsValue ? from : 2], high[IsValue ? from + 1 : 3]);
     }
@@ -128,19 +128,19 @@ template <class Real16, int Channels, bool IsValue, PageKind Kind>
 template <int Bits>
 __device__ __forceinline__ void SparsePacker<Real16, Channels, IsValue, Kind>::join_chunks() {
   constexpr int kEach = Channels > kPackThreads ? Channels / kPackThreads : 1;
-  constexpr int kChunks = Bits == 2 ? 4 : 8;
+  constexpr int kChunks = 2 * Bits, kOfWord = kChunks / 2;  // of 32 bits, or 2 bits: two of 16 as one
   auto* codes = reinterpret_cast<uint32_t*>(room.x);
 #pragma unroll 1
   for (int i = thread; i < kPageTokens * Channels * Bits / 128; i += kPackThreads)
     reinterpret_cast<uint4*>(codes)[i] = uint4{};
   uint32_t chunks[kEach][kChunks];
-  unsigned lengths[kEach][kChunks], length = 0;
+  unsigned ends[kEach][kChunks], length = 0;  // where chunks end, from the thread's beginning
 #pragma unroll
   for (int n = 0; n < kEach; ++n) {
     const int pair = thread * kEach + n;
     if (pair >= Channels) {
 #pragma unroll
-      for (int i = 0; i < kChunks; ++i) chunks[n][i] = 0, lengths[n][i] = 0;
+      for (int i = 0; i < kChunks; ++i) chunks[n][i] = 0, ends[n][i] = 0;
       continue;
     }
     const uint2 masks = room.bitmap.masks[pair];
@@ -151,10 +151,9 @@ __device__ __forceinline__ void SparsePacker<Real16, Channels, IsValue, Kind>::j
       const uint32_t both[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
       for (int i = 0; i < 4; ++i) {  // two to one
-        const uint32_t a = both[i % 2 * 2], b = both[i % 2 * 2 + 1], mask = words[i / 2] >> 16 * (i % 2);
-        const int first = 2 * __popc(mask & 0xffu);
+        const uint32_t a = both[i % 2 * 2], b = both[i % 2 * 2 + 1];
+        const int first = 2 * __popc(words[i / 2] & 0xffu << 16 * (i % 2));
         chunks[n][i] = half_at(a, i / 2) | half_at(b, i / 2) << first;
-        lengths[n][i] = 2 * __popc(mask & 0xffffu);
       }
     } else {
 #pragma unroll
@@ -162,37 +161,44 @@ __device__ __forceinline__ void SparsePacker<Real16, Channels, IsValue, Kind>::j
         const uint4 v = room.bitmap.chunks[2 * pair + w];
         chunks[n][4 * w] = v.x, chunks[n][4 * w + 1] = v.y, chunks[n][4 * w + 2] = v.z;
         chunks[n][4 * w + 3] = v.w;
-#pragma unroll
-        for (int i = 0; i < 4; ++i) lengths[n][4 * w + i] = 4 * __popc(words[w] >> 8 * i & 0xffu);
       }
     }
 #pragma unroll
-    for (int i = 0; i < kChunks; ++i) length += lengths[n][i];
+    for (int w = 0; w < 2; ++w) {
+#pragma unroll
+      for (int i = 0; i < kOfWord; ++i)
+        ends[n][kOfWord * w + i] =
+            length + static_cast<unsigned>(Bits * __popc(words[w] & ~0u >> (32 - 32 / kOfWord * (i + 1))));
+      length = ends[n][kOfWord * (w + 1) - 1];
+    }
   }
   // Where this thread's codes begin.
-  unsigned bit = length;
+  unsigned begin = length;
 #pragma unroll
   for (int step = 1; step < 32; step *= 2) {
-    const unsigned other = __shfl_up_sync(~0u, bit, step);
-    if (thread % 32 >= step) bit += other;
+    const unsigned other = __shfl_up_sync(~0u, begin, step);
+    if (thread % 32 >= step) begin += other;
   }
-  if (thread % 32 == 31) room.before[thread / 32] = bit;
+  if (thread % 32 == 31) room.before[thread / 32] = begin;
   __syncthreads();  // before; codes are zero
-  bit -= length;
+  begin -= length;
 #pragma unroll
   for (int w = 0; w < kWarps - 1; ++w)
-    if (w < thread / 32) bit += room.before[w];
-  uint32_t word = 0, *to = codes + bit / 32;
-  bit %= 32;
+    if (w < thread / 32) begin += room.before[w];
+  if (Channels >= kPackThreads || thread < Channels) {
+    uint32_t word = 0, *to = codes + begin / 32;
+    unsigned bit = begin;  // shifts are modulo 32
 #pragma unroll
-  for (int n = 0; n < kEach * kChunks; ++n) {
-    const uint32_t own = chunks[n / kChunks][n % kChunks];
-    word |= own << bit;
-    const unsigned next = bit + lengths[n / kChunks][n % kChunks];
-    if (next >= 32) atomicOr(to++, word), word = __funnelshift_l(own, 0u, bit);
-    bit = next % 32;
+    for (int n = 0; n < kEach * kChunks; ++n) {
+      const uint32_t own = chunks[n / kChunks][n % kChunks];
+      const unsigned next = begin + ends[n / kChunks][n % kChunks];
+      word |= __funnelshift_l(0u, own, bit);
+      atomicOr(to, word);  // full or not: a condition would be a branch
+      if ((bit ^ next) & 32u) word = __funnelshift_l(own, 0u, bit), ++to;  // a chunk has 32 bits at most
+      bit = next;
+    }
+    atomicOr(to, word);
   }
-  if (bit > 0) atomicOr(to, word);
   __syncthreads();  // codes
   auto* out = reinterpret_cast<uint4*>(page + bitmap_bytes(Channels));
 #pragma unroll 1
