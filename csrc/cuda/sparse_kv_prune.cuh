@@ -78,13 +78,17 @@ struct Pruning {
     excess = of_both(count) + surplus;
   }
 
-  // What is below the cutoff becomes zero. Bits that are no NaN of a half compare like halves, of
-  // whatever type they are, and those that are belong to the largest.
+  // What is below the cutoff becomes zero, of either sign. Bits that are no NaN of a half compare and
+  // multiply like halves, of whatever type they are. (A product by 1 or 0 is for other lanes of the
+  // multiprocessor than a mask.)
   __device__ __forceinline__ void keep_largest(uint32_t (&pairs)[Words]) const {
-    if (cutoff <= 0x7c00u) {
+    if (!has_largest) {
       const auto limit = bit_cast<__half2>(cutoff * 0x10001u);
 #pragma unroll
-      for (int i = 0; i < Words; ++i) pairs[i] &= __hgeu2_mask(__habs2(bit_cast<__half2>(pairs[i])), limit);
+      for (int i = 0; i < Words; ++i) {
+        const auto own = bit_cast<__half2>(pairs[i]);
+        pairs[i] = bit_cast<uint32_t>(__hmul2(own, __hge2(__habs2(own), limit)));
+      }
     } else {
 #pragma unroll
       for (int i = 0; i < Words; ++i) pairs[i] &= at_least_cutoff(pairs[i]);
