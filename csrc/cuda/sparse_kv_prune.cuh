@@ -70,8 +70,9 @@ struct Pruning {
       for (int u = 0; u < kUnits; ++u) equal[u] = (equal[u] & others) ^ set[u];
       surplus = static_cast<int>(
           chosen_bits(others, static_cast<uint32_t>(with_set), static_cast<uint32_t>(surplus)));
-      cutoff |= ~others & 1u << bit;
+      cutoff += others << bit;  // a product, not for the lanes of logic: 0 or -1 of it
     }
+    cutoff += 0x7fffu;
     int count = 0;
 #pragma unroll
     for (int u = 0; u < kUnits; ++u) count += __popc(equal[u]);
