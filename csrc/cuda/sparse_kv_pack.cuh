@@ -196,7 +196,7 @@ struct SparsePacker {
     }
     uint32_t hi = 0;
     float sum = 0.0f;
-#pragma unroll 2
+#pragma unroll(Bits == 4 ? 8 : 2)
     for (int i = 0; i < kWords / 4; ++i) {
       const uint4 v = vector(i);
       for (const uint32_t pair : {v.x, v.y, v.z, v.w}) {
@@ -325,8 +325,9 @@ struct SparsePacker {
   template <int Bits, bool IsOdd>
   __device__ __forceinline__ void pack_bitmap();
   template <int Bits, bool IsOdd, class Factors>
-  __device__ __forceinline__ void chunk(const uint32_t (&pairs)[2][2][2], int o, const Factors* factors,
-                                        uint32_t selectors, uint32_t& mask, uint32_t& codes_of_set) const;
+  __device__ __forceinline__ void chunk(const uint32_t (&pairs)[2][2][2], int o, const Factors* first,
+                                        const Factors* second, uint32_t selectors, uint32_t& mask,
+                                        uint32_t& codes_of_set) const;
   template <int Bits>
   __device__ __forceinline__ void join_chunks();
   template <int Bits, bool IsOdd>

@@ -42,9 +42,11 @@ __device__ __forceinline__ void SparsePacker<Real16, Channels, IsValue, Kind>::p
       reinterpret_cast<const Factors*>(room.factors) + (IsValue ? o.token : o.channel / 2 * kEach);
   auto* masks_to = reinterpret_cast<uint16_t*>(room.bitmap.masks + lane) + warp;
   auto* chunks_to = reinterpret_cast<uint32_t*>(room.bitmap.chunks + lane * (Bits / 2)) + warp;
-  // Words 2 · place and the next; place = 32 · step + lane.
+  // Words 2 · place and the next; place = 32 · step + lane. By turns four elements on, and to the next eight.
+  constexpr int kTurns = IsValue ? 64 : 32;
+  int next = 4;
 #pragma unroll 1
-  for (int step = 0; step < 2 * kBlocks; ++step) {
+  for (const uint16_t* const end = masks_to + 2 * kBlocks * 32 * 4; masks_to != end;) {
     uint32_t pairs[2][2][2];  // [n][even]
 #pragma unroll
     for (int n = 0; n < 2; ++n)
@@ -53,18 +55,25 @@ __device__ __forceinline__ void SparsePacker<Real16, Channels, IsValue, Kind>::p
         const uint2 v = *reinterpret_cast<const uint2*>(from + n * kNextX + even * kEven);
         pairs[n][even][0] = v.x, pairs[n][even][1] = v.y;
       }
+    struct alignas(8 * kEach) OfKeys {
+      Factors of[2 * kEach];
+    } own[2];
+    if constexpr (!IsValue)
+      for (int even = 0; even < 2; ++even)
+        own[even] = *reinterpret_cast<const OfKeys*>(factors + even * (kEven / 2 * kEach));
     uint32_t masks[2], chunks[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i)
-      chunk<Bits, IsOdd>(pairs, i, IsValue ? factors : factors + i * kEach, selectors, masks[i], chunks[i]);
+      chunk<Bits, IsOdd>(pairs, i, IsValue ? factors : own[0].of + i * kEach,
+                         IsValue ? factors + 1 : own[1].of + i * kEach, selectors, masks[i], chunks[i]);
     *masks_to = static_cast<uint16_t>(masks[0] + masks[1] * 256u);
     if constexpr (Bits == 2)
       *chunks_to = chunks[0] | chunks[1] << 16;
     else
       chunks_to[0] = chunks[0], chunks_to[4] = chunks[1];
-    const int next = step % 2 == 0 ? 4 : (IsValue ? 64 : 32) - 4;  // elements
     from += next, masks_to += 32 * 4, chunks_to += 32 * (Bits / 2) * 4;
     if (!IsValue) factors += next / 2 * kEach;
+    next = kTurns - next;
   }
   __syncthreads();  // masks and chunks; x has been read
   join_chunks<Bits>();
@@ -73,14 +82,13 @@ __device__ __forceinline__ void SparsePacker<Real16, Channels, IsValue, Kind>::p
 template <class Real16, int Channels, bool IsValue, PageKind Kind>
 template <int Bits, bool IsOdd, class Factors>
 __device__ __forceinline__ void SparsePacker<Real16, Channels, IsValue, Kind>::chunk(
-    const uint32_t (&pairs)[2][2][2], int o, const Factors* factors, uint32_t selectors, uint32_t& mask,
-    uint32_t& codes_of_set) const {
-  constexpr int kNextX = IsValue ? 16 : 0, kEven = IsValue ? 1 : 16 * kBlocks * (Bits == 2 ? 1 : 2);
+    const uint32_t (&pairs)[2][2][2], int o, const Factors* first, const Factors* second, uint32_t selectors,
+    uint32_t& mask, uint32_t& codes_of_set) const {
   uint32_t bits = 0, four[2], whole[2][4];
 #pragma unroll
   for (int n = 0; n < 2; ++n) {
     const uint32_t a = pairs[n][0][o], b = pairs[n][1][o];
-    const Factors *first = factors + n * kNextX, *second = first + kEven;
+    if (IsValue && n > 0) first += 16, second += 16;
     constexpr int kOther = IsValue ? 0 : 1;  // the factor of a pair's second element
     const uint32_t at = IsValue ? 0x20100201u << 2 * n : 0x08040201u << 4 * n;
     bits |= signs_by_turns(set_signs(a), set_signs(b)) & at;
@@ -130,9 +138,10 @@ __device__ __forceinline__ void SparsePacker<Real16, Channels, IsValue, Kind>::j
   constexpr int kEach = Channels > kPackThreads ? Channels / kPackThreads : 1;
   constexpr int kChunks = 2 * Bits, kOfWord = kChunks / 2;  // of 32 bits, or 2 bits: two of 16 as one
   auto* codes = reinterpret_cast<uint32_t*>(room.x);
-#pragma unroll 1
-  for (int i = thread; i < kPageTokens * Channels * Bits / 128; i += kPackThreads)
-    reinterpret_cast<uint4*>(codes)[i] = uint4{};
+#pragma unroll
+  for (int i = 0; i < kPageTokens * Channels * Bits / 128; i += kPackThreads)
+    if (i + thread < kPageTokens * Channels * Bits / 128)
+      reinterpret_cast<uint4*>(codes)[i + thread] = uint4{};
   uint32_t chunks[kEach][kChunks];
   unsigned ends[kEach][kChunks], length = 0;  // where chunks end, from the thread's beginning
 #pragma unroll
