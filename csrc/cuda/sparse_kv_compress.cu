@@ -51,7 +51,7 @@ struct CompressBlock {
   static constexpr int kParts = 2 * kThreads / Channels;  // of a pair of key tiles, one per thread
   static constexpr int kEach = Channels < kThreads ? 1 : Channels / kThreads;  // tiles of a thread
   static constexpr int kWords = Channels * kTile * 4 / 32;                     // of codes, at most
-  alignas(16) uint16_t x[(kTile + 1) * kStride];  // [64, Channels], pruned; pack may read one more
+  alignas(16) uint16_t x[(kTile + 3) * kStride];  // [64, Channels], pruned; pack may read three more
   union {
     struct {
       uint64_t bitmaps[Channels];
@@ -202,35 +202,6 @@ struct CompressBlock {
     }
     return total;
   }
-
-  // From one set element to the next, a few at a time: what is behind the last one is cut off.
-  template <int Each, class CodeOf>
-  __device__ __forceinline__ void pack(const uint16_t* from, int step, uint64_t bitmap, int bits,
-                                       uint32_t* to, CodeOf&& code_of_value) const {
-    uint32_t left = static_cast<uint32_t>(bitmap >> 32);
-    const uint32_t rest = static_cast<uint32_t>(bitmap);
-    const uint16_t* const second = from + 63 * step;  // of the element of bit 0
-    from += 31 * step;
-    for (int left_bits = __popcll(bitmap) * bits; left_bits > 0; left_bits -= 32) {
-      uint32_t word = 0;
-      int bit = 0;
-      do {
-#pragma unroll
-        for (int n = 0; n < Each; ++n) {
-          if (left == 0) left = rest, from = second;
-          int i;
-          uint32_t highest;  // PTX ISA 9.7.1.20 (bfind), 9.7.8.6 (shl); of none -1, and no bit
-          asm("bfind.u32 %0, %1;" : "=r"(i) : "r"(left));
-          asm("shl.b32 %0, 1, %1;" : "=r"(highest) : "r"(i));
-          left ^= highest;
-          word = __funnelshift_r(word, code_of_value(Real16{from[-i * step]}), bits);
-        }
-        bit += Each * bits;
-      } while (bit < 32 && bit < left_bits);
-      word >>= 32 - bit;
-      *to++ = left_bits < 32 ? word & ~(~0u << left_bits) : word;
-    }
-  }
 };
 
 template <class Real16, int Channels>
@@ -286,17 +257,25 @@ __global__ void __launch_bounds__(kThreads) compress_kernel(KvCompressArgs args)
         block.x + (args.is_value ? tile % kTile * Block::kStride + tile / kTile * kTile : tile));
     }
   };
-  const int step = args.is_value ? 1 : Block::kStride;
+  const auto pack_tile = [&]<int Each>(const uint16_t* from, uint64_t bitmap, int bits, uint32_t* to,
+                                       auto&& code_of_value) {
+    if (!is_close(bitmap))
+      pack<Real16, Each>(from, args.is_value ? 1 : Block::kStride, bitmap, bits, to, code_of_value);
+    else if (args.is_value)
+      pack_close<Real16, Each, 1>(from, bitmap, bits, to, code_of_value);
+    else
+      pack_close<Real16, Each, Block::kStride>(from, bitmap, bits, to, code_of_value);
+  };
   if (args.bits != kRawBits)
     each_tile([&](int, const typename Block::Tile& tile, const uint16_t* from) {
       const Coder<Real16> coder(tile.fit, args.bits);
       uint32_t* to = block.words + tile.before;
       if (coder.is_plain)
-        block.template pack<4>(from, step, tile.bitmap, args.bits, to,
-                               [&](Real16 v) { return coder.plain_code(v); });
+        pack_tile.template operator()<4>(from, tile.bitmap, args.bits, to,
+                                         [&](Real16 v) { return coder.plain_code(v); });
       else
-        block.template pack<4>(from, step, tile.bitmap, args.bits, to,
-                               [&](Real16 v) { return coder.code(v); });
+        pack<Real16, 4>(from, args.is_value ? 1 : Block::kStride, tile.bitmap, args.bits, to,
+                        [&](Real16 v) { return coder.code(v); });
     });
   if (thread < 32) {
     const int base = words_before(scratch, index, total, lane);
@@ -308,8 +287,8 @@ __global__ void __launch_bounds__(kThreads) compress_kernel(KvCompressArgs args)
   each_tile([&](int n, const typename Block::Tile& tile, const uint16_t* from) {
     args.offsets[first_tile + n] = static_cast<int>(begin) + tile.before;
     if (args.bits == kRawBits)
-      block.template pack<2>(from, step, tile.bitmap, kRawBits, args.packed + begin + tile.before,
-                             [](Real16 stored) { return uint32_t{stored.bits}; });
+      pack_tile.template operator()<2>(from, tile.bitmap, kRawBits, args.packed + begin + tile.before,
+                                       [](Real16 stored) { return uint32_t{stored.bits}; });
   });
   if (args.bits != kRawBits)
     for (int i = thread; i < total; i += kThreads) args.packed[begin + i] = block.words[i];
