@@ -47,7 +47,7 @@ __device__ int words_before(Scratch* scratch, int64_t index, int total, int lane
 
 template <class Real16, int Channels>
 struct CompressBlock {
-  static constexpr int kStride = Channels + 2;            // an odd number of banks between tokens
+  static constexpr int kStride = Channels + 4;            // 8 bytes of 16 tokens lie in all banks
   static constexpr int kParts = 2 * kThreads / Channels;  // of a pair of key tiles, one per thread
   static constexpr int kEach = Channels < kThreads ? 1 : Channels / kThreads;  // tiles of a thread
   static constexpr int kWords = Channels * kTile * 4 / 32;                     // of codes, at most
@@ -111,13 +111,17 @@ struct CompressBlock {
     for (int n = 0; n < kEach; ++n) {
       const int tile = thread + n * kThreads;
       if (tile >= Channels) break;
-      const auto* from = reinterpret_cast<const uint32_t*>(x + tile % kTile * kStride + tile / kTile * kTile);
+      const auto* from = reinterpret_cast<const uint2*>(x + tile % kTile * kStride + tile / kTile * kTile);
       PairScan<Real16> scan;
       uint32_t bits[2] = {};
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
 #pragma unroll
-        for (int i = 0; i < 16; ++i) bits[h] |= scan.add(from[16 * h + i]) & 0x80008000u >> i;
+        for (int i = 0; i < 16; i += 2) {
+          const uint2 v = from[8 * h + i / 2];
+          bits[h] |= scan.add(v.x) & 0x80008000u >> i;
+          bits[h] |= scan.add(v.y) & 0x80008000u >> (i + 1);
+        }
         bits[h] = interleave_halves(bits[h]);
       }
       finish(args, first_tile, tile, uint64_t{bits[0]} << 32 | bits[1],
@@ -233,8 +237,9 @@ __global__ void __launch_bounds__(kThreads) compress_kernel(KvCompressArgs args)
     }
     uint16_t* row = block.x + token * Block::kStride;
 #pragma unroll
-    for (int i = 0; i < kWords; ++i)
-      *reinterpret_cast<uint32_t*>(row + (i / 4 * 2 + half) * 8 + i % 4 * 2) = pairs[i];
+    for (int i = 0; i < kWords; i += 2)
+      *reinterpret_cast<uint2*>(row + (i / 4 * 2 + half) * 8 + i % 4 * 2) =
+          make_uint2(pairs[i], pairs[i + 1]);
     pruning.drop_excess(row, half);
   }
   __syncthreads();  // x: tiles are read across tokens
