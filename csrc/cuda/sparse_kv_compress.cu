@@ -74,8 +74,10 @@ struct CompressBlock {
     const int row = lane / kVectors, place = lane ^ row * 2;
     const auto to = [&](int j) { return shared_address(raw(warp) + (place ^ j * kRows % 4 * 2) + 32 * j); };
     if (rows >= 16) {
+      const uint4* own = from + lane;
+      asm("" : "+l"(own));  // as if it were any pointer: else each address is made by itself
 #pragma unroll
-      for (int j = 0; j < kEachOwn; ++j) cp_async16(to(j), from + lane + 32 * j);
+      for (int j = 0; j < kEachOwn; ++j) cp_async16(to(j), own + 32 * j);
     } else {
 #pragma unroll 1
       for (int j = 0; j < kEachOwn; ++j) {
