@@ -108,7 +108,7 @@ struct CompressBlock {
 
   // Threads in step: tile by tile, values side by side in pairs.
   __device__ __forceinline__ void scan_values(const KvCompressArgs& args, int64_t first_tile, int thread,
-                                              Tile (&tiles)[kEach]) {
+                                              bool has_nans, Tile (&tiles)[kEach]) {
 #pragma unroll
     for (int n = 0; n < kEach; ++n) {
       const int tile = thread + n * kThreads;
@@ -128,13 +128,13 @@ struct CompressBlock {
       }
       finish(args, first_tile, tile, uint64_t{bits[0]} << 32 | bits[1],
              fminf(half_of(scan.lo, 0), half_of(scan.lo, 1)), fmaxf(half_of(scan.hi, 0), half_of(scan.hi, 1)),
-             half_of(scan.finite, 0) + half_of(scan.finite, 1), tiles[n]);
+             has_nans && has_nan<Real16>(reinterpret_cast<const uint16_t*>(from), 1), tiles[n]);
     }
   }
 
   // Threads in step: the same tokens of two channels side by side, and then tile by tile.
   __device__ __forceinline__ void scan_keys(const KvCompressArgs& args, int64_t first_tile, int thread,
-                                            Tile (&tiles)[kEach]) {
+                                            bool has_nans, Tile (&tiles)[kEach]) {
     constexpr int kTokens = kTile / kParts;
     const int pair = thread % (Channels / 2), part = thread / (Channels / 2);
     PairScan<Real16> scan;
@@ -156,14 +156,14 @@ struct CompressBlock {
     for (int n = 0; n < kEach; ++n) {
       const int tile = thread + n * kThreads;
       if (tile >= Channels) break;
-      float lo = bit_cast<float>(0x7fffffffu), hi = lo, finite = 0.0f;
+      float lo = bit_cast<float>(0x7fffffffu), hi = lo;
 #pragma unroll
       for (int i = 0; i < kParts; ++i) {
         const PairScan<Real16>& own = parts[i][tile / 2];
         lo = fminf(lo, half_of(own.lo, tile % 2)), hi = fmaxf(hi, half_of(own.hi, tile % 2));
-        finite += half_of(own.finite, tile % 2);
       }
-      finish(args, first_tile, tile, bitmaps[tile], lo, hi, finite, tiles[n]);
+      finish(args, first_tile, tile, bitmaps[tile], lo, hi, has_nans && has_nan<Real16>(x + tile, kStride),
+             tiles[n]);
     }
   }
 
@@ -172,9 +172,9 @@ struct CompressBlock {
   }
 
   __device__ __forceinline__ void finish(const KvCompressArgs& args, int64_t first_tile, int tile,
-                                         uint64_t bitmap, float lo, float hi, float finite, Tile& own) {
+                                         uint64_t bitmap, float lo, float hi, bool is_nan, Tile& own) {
     if (bitmap == 0) lo = hi = 0.0f;
-    if (finite != 0.0f) lo = hi = bit_cast<float>(0x7fc00000u);
+    if (is_nan) lo = hi = bit_cast<float>(0x7fc00000u);
     own.bitmap = bitmap;
     args.bitmaps[first_tile + tile] = bitmap;
     if (args.bits == kRawBits) return;
@@ -220,6 +220,7 @@ __global__ void __launch_bounds__(kThreads) compress_kernel(KvCompressArgs args)
   const int64_t index = blockIdx.x, blocks = static_cast<uint32_t>(args.tokens + kTile - 1) / kTile;
   const int64_t head = blockIdx.x / static_cast<uint32_t>(blocks);  // as a grid is
   const int64_t first = (blockIdx.x - static_cast<uint32_t>(head * blocks)) * kTile;
+  bool has_nans = args.keep >= Channels;  // perhaps
   {
     constexpr int kWords = Channels / 4;
     const int warp = thread / 32, token = thread / 2, half = thread % 2;
@@ -236,6 +237,7 @@ __global__ void __launch_bounds__(kThreads) compress_kernel(KvCompressArgs args)
     if (args.keep > 0 && args.keep < Channels) {
       pruning.find(pairs, static_cast<int>(args.keep));
       pruning.keep_largest(pairs);
+      has_nans = pruning.has_largest;
     }
     uint16_t* row = block.x + token * Block::kStride;
 #pragma unroll
@@ -244,14 +246,14 @@ __global__ void __launch_bounds__(kThreads) compress_kernel(KvCompressArgs args)
           make_uint2(pairs[i], pairs[i + 1]);
     pruning.drop_excess(row, half);
   }
-  __syncthreads();  // x: tiles are read across tokens
+  has_nans = __syncthreads_or(has_nans);  // x: tiles are read across tokens
 
   const int64_t first_tile = index * Channels;
   typename Block::Tile tiles[Block::kEach] = {};
   if (args.is_value)
-    block.scan_values(args, first_tile, thread, tiles);
+    block.scan_values(args, first_tile, thread, has_nans, tiles);
   else
-    block.scan_keys(args, first_tile, thread, tiles);
+    block.scan_keys(args, first_tile, thread, has_nans, tiles);
   const int total = block.place(tiles, args.bits, thread);  // parts and bitmaps have been read
   if (thread == 0) publish(scratch->state + index, index == 0 ? kSum : kTotal, total);
 

@@ -17,7 +17,7 @@ using Pair = std::conditional_t<std::is_same_v<Real16, Half>, __half2, __nv_bflo
 template <class Real16>
 struct PairScan {
   // Not a number: as an operand of minimum and maximum it yields to the other one.
-  uint32_t lo = ~0u, hi = ~0u, finite = 0;
+  uint32_t lo = ~0u, hi = ~0u;
 
   // The halves of the mask say which values are set.
   __device__ __forceinline__ uint32_t add(uint32_t values) {
@@ -25,10 +25,19 @@ struct PairScan {
     const uint32_t mask = __hneu2_mask(bit_cast<P>(values), bit_cast<P>(0u)), others = values | ~mask;
     lo = bit_cast<uint32_t>(__hmin2(bit_cast<P>(lo), bit_cast<P>(others)));
     hi = bit_cast<uint32_t>(__hmax2(bit_cast<P>(hi), bit_cast<P>(others)));
-    finite = bit_cast<uint32_t>(__hfma2(bit_cast<P>(values), bit_cast<P>(0u), bit_cast<P>(finite)));
-    return mask;  // finite: 0, or NaN
+    return mask;
   }
 };
+
+// Whether one of a tile's values is NaN; the extremes tell of infinities.
+template <class Real16>
+__device__ __noinline__ bool has_nan(const uint16_t* from, int step) {
+  constexpr int kInfinity = std::is_same_v<Real16, Half> ? 0x7c00 : 0x7f80;
+  bool is_there = false;
+#pragma unroll 1
+  for (int i = 0; i < kTile; ++i) is_there |= (from[i * step] & 0x7fff) > kInfinity;
+  return is_there;
+}
 
 // round(x / scale) + zero, held in 0 … 2^bits - 1, without a division.
 template <class Real16>
