@@ -196,7 +196,7 @@ struct SparsePacker {
     }
     uint32_t hi = 0;
     float sum = 0.0f;
-#pragma unroll(Bits == 4 ? 8 : 2)
+#pragma unroll(Bits == 4 ? 8 : 4)
     for (int i = 0; i < kWords / 4; ++i) {
       const uint4 v = vector(i);
       for (const uint32_t pair : {v.x, v.y, v.z, v.w}) {
@@ -226,7 +226,7 @@ struct SparsePacker {
       KeptPairs<Real16> m;
 #pragma unroll
       for (int first = 0; first < 32; first += kAsked<Bits>)
-#pragma unroll 8
+#pragma unroll 16
         for (int t = first; t < first + kAsked<Bits>; ++t) {
           const uint32_t pair = from[t * (kStride / 2)];
           if (first == 0) m.add_lowest(pair);
