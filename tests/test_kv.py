@@ -172,6 +172,24 @@ def test_pruning_keeps_exactly_k(sparsity: float, dtype: torch.dtype, device: st
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("value", [False, True], ids=["key", "value"])
+@pytest.mark.parametrize("bits", [2, 4, 16])
+def test_gaps_in_tiles(bits: int, value: bool, device: str) -> None:
+    """Tiles with 30 to 64 zeros side by side anywhere, beside tiles without; NaN in one of two."""
+    x = torch.randn(2, 128, 128, generator=torch.Generator().manual_seed(11)).half()
+    tiles = x.transpose(1, 2) if not value else x
+    for i in range(128):
+        zeros = (30, 31, 32, 33, 48, 64)[i % 6]
+        first = i // 2 % (65 - zeros)
+        tiles[0, i, first : first + zeros] = 0
+        tiles[0, i, 127 - first : 128 - first + i % 40] = 0
+    x[1, 70, 5] = torch.nan
+    for sparsity in (0.0, 0.6):
+        got = compress(x.to(device), sparsity, bits, value)
+        assert_same_container(got, ref.compress(x, kv.kept_values(sparsity, 128), bits, value))
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("bits", [2, 4])
 @pytest.mark.parametrize("dtype", HALVES)
 def test_tiles_of_equal_values_are_exact(dtype: torch.dtype, bits: int, device: str) -> None:

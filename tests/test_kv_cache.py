@@ -719,6 +719,133 @@ def test_a_portion_around_a_ring_of_many_pages(form: str, device: str) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("form", ["dense2", "dense4", "bitmap2", "dense4/4of8_2"])
+def test_pages_in_parts_of_any_begin_and_length(form: str, device: str) -> None:
+    """Contexts cut at odd pages too, in parts of several; with and without pages in their places.
+
+    Sequences are copies of eight with 2 to 24 pages: the more there are, the larger the parts that
+    a GPU's warps take. An even page without a place takes the odd one of dense keys with it."""
+    most, lengths = 24, torch.tensor([2, 6, 10, 14, 15, 19, 22, 24])
+    lengths = lengths * PAGE + torch.tensor([8, 0, 63, 1, 30, 8, 17, 40])  # recent tokens besides
+    options = {**formats(form), "window": 0, "sinks": 0, "device": device}
+    source = SparseKVCache(1, 1, 64, **options, max_tokens=(most + 2) * PAGE)
+    k, v = (x.to(device) for x in tokens_of(1, 1, most * PAGE, 64))
+    source.append(0, k, v)
+    source.advance(most * PAGE)
+    g = torch.Generator().manual_seed(1)
+    query = torch.randn(8, 2, 64, generator=g).half().to(device)
+    packed = [x[0].double() for x in source.dense(0, 0)]
+    together = 2 if form.startswith("dense") else 1
+    for copies in (1,) if device == "cpu" else (1, 9, 75):
+        cache = SparseKVCache(1, 1, 64, **options, max_tokens=2 * PAGE, batch=8 * copies)
+        cache.key_pages, cache.value_pages = source.key_pages, source.value_pages
+        cache.page_table = source.page_table[:, :most].repeat(8 * copies, 1)
+        recent = tokens_of(8, 1, cache.recent_keys.shape[3], 64, seed=2)
+        for to, x in zip((cache.recent_keys, cache.recent_values), recent, strict=True):
+            to.copy_(x.repeat(copies, 1, 1, 1))
+        cache.lens.copy_(lengths.repeat(copies))
+        for gone in ([], [0], [4, 7], [13, 14, 15]):
+            cache.page_table[:, gone] = -1
+            there = torch.ones(most, dtype=torch.bool)
+            for page in gone:
+                first = page // together * together
+                there[first : first + together] = False
+            out, lse = cache.attend(0, query.repeat(copies, 1, 1))
+            for b, length in enumerate(lengths.tolist()):
+                pages = length // PAGE // together * together
+                seen = there[:pages].repeat_interleave(PAGE).to(device)
+                slots = torch.arange(pages * PAGE, length) % cache.recent_keys.shape[3]
+                rings = (cache.recent_keys[0, b, 0], cache.recent_values[0, b, 0])
+                keys, values = (
+                    torch.cat([old[: len(seen)][seen], ring[slots.to(device)].double()])
+                    for old, ring in zip(packed, rings, strict=True)
+                )
+                logits = query[b].double() @ keys.T / 8
+                want, norm = logits.softmax(-1) @ values, values.norm(dim=-1).mean()
+                assert ((out[b].double() - want).norm(dim=-1) <= 2e-3 * norm).all()
+                torch.testing.assert_close(
+                    lse[b].double(), logits.logsumexp(-1), rtol=1e-3, atol=4e-3
+                )
+            assert_same(out, out[:8].repeat(copies, 1, 1))
+            cache.page_table.copy_(source.page_table[:, :most].expand_as(cache.page_table))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("form", ["dense2", "dense4/bitmap4", "bitmap2/dense4", "4of8_4"])
+@pytest.mark.parametrize("gone", [2, 3])
+def test_pages_that_have_no_place_yet(gone: int, form: str, device: str) -> None:
+    """What cannot be packed is not, and changes nothing else; with dense keys its neighbour's keys
+    are not either, but its values are. Attention leaves out what is not there at all."""
+    k, v = (x.to(device) for x in tokens_of(1, 2, 420, 64, seed=6))
+    options = {**formats(form), "window": 60, "max_tokens": 500, "device": device}
+    whole, cache = (SparseKVCache(1, 2, 64, **options) for _ in range(2))
+    place = int(cache.page_table[0, gone])
+    cache.page_table[0, gone] = -1
+    for n in (130, 190, 100):  # page by page, and several at once
+        for c in (whole, cache):
+            at = int(c.lens[0])
+            c.append(0, k[:, :, at : at + n].contiguous(), v[:, :, at : at + n].contiguous())
+            c.advance(n)
+    together = 2 if form.startswith("dense") else 1
+    without = gone // together * together + torch.arange(together)  # keys
+    assert whole.key_pages[:, without].any() and whole.value_pages[:, place].any()
+    whole.key_pages[:, without] = 0
+    whole.value_pages[:, place] = 0
+    assert_same(cache.key_pages, whole.key_pages)
+    assert_same(cache.value_pages, whole.value_pages)
+    query = torch.randn(1, 4, 64, generator=torch.Generator().manual_seed(1)).half().to(device)
+    out, lse = cache.attend(0, query)
+    there = torch.ones(420, dtype=torch.bool, device=device)
+    there[4 + int(without[0]) * PAGE : 4 + (int(without[-1]) + 1) * PAGE] = False
+    cache.page_table[0, gone] = place
+    keys, values = (x[:, there].double() for x in cache.dense(0, 0))
+    logits = query[0].double().view(2, 2, 64) @ keys.transpose(1, 2) / 8
+    want = (logits.softmax(-1) @ values).flatten(0, 1)
+    assert ((out[0].double() - want).norm(dim=-1) <= 2e-3 * want.norm(dim=-1)).all()
+    torch.testing.assert_close(
+        lse[0].double(), logits.logsumexp(-1).flatten(), rtol=1e-3, atol=4e-3
+    )
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("form", ["dense2/bitmap4", "bitmap2/dense4", "4of8_4/bitmap2"])
+def test_ragged_portions_of_different_kinds(form: str, device: str) -> None:
+    """Some sequences of a call pack no page, some one or two, some many, and begin at odd and even
+    ones; from an empty cache too, with sinks to come. The bytes are the CPU's for each alone."""
+    k, v = tokens_of(4, 1, 450, 64, seed=7)
+    options = {**formats(form), "sparsity": 0.6, "window": 70, "max_tokens": 450}
+    cache = SparseKVCache(1, 1, 64, **options, batch=4, device=device)
+    portions = [[3, 0, 450, 1], [197, 64, 0, 200], [1, 200, 0, 127], [65, 1, 0, 64]]
+    portions += [[128, 63, 0, 1], [0, 122, 0, 57], [56, 0, 0, 0]]
+    at = [0] * 4
+    for portion in portions:
+        new = [torch.zeros(4, 1, max(portion), 64, dtype=k.dtype) for _ in range(2)]
+        for b, n in enumerate(portion):
+            for to, x in zip(new, (k, v), strict=True):
+                to[b, :, :n] = x[b, :, at[b] : at[b] + n]
+            at[b] += n
+        counts = torch.tensor(portion, device=device)
+        cache._most = [0] * 4  # portions that not all take
+        cache.append(0, new[0].to(device), new[1].to(device), counts)
+        cache.advance(max(portion), counts)
+    for b, n in enumerate(at):
+        alone = SparseKVCache(1, 1, 64, **options)
+        alone.append(0, k[b : b + 1, :, :n], v[b : b + 1, :, :n])
+        alone.advance(n)
+        own = cache.page_table[b].long()
+        assert_same(cache.key_pages[:, own], alone.key_pages)
+        assert_same(cache.value_pages[:, own], alone.value_pages)
+        positions = torch.cat([torch.arange(4), torch.arange(n - 70, n)])  # sinks and window
+        slots = (positions - 4) % (cache.recent_keys.shape[3] - 4) + 4
+        slots[:4] = positions[:4]
+        for a, w in (
+            (cache.recent_keys, alone.recent_keys),
+            (cache.recent_values, alone.recent_values),
+        ):
+            assert_same(a[:, b, :, slots.to(device)], w[:, 0, :, slots])
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_sequences_join_and_leave(device: str) -> None:
     k, v = (x.to(device) for x in tokens_of(3, 1, 300, 64))
     query = torch.randn(3, 4, 64, device=device).half()

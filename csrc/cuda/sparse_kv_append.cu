@@ -236,8 +236,6 @@ union PackRoom {
 // Of a multiprocessor: as many as registers, and shared memory, are there for without many spills.
 template <int Channels, PageKind Kind>
 constexpr int kBlocks = Channels == 256 ? 3 : (Kind == PageKind::kDense ? 4 : 8);
-template <>
-constexpr int kBlocks<128, PageKind::kBitmap> = 7;
 
 template <class Real16, int Channels, PageKind Kind>
 __global__ void __launch_bounds__(kThreadsOf<Kind>, kBlocks<Channels, Kind>)

@@ -47,11 +47,11 @@ __device__ int words_before(Scratch* scratch, int64_t index, int total, int lane
 
 template <class Real16, int Channels>
 struct CompressBlock {
-  static constexpr int kStride = Channels + 2;            // an odd number of banks between tokens
+  static constexpr int kStride = Channels + 4;            // 8 bytes of 16 tokens lie in all banks
   static constexpr int kParts = 2 * kThreads / Channels;  // of a pair of key tiles, one per thread
   static constexpr int kEach = Channels < kThreads ? 1 : Channels / kThreads;  // tiles of a thread
   static constexpr int kWords = Channels * kTile * 4 / 32;                     // of codes, at most
-  alignas(16) uint16_t x[(kTile + 1) * kStride];  // [64, Channels], pruned; pack may read one more
+  alignas(16) uint16_t x[(kTile + 3) * kStride];  // [64, Channels], pruned; pack may read three more
   union {
     struct {
       uint64_t bitmaps[Channels];
@@ -74,8 +74,10 @@ struct CompressBlock {
     const int row = lane / kVectors, place = lane ^ row * 2;
     const auto to = [&](int j) { return shared_address(raw(warp) + (place ^ j * kRows % 4 * 2) + 32 * j); };
     if (rows >= 16) {
+      const uint4* own = from + lane;
+      asm("" : "+l"(own));  // as if it were any pointer: else each address is made by itself
 #pragma unroll
-      for (int j = 0; j < kEachOwn; ++j) cp_async16(to(j), from + lane + 32 * j);
+      for (int j = 0; j < kEachOwn; ++j) cp_async16(to(j), own + 32 * j);
     } else {
 #pragma unroll 1
       for (int j = 0; j < kEachOwn; ++j) {
@@ -106,29 +108,33 @@ struct CompressBlock {
 
   // Threads in step: tile by tile, values side by side in pairs.
   __device__ __forceinline__ void scan_values(const KvCompressArgs& args, int64_t first_tile, int thread,
-                                              Tile (&tiles)[kEach]) {
+                                              bool has_nans, Tile (&tiles)[kEach]) {
 #pragma unroll
     for (int n = 0; n < kEach; ++n) {
       const int tile = thread + n * kThreads;
       if (tile >= Channels) break;
-      const auto* from = reinterpret_cast<const uint32_t*>(x + tile % kTile * kStride + tile / kTile * kTile);
+      const auto* from = reinterpret_cast<const uint2*>(x + tile % kTile * kStride + tile / kTile * kTile);
       PairScan<Real16> scan;
       uint32_t bits[2] = {};
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
 #pragma unroll
-        for (int i = 0; i < 16; ++i) bits[h] |= scan.add(from[16 * h + i]) & 0x80008000u >> i;
+        for (int i = 0; i < 16; i += 2) {
+          const uint2 v = from[8 * h + i / 2];
+          bits[h] |= scan.add(v.x) & 0x80008000u >> i;
+          bits[h] |= scan.add(v.y) & 0x80008000u >> (i + 1);
+        }
         bits[h] = interleave_halves(bits[h]);
       }
       finish(args, first_tile, tile, uint64_t{bits[0]} << 32 | bits[1],
              fminf(half_of(scan.lo, 0), half_of(scan.lo, 1)), fmaxf(half_of(scan.hi, 0), half_of(scan.hi, 1)),
-             half_of(scan.finite, 0) + half_of(scan.finite, 1), tiles[n]);
+             has_nans && has_nan<Real16>(reinterpret_cast<const uint16_t*>(from), 1), tiles[n]);
     }
   }
 
   // Threads in step: the same tokens of two channels side by side, and then tile by tile.
   __device__ __forceinline__ void scan_keys(const KvCompressArgs& args, int64_t first_tile, int thread,
-                                            Tile (&tiles)[kEach]) {
+                                            bool has_nans, Tile (&tiles)[kEach]) {
     constexpr int kTokens = kTile / kParts;
     const int pair = thread % (Channels / 2), part = thread / (Channels / 2);
     PairScan<Real16> scan;
@@ -150,14 +156,14 @@ struct CompressBlock {
     for (int n = 0; n < kEach; ++n) {
       const int tile = thread + n * kThreads;
       if (tile >= Channels) break;
-      float lo = bit_cast<float>(0x7fffffffu), hi = lo, finite = 0.0f;
+      float lo = bit_cast<float>(0x7fffffffu), hi = lo;
 #pragma unroll
       for (int i = 0; i < kParts; ++i) {
         const PairScan<Real16>& own = parts[i][tile / 2];
         lo = fminf(lo, half_of(own.lo, tile % 2)), hi = fmaxf(hi, half_of(own.hi, tile % 2));
-        finite += half_of(own.finite, tile % 2);
       }
-      finish(args, first_tile, tile, bitmaps[tile], lo, hi, finite, tiles[n]);
+      finish(args, first_tile, tile, bitmaps[tile], lo, hi, has_nans && has_nan<Real16>(x + tile, kStride),
+             tiles[n]);
     }
   }
 
@@ -166,9 +172,9 @@ struct CompressBlock {
   }
 
   __device__ __forceinline__ void finish(const KvCompressArgs& args, int64_t first_tile, int tile,
-                                         uint64_t bitmap, float lo, float hi, float finite, Tile& own) {
+                                         uint64_t bitmap, float lo, float hi, bool is_nan, Tile& own) {
     if (bitmap == 0) lo = hi = 0.0f;
-    if (finite != 0.0f) lo = hi = bit_cast<float>(0x7fc00000u);
+    if (is_nan) lo = hi = bit_cast<float>(0x7fc00000u);
     own.bitmap = bitmap;
     args.bitmaps[first_tile + tile] = bitmap;
     if (args.bits == kRawBits) return;
@@ -202,35 +208,6 @@ struct CompressBlock {
     }
     return total;
   }
-
-  // From one set element to the next, a few at a time: what is behind the last one is cut off.
-  template <int Each, class CodeOf>
-  __device__ __forceinline__ void pack(const uint16_t* from, int step, uint64_t bitmap, int bits,
-                                       uint32_t* to, CodeOf&& code_of_value) const {
-    uint32_t left = static_cast<uint32_t>(bitmap >> 32);
-    const uint32_t rest = static_cast<uint32_t>(bitmap);
-    const uint16_t* const second = from + 63 * step;  // of the element of bit 0
-    from += 31 * step;
-    for (int left_bits = __popcll(bitmap) * bits; left_bits > 0; left_bits -= 32) {
-      uint32_t word = 0;
-      int bit = 0;
-      do {
-#pragma unroll
-        for (int n = 0; n < Each; ++n) {
-          if (left == 0) left = rest, from = second;
-          int i;
-          uint32_t highest;  // PTX ISA 9.7.1.20 (bfind), 9.7.8.6 (shl); of none -1, and no bit
-          asm("bfind.u32 %0, %1;" : "=r"(i) : "r"(left));
-          asm("shl.b32 %0, 1, %1;" : "=r"(highest) : "r"(i));
-          left ^= highest;
-          word = __funnelshift_r(word, code_of_value(Real16{from[-i * step]}), bits);
-        }
-        bit += Each * bits;
-      } while (bit < 32 && bit < left_bits);
-      word >>= 32 - bit;
-      *to++ = left_bits < 32 ? word & ~(~0u << left_bits) : word;
-    }
-  }
 };
 
 template <class Real16, int Channels>
@@ -243,6 +220,7 @@ __global__ void __launch_bounds__(kThreads) compress_kernel(KvCompressArgs args)
   const int64_t index = blockIdx.x, blocks = static_cast<uint32_t>(args.tokens + kTile - 1) / kTile;
   const int64_t head = blockIdx.x / static_cast<uint32_t>(blocks);  // as a grid is
   const int64_t first = (blockIdx.x - static_cast<uint32_t>(head * blocks)) * kTile;
+  bool has_nans = args.keep >= Channels;  // perhaps
   {
     constexpr int kWords = Channels / 4;
     const int warp = thread / 32, token = thread / 2, half = thread % 2;
@@ -259,21 +237,23 @@ __global__ void __launch_bounds__(kThreads) compress_kernel(KvCompressArgs args)
     if (args.keep > 0 && args.keep < Channels) {
       pruning.find(pairs, static_cast<int>(args.keep));
       pruning.keep_largest(pairs);
+      has_nans = pruning.has_largest;
     }
     uint16_t* row = block.x + token * Block::kStride;
 #pragma unroll
-    for (int i = 0; i < kWords; ++i)
-      *reinterpret_cast<uint32_t*>(row + (i / 4 * 2 + half) * 8 + i % 4 * 2) = pairs[i];
+    for (int i = 0; i < kWords; i += 2)
+      *reinterpret_cast<uint2*>(row + (i / 4 * 2 + half) * 8 + i % 4 * 2) =
+          make_uint2(pairs[i], pairs[i + 1]);
     pruning.drop_excess(row, half);
   }
-  __syncthreads();  // x: tiles are read across tokens
+  has_nans = __syncthreads_or(has_nans);  // x: tiles are read across tokens
 
   const int64_t first_tile = index * Channels;
   typename Block::Tile tiles[Block::kEach] = {};
   if (args.is_value)
-    block.scan_values(args, first_tile, thread, tiles);
+    block.scan_values(args, first_tile, thread, has_nans, tiles);
   else
-    block.scan_keys(args, first_tile, thread, tiles);
+    block.scan_keys(args, first_tile, thread, has_nans, tiles);
   const int total = block.place(tiles, args.bits, thread);  // parts and bitmaps have been read
   if (thread == 0) publish(scratch->state + index, index == 0 ? kSum : kTotal, total);
 
@@ -286,17 +266,25 @@ __global__ void __launch_bounds__(kThreads) compress_kernel(KvCompressArgs args)
         block.x + (args.is_value ? tile % kTile * Block::kStride + tile / kTile * kTile : tile));
     }
   };
-  const int step = args.is_value ? 1 : Block::kStride;
+  const auto pack_tile = [&]<int Each>(const uint16_t* from, uint64_t bitmap, int bits, uint32_t* to,
+                                       auto&& code_of_value) {
+    if (!is_close(bitmap))
+      pack<Real16, Each>(from, args.is_value ? 1 : Block::kStride, bitmap, bits, to, code_of_value);
+    else if (args.is_value)
+      pack_close<Real16, Each, 1>(from, bitmap, bits, to, code_of_value);
+    else
+      pack_close<Real16, Each, Block::kStride>(from, bitmap, bits, to, code_of_value);
+  };
   if (args.bits != kRawBits)
     each_tile([&](int, const typename Block::Tile& tile, const uint16_t* from) {
       const Coder<Real16> coder(tile.fit, args.bits);
       uint32_t* to = block.words + tile.before;
       if (coder.is_plain)
-        block.template pack<4>(from, step, tile.bitmap, args.bits, to,
-                               [&](Real16 v) { return coder.plain_code(v); });
+        pack_tile.template operator()<4>(from, tile.bitmap, args.bits, to,
+                                         [&](Real16 v) { return coder.plain_code(v); });
       else
-        block.template pack<4>(from, step, tile.bitmap, args.bits, to,
-                               [&](Real16 v) { return coder.code(v); });
+        pack<Real16, 4>(from, args.is_value ? 1 : Block::kStride, tile.bitmap, args.bits, to,
+                        [&](Real16 v) { return coder.code(v); });
     });
   if (thread < 32) {
     const int base = words_before(scratch, index, total, lane);
@@ -308,8 +296,8 @@ __global__ void __launch_bounds__(kThreads) compress_kernel(KvCompressArgs args)
   each_tile([&](int n, const typename Block::Tile& tile, const uint16_t* from) {
     args.offsets[first_tile + n] = static_cast<int>(begin) + tile.before;
     if (args.bits == kRawBits)
-      block.template pack<2>(from, step, tile.bitmap, kRawBits, args.packed + begin + tile.before,
-                             [](Real16 stored) { return uint32_t{stored.bits}; });
+      pack_tile.template operator()<2>(from, tile.bitmap, kRawBits, args.packed + begin + tile.before,
+                                       [](Real16 stored) { return uint32_t{stored.bits}; });
   });
   if (args.bits != kRawBits)
     for (int i = thread; i < total; i += kThreads) args.packed[begin + i] = block.words[i];

@@ -6,6 +6,7 @@
 
 #include "../kv.h"
 #include "memory.cuh"
+#include "ptx.cuh"
 
 namespace quantgemm {
 
@@ -16,7 +17,7 @@ using Pair = std::conditional_t<std::is_same_v<Real16, Half>, __half2, __nv_bflo
 template <class Real16>
 struct PairScan {
   // Not a number: as an operand of minimum and maximum it yields to the other one.
-  uint32_t lo = ~0u, hi = ~0u, finite = 0;
+  uint32_t lo = ~0u, hi = ~0u;
 
   // The halves of the mask say which values are set.
   __device__ __forceinline__ uint32_t add(uint32_t values) {
@@ -24,10 +25,19 @@ struct PairScan {
     const uint32_t mask = __hneu2_mask(bit_cast<P>(values), bit_cast<P>(0u)), others = values | ~mask;
     lo = bit_cast<uint32_t>(__hmin2(bit_cast<P>(lo), bit_cast<P>(others)));
     hi = bit_cast<uint32_t>(__hmax2(bit_cast<P>(hi), bit_cast<P>(others)));
-    finite = bit_cast<uint32_t>(__hfma2(bit_cast<P>(values), bit_cast<P>(0u), bit_cast<P>(finite)));
-    return mask;  // finite: 0, or NaN
+    return mask;
   }
 };
+
+// Whether one of a tile's values is NaN; the extremes tell of infinities.
+template <class Real16>
+__device__ __noinline__ bool has_nan(const uint16_t* from, int step) {
+  constexpr int kInfinity = std::is_same_v<Real16, Half> ? 0x7c00 : 0x7f80;
+  bool is_there = false;
+#pragma unroll 1
+  for (int i = 0; i < kTile; ++i) is_there |= (from[i * step] & 0x7fff) > kInfinity;
+  return is_there;
+}
 
 // round(x / scale) + zero, held in 0 … 2^bits - 1, without a division.
 template <class Real16>
@@ -66,6 +76,76 @@ __device__ __forceinline__ uint32_t interleave_halves(uint32_t x) {
   };
   exchange(4, 0x00f000f0u), exchange(2, 0x0c0c0c0cu), exchange(1, 0x22222222u);
   return x;
+}
+
+// Whether no 32 neighbours of a tile are all zeros: they would be in its middle.
+__device__ __forceinline__ bool is_close(uint64_t bitmap) {
+  const auto low = static_cast<uint32_t>(bitmap), high = static_cast<uint32_t>(bitmap >> 32);
+  return high != 0 && __clz(static_cast<int>(low)) + __ffs(static_cast<int>(high)) <= 32;
+}
+
+// A tile's codes from one set element to the next, which is among the next 32, a few at a time (of 16 bits
+// two, a word); what is behind the last one is cut off, and looks set.
+template <class Real16, int Each, int Step, class CodeOf>
+__device__ __forceinline__ void pack_close(const uint16_t* from, uint64_t bitmap, int bits, uint32_t* to,
+                                           CodeOf&& code_of_value) {
+  auto next = static_cast<uint32_t>(bitmap >> 32), later = static_cast<uint32_t>(bitmap);
+  uint32_t at = shared_address(from), of_next;  // 1 << bits, a factor: shifts are for the lanes of logic
+  asm("shl.b32 %0, 1, %1;" : "=r"(of_next) : "r"(bits));
+  const uint32_t ones = ~threadIdx.y;  // what the compiler knows it makes anew each time
+  for (int left_bits = __popcll(bitmap) * bits; left_bits > 0; left_bits -= 32) {
+    uint32_t word = 0;
+    int bit = 0;
+    const int bits_of_word = min(left_bits, 32);
+    do {
+      uint32_t codes[Each];
+#pragma unroll
+      for (int n = 0; n < Each; ++n) {
+        uint32_t i;  // PTX ISA 9.7.1.20 (bfind)
+        asm("bfind.u32 %0, %1;" : "=r"(i) : "r"(next));
+        next = __funnelshift_r(later, next, i), later = __funnelshift_r(ones, later, i);
+        // One operation, which the compiler would take apart. PTX ISA 9.7.1.4 (mad)
+        asm("mad.lo.u32 %0, %1, %2, %0;" : "+r"(at) : "r"(i), "n"(-2 * Step));
+        uint16_t value;
+        asm volatile("ld.shared.u16 %0, [%1];" : "=h"(value) : "r"(at + 2 * Step * (32 * n + 31)) : "memory");
+        codes[n] = code_of_value(Real16{value});
+      }
+#pragma unroll
+      for (int n = Each - 2; n >= 0; --n) codes[n] += codes[n + 1] * of_next;
+      word = Each == 2 ? codes[0] : __funnelshift_r(word, codes[0], Each * bits);
+      at += 2 * Step * (32 * Each), bit += Each * bits;
+    } while (bit < bits_of_word);
+    *to++ = word << (bit - bits_of_word) >> (32 - bits_of_word);
+  }
+}
+
+// The same of any tile.
+template <class Real16, int Each, class CodeOf>
+__device__ __forceinline__ void pack(const uint16_t* from, int step, uint64_t bitmap, int bits, uint32_t* to,
+                                     CodeOf&& code_of_value) {
+  uint32_t left = static_cast<uint32_t>(bitmap >> 32);
+  const uint32_t rest = static_cast<uint32_t>(bitmap);
+  const uint16_t* const second = from + 63 * step;  // of the element of bit 0
+  from += 31 * step;
+  for (int left_bits = __popcll(bitmap) * bits; left_bits > 0; left_bits -= 32) {
+    uint32_t word = 0;
+    int bit = 0;
+    do {
+#pragma unroll
+      for (int n = 0; n < Each; ++n) {
+        if (left == 0) left = rest, from = second;
+        int i;
+        uint32_t highest;  // PTX ISA 9.7.1.20 (bfind), 9.7.8.6 (shl); of none -1, and no bit
+        asm("bfind.u32 %0, %1;" : "=r"(i) : "r"(left));
+        asm("shl.b32 %0, 1, %1;" : "=r"(highest) : "r"(i));
+        left ^= highest;
+        word = __funnelshift_r(word, code_of_value(Real16{from[-i * step]}), bits);
+      }
+      bit += Each * bits;
+    } while (bit < 32 && bit < left_bits);
+    word >>= 32 - bit;
+    *to++ = left_bits < 32 ? word & ~(~0u << left_bits) : word;
+  }
 }
 
 }  // namespace quantgemm

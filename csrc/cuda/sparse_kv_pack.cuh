@@ -157,7 +157,7 @@ struct SparsePacker {
     const uint16_t scale = fit_sparse_group(group, Bits);
     const float factor = SparseCoder(scale, Bits).factor;
     if constexpr (Bits == 4) {
-      room.factors[k] = factor;
+      room.factors[k] = group.hi == 0.0f ? 0.0f : factor;  // no NaN that would reach its neighbours
     } else {  // what is above it is above the next lower half too
       uint32_t limit;
       if constexpr (std::is_same_v<Real16, Half>)
@@ -196,7 +196,7 @@ struct SparsePacker {
     }
     uint32_t hi = 0;
     float sum = 0.0f;
-#pragma unroll 2
+#pragma unroll(Bits == 4 ? 8 : 4)
     for (int i = 0; i < kWords / 4; ++i) {
       const uint4 v = vector(i);
       for (const uint32_t pair : {v.x, v.y, v.z, v.w}) {
@@ -226,7 +226,7 @@ struct SparsePacker {
       KeptPairs<Real16> m;
 #pragma unroll
       for (int first = 0; first < 32; first += kAsked<Bits>)
-#pragma unroll 8
+#pragma unroll 16
         for (int t = first; t < first + kAsked<Bits>; ++t) {
           const uint32_t pair = from[t * (kStride / 2)];
           if (first == 0) m.add_lowest(pair);
@@ -295,6 +295,15 @@ struct SparsePacker {
   static __device__ __forceinline__ uint32_t rounded(float x, float factor) {
     return bit_cast<uint32_t>(rounded_product(x, factor) + 12582912.0f);
   }
+  // The same as the i-th of four that nibbles() puts side by side, plus 16, so that none is negative and
+  // none borrows from the next. All else in those floats adds up to 0 in the lower half of each byte.
+  static __device__ __forceinline__ uint32_t rounded(float x, float factor, int i) {
+    const float lift = 12582912.0f + (i == 1 ? 65536.0f + 16.0f : (i == 3 ? 20.0f : 16.0f));
+    return bit_cast<uint32_t>(rounded_product(x, factor) + lift);
+  }
+  static __device__ __forceinline__ uint32_t nibbles(uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+    return (a + b * 256u + (c + d * 256u) * 65536u) & 0x0f0f0f0fu;
+  }
   // 4 bits: the codes of a pair's halves, plus 8 (which is their highest bit, inverted); of what is not set
   // they may be anything.
   static constexpr uint32_t kLifts = 0x88888888u;
@@ -316,8 +325,9 @@ struct SparsePacker {
   template <int Bits, bool IsOdd>
   __device__ __forceinline__ void pack_bitmap();
   template <int Bits, bool IsOdd, class Factors>
-  __device__ __forceinline__ void chunk(const uint32_t (&pairs)[2][2][2], int o, const Factors* factors,
-                                        uint32_t selectors, uint32_t& mask, uint32_t& codes_of_set) const;
+  __device__ __forceinline__ void chunk(const uint32_t (&pairs)[2][2][2], int o, const Factors* first,
+                                        const Factors* second, uint32_t selectors, uint32_t& mask,
+                                        uint32_t& codes_of_set) const;
   template <int Bits>
   __device__ __forceinline__ void join_chunks();
   template <int Bits, bool IsOdd>

@@ -42,9 +42,11 @@ __device__ __forceinline__ void SparsePacker<Real16, Channels, IsValue, Kind>::p
       reinterpret_cast<const Factors*>(room.factors) + (IsValue ? o.token : o.channel / 2 * kEach);
   auto* masks_to = reinterpret_cast<uint16_t*>(room.bitmap.masks + lane) + warp;
   auto* chunks_to = reinterpret_cast<uint32_t*>(room.bitmap.chunks + lane * (Bits / 2)) + warp;
-  // Words 2 · place and the next; place = 32 · step + lane.
+  // Words 2 · place and the next; place = 32 · step + lane. By turns four elements on, and to the next eight.
+  constexpr int kTurns = IsValue ? 64 : 32;
+  int next = 4;
 #pragma unroll 1
-  for (int step = 0; step < 2 * kBlocks; ++step) {
+  for (const uint16_t* const end = masks_to + 2 * kBlocks * 32 * 4; masks_to != end;) {
     uint32_t pairs[2][2][2];  // [n][even]
 #pragma unroll
     for (int n = 0; n < 2; ++n)
@@ -53,18 +55,25 @@ __device__ __forceinline__ void SparsePacker<Real16, Channels, IsValue, Kind>::p
         const uint2 v = *reinterpret_cast<const uint2*>(from + n * kNextX + even * kEven);
         pairs[n][even][0] = v.x, pairs[n][even][1] = v.y;
       }
+    struct alignas(8 * kEach) OfKeys {
+      Factors of[2 * kEach];
+    } own[2];
+    if constexpr (!IsValue)
+      for (int even = 0; even < 2; ++even)
+        own[even] = *reinterpret_cast<const OfKeys*>(factors + even * (kEven / 2 * kEach));
     uint32_t masks[2], chunks[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i)
-      chunk<Bits, IsOdd>(pairs, i, IsValue ? factors : factors + i * kEach, selectors, masks[i], chunks[i]);
-    *masks_to = static_cast<uint16_t>(masks[0] | masks[1] << 8);
+      chunk<Bits, IsOdd>(pairs, i, IsValue ? factors : own[0].of + i * kEach,
+                         IsValue ? factors + 1 : own[1].of + i * kEach, selectors, masks[i], chunks[i]);
+    *masks_to = static_cast<uint16_t>(masks[0] + masks[1] * 256u);
     if constexpr (Bits == 2)
       *chunks_to = chunks[0] | chunks[1] << 16;
     else
       chunks_to[0] = chunks[0], chunks_to[4] = chunks[1];
-    const int next = step % 2 == 0 ? 4 : (IsValue ? 64 : 32) - 4;  // elements
     from += next, masks_to += 32 * 4, chunks_to += 32 * (Bits / 2) * 4;
     if (!IsValue) factors += next / 2 * kEach;
+    next = kTurns - next;
   }
   __syncthreads();  // masks and chunks; x has been read
   join_chunks<Bits>();
@@ -73,14 +82,13 @@ __device__ __forceinline__ void SparsePacker<Real16, Channels, IsValue, Kind>::p
 template <class Real16, int Channels, bool IsValue, PageKind Kind>
 template <int Bits, bool IsOdd, class Factors>
 __device__ __forceinline__ void SparsePacker<Real16, Channels, IsValue, Kind>::chunk(
-    const uint32_t (&pairs)[2][2][2], int o, const Factors* factors, uint32_t selectors, uint32_t& mask,
-    uint32_t& codes_of_set) const {
-  constexpr int kNextX = IsValue ? 16 : 0, kEven = IsValue ? 1 : 16 * kBlocks * (Bits == 2 ? 1 : 2);
-  uint32_t bits = 0, four[2];
+    const uint32_t (&pairs)[2][2][2], int o, const Factors* first, const Factors* second, uint32_t selectors,
+    uint32_t& mask, uint32_t& codes_of_set) const {
+  uint32_t bits = 0, four[2], whole[2][4];
 #pragma unroll
   for (int n = 0; n < 2; ++n) {
     const uint32_t a = pairs[n][0][o], b = pairs[n][1][o];
-    const Factors *first = factors + n * kNextX, *second = first + kEven;
+    if (IsValue && n > 0) first += 16, second += 16;
     constexpr int kOther = IsValue ? 0 : 1;  // the factor of a pair's second element
     const uint32_t at = IsValue ? 0x20100201u << 2 * n : 0x08040201u << 4 * n;
     bits |= signs_by_turns(set_signs(a), set_signs(b)) & at;
@@ -92,14 +100,21 @@ __device__ __forceinline__ void SparsePacker<Real16, Channels, IsValue, Kind>::c
       const uint32_t of_b = lifted_codes<IsOdd>(b, second[0], second[kOther]);
       four[n] = (of_a + of_b * 256u) ^ (kLifts & 0x0f0f0f0fu);
     } else {
-      const auto of = [](uint32_t pair, int i, float by) { return rounded(magnitude(half_at(pair, i)), by); };
-      const uint32_t low = __byte_perm(of(a, 0, first[0]), of(b, 0, second[0]), 0x0040),
-                     high = __byte_perm(of(a, 1, first[kOther]), of(b, 1, second[kOther]), 0x0040);
-      four[n] = __byte_perm(low, high, 0x5410) & 0x0f0f0f0fu;
+      whole[n][0] = rounded(magnitude(half_at(a, 0)), first[0], IsValue && n > 0 ? 2 : 0);
+      whole[n][1] = rounded(magnitude(half_at(b, 0)), second[0], IsValue && n > 0 ? 3 : 1);
+      whole[n][2] = rounded(magnitude(half_at(a, 1)), first[kOther], IsValue && n == 0 ? 0 : 2);
+      whole[n][3] = rounded(magnitude(half_at(b, 1)), second[kOther], IsValue && n == 0 ? 1 : 3);
     }
   }
   mask = __dp4a(bits, 0x01010101u, 0u);
-  if constexpr (IsValue) {
+  if constexpr (Bits == 4 && !IsOdd) {
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+      const uint32_t (&low)[4] = whole[IsValue ? 0 : n], (&high)[4] = whole[IsValue ? 1 : n];
+      const int from = IsValue ? 2 * n : 0;
+      four[n] = nibbles(low[from], low[from + 1], high[IsValue ? from : 2], high[IsValue ? from + 1 : 3]);
+    }
+  } else if constexpr (IsValue) {
     const uint32_t low = __byte_perm(four[0], four[1], 0x5410), high = __byte_perm(four[0], four[1], 0x7632);
     four[0] = low, four[1] = high;
   }
@@ -121,19 +136,20 @@ template <class Real16, int Channels, bool IsValue, PageKind Kind>
 template <int Bits>
 __device__ __forceinline__ void SparsePacker<Real16, Channels, IsValue, Kind>::join_chunks() {
   constexpr int kEach = Channels > kPackThreads ? Channels / kPackThreads : 1;
-  constexpr int kChunks = Bits == 2 ? 4 : 8;
+  constexpr int kChunks = 2 * Bits, kOfWord = kChunks / 2;  // of 32 bits, or 2 bits: two of 16 as one
   auto* codes = reinterpret_cast<uint32_t*>(room.x);
-#pragma unroll 1
-  for (int i = thread; i < kPageTokens * Channels * Bits / 128; i += kPackThreads)
-    reinterpret_cast<uint4*>(codes)[i] = uint4{};
+#pragma unroll
+  for (int i = 0; i < kPageTokens * Channels * Bits / 128; i += kPackThreads)
+    if (i + thread < kPageTokens * Channels * Bits / 128)
+      reinterpret_cast<uint4*>(codes)[i + thread] = uint4{};
   uint32_t chunks[kEach][kChunks];
-  unsigned lengths[kEach][kChunks], length = 0;
+  unsigned ends[kEach][kChunks], length = 0;  // where chunks end, from the thread's beginning
 #pragma unroll
   for (int n = 0; n < kEach; ++n) {
     const int pair = thread * kEach + n;
     if (pair >= Channels) {
 #pragma unroll
-      for (int i = 0; i < kChunks; ++i) chunks[n][i] = 0, lengths[n][i] = 0;
+      for (int i = 0; i < kChunks; ++i) chunks[n][i] = 0, ends[n][i] = 0;
       continue;
     }
     const uint2 masks = room.bitmap.masks[pair];
@@ -144,10 +160,9 @@ __device__ __forceinline__ void SparsePacker<Real16, Channels, IsValue, Kind>::j
       const uint32_t both[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
       for (int i = 0; i < 4; ++i) {  // two to one
-        const uint32_t a = both[i % 2 * 2], b = both[i % 2 * 2 + 1], mask = words[i / 2] >> 16 * (i % 2);
-        const int first = 2 * __popc(mask & 0xffu);
+        const uint32_t a = both[i % 2 * 2], b = both[i % 2 * 2 + 1];
+        const int first = 2 * __popc(words[i / 2] & 0xffu << 16 * (i % 2));
         chunks[n][i] = half_at(a, i / 2) | half_at(b, i / 2) << first;
-        lengths[n][i] = 2 * __popc(mask & 0xffffu);
       }
     } else {
 #pragma unroll
@@ -155,37 +170,44 @@ __device__ __forceinline__ void SparsePacker<Real16, Channels, IsValue, Kind>::j
         const uint4 v = room.bitmap.chunks[2 * pair + w];
         chunks[n][4 * w] = v.x, chunks[n][4 * w + 1] = v.y, chunks[n][4 * w + 2] = v.z;
         chunks[n][4 * w + 3] = v.w;
-#pragma unroll
-        for (int i = 0; i < 4; ++i) lengths[n][4 * w + i] = 4 * __popc(words[w] >> 8 * i & 0xffu);
       }
     }
 #pragma unroll
-    for (int i = 0; i < kChunks; ++i) length += lengths[n][i];
+    for (int w = 0; w < 2; ++w) {
+#pragma unroll
+      for (int i = 0; i < kOfWord; ++i)
+        ends[n][kOfWord * w + i] =
+            length + static_cast<unsigned>(Bits * __popc(words[w] & ~0u >> (32 - 32 / kOfWord * (i + 1))));
+      length = ends[n][kOfWord * (w + 1) - 1];
+    }
   }
   // Where this thread's codes begin.
-  unsigned bit = length;
+  unsigned begin = length;
 #pragma unroll
   for (int step = 1; step < 32; step *= 2) {
-    const unsigned other = __shfl_up_sync(~0u, bit, step);
-    if (thread % 32 >= step) bit += other;
+    const unsigned other = __shfl_up_sync(~0u, begin, step);
+    if (thread % 32 >= step) begin += other;
   }
-  if (thread % 32 == 31) room.before[thread / 32] = bit;
+  if (thread % 32 == 31) room.before[thread / 32] = begin;
   __syncthreads();  // before; codes are zero
-  bit -= length;
+  begin -= length;
 #pragma unroll
   for (int w = 0; w < kWarps - 1; ++w)
-    if (w < thread / 32) bit += room.before[w];
-  uint32_t word = 0, *to = codes + bit / 32;
-  bit %= 32;
+    if (w < thread / 32) begin += room.before[w];
+  if (Channels >= kPackThreads || thread < Channels) {
+    uint32_t word = 0, *to = codes + begin / 32;
+    unsigned bit = begin;  // shifts are modulo 32
 #pragma unroll
-  for (int n = 0; n < kEach * kChunks; ++n) {
-    const uint32_t own = chunks[n / kChunks][n % kChunks];
-    word |= own << bit;
-    const unsigned next = bit + lengths[n / kChunks][n % kChunks];
-    if (next >= 32) atomicOr(to++, word), word = __funnelshift_l(own, 0u, bit);
-    bit = next % 32;
+    for (int n = 0; n < kEach * kChunks; ++n) {
+      const uint32_t own = chunks[n / kChunks][n % kChunks];
+      const unsigned next = begin + ends[n / kChunks][n % kChunks];
+      word |= __funnelshift_l(0u, own, bit);
+      atomicOr(to, word);  // full or not: a condition would be a branch
+      if ((bit ^ next) & 32u) word = __funnelshift_l(own, 0u, bit), ++to;  // a chunk has 32 bits at most
+      bit = next;
+    }
+    atomicOr(to, word);
   }
-  if (bit > 0) atomicOr(to, word);
   __syncthreads();  // codes
   auto* out = reinterpret_cast<uint4*>(page + bitmap_bytes(Channels));
 #pragma unroll 1

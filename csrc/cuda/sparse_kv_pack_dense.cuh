@@ -104,10 +104,7 @@ struct DensePacker {
     if constexpr (IsValue) all.add(all.lo >> 16 | all.lo << 16, all.hi >> 16 | all.hi << 16);
     fit_column<Bits>(thread < kColumns ? thread : -1, all.half(IsValue ? 0 : thread % 2));
     __syncthreads();  // coders
-    if constexpr (IsValue)
-      pack_values<Bits>();
-    else
-      pack_keys<Bits>();
+    pack<Bits>();
   }
 
   // Of this thread's column k (-1: none), whose extremes these are.
@@ -148,21 +145,17 @@ struct DensePacker {
   }
 
   // fit_page_group's ranges of 16 columns by a warp: tensor cores add what is beyond each step, in whole
-  // numbers above 1.5 · 2^23, whose lowest bits they are. Lane 4r + c has values of columns r and r + 8.
+  // numbers. Lane 4r + c has values of columns r and r + 8.
   __device__ __forceinline__ void choose_ranges(int tile) {
     constexpr int kRows = IsValue ? Channels : kTokens;
     constexpr float kMagic = 12582912.0f;
     const int lane = thread % 32;
     const float2 grids[2] = {room.coders[16 * tile + lane / 4], room.coders[16 * tile + lane / 4 + 8]};
-    float sums[kRanges + 1][4];
-#pragma unroll
-    for (int n = 0; n <= kRanges; ++n)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) sums[n][i] = kMagic;
+    float sums[kRanges + 1][4] = {};
     constexpr uint32_t kOnes = 0x3c003c00u;
     // Zero is added: what the compiler knows it makes anew for each product.
     const uint32_t ones[2] = {kOnes + threadIdx.y, kOnes + threadIdx.z};
-#pragma unroll 1
+#pragma unroll 2
     for (int row = 0; row < kRows; row += 16) {
       const int m = lane / 8;  // this lane has the address of a row of matrix m
       const uint16_t* from = IsValue
@@ -192,7 +185,7 @@ struct DensePacker {
     }
     // Lanes 4r and 4r + 1 have a column each.
     const auto whole = [&](int n) {
-      return bit_cast<int>(lane % 2 == 0 ? sums[n][0] : sums[n][2]) - bit_cast<int>(kMagic);
+      return bit_cast<int>((lane % 2 == 0 ? sums[n][0] : sums[n][2]) + kMagic) - bit_cast<int>(kMagic);
     };
     const int sum = whole(kRanges) - kRows * kRangeUnits;
     int best = 0, error = range_error(0, kRows, sum, whole(0));
@@ -239,50 +232,32 @@ struct DensePacker {
     }
   };
 
+  // Matrices of 8 tokens by 8 channels, of values transposed, are what the lanes of a warp need: kTiles side
+  // by side and, with 4 bits, two of them one below the other.
   template <int Bits>
-  __device__ __forceinline__ void pack_keys() {
+  __device__ __forceinline__ void pack() {
     using V = Vector<Bits>;
-    const int first = thread / kOfPage * kPageTokens;
+    constexpr int kTiles = V::kSpan / 8, kDown = 4 / kTiles,
+                  kColumnsOfPage = IsValue ? kPageTokens : Channels;
+    if (page == nullptr) return;
+    const int first = thread / kOfPage * kPageTokens, lane = thread % 32, matrix = lane / 8;
 #pragma unroll 1
     for (int i = thread % kOfPage; i < Channels * Bits / 2; i += kOfPage) {
-      const int lane = i % 32, column = i / 32 * V::kSpan + lane % 4 * 2;
-      const V vector(room.coders + column);
+      const int column = i / 32 * V::kSpan % kColumnsOfPage, row = i / 32 * V::kSpan / kColumnsOfPage * 64;
+      const int from_column = column + matrix % kTiles * 8, from_row = row + matrix / kTiles * 8;
+      const uint16_t* from = room.x + first * kStride + lane % 8 * kStride +
+                             (IsValue ? from_column * kStride + from_row : from_row * kStride + from_column);
+      const V vector(room.coders + (IsValue ? first : 0) + column + lane % 4 * 2);
       uint32_t words[4] = {};
 #pragma unroll
-      for (int r = 0; r < 8; ++r)
+      for (int r = 0; r < 8; r += kDown) {
+        uint32_t pairs[4];
+        load_matrices<IsValue>(pairs, from + 8 * r * (IsValue ? 1 : kStride));
 #pragma unroll
-        for (int c = 0; c < V::kColumns; c += 2) {
-          const uint32_t pair = word(first + 8 * r + lane / 4, column / 2 + c / 2 * 4);
-          vector.add(words, r, c, half_of(pair, 0), half_of(pair, 1));
-        }
+        for (int m = 0; m < 4; ++m)
+          vector.add(words, r + m / kTiles, m % kTiles * 2, half_of(pairs[m], 0), half_of(pairs[m], 1));
+      }
       V::store(page, i, words);
-    }
-  }
-
-  // Rows are channels: a thread has two neighbouring ones, the vectors of two lanes.
-  template <int Bits>
-  __device__ __forceinline__ void pack_values() {
-    using V = Vector<Bits>;
-    if (page == nullptr) return;
-    const int first = thread / kOfPage * kPageTokens;
-#pragma unroll 1
-    for (int i = thread % kOfPage; i < Channels * Bits / 4; i += kOfPage) {
-      const int c4 = i % 4, r2 = i / 4 % 4, v = i / 16;
-      const int column = first + v * V::kSpan % kPageTokens + 2 * c4,
-                row = v * V::kSpan / kPageTokens * 64 + 2 * r2;
-      const V vector(room.coders + column);
-      uint32_t words[2][4] = {};
-#pragma unroll
-      for (int r = 0; r < 8; ++r)
-#pragma unroll
-        for (int c = 0; c < V::kColumns; c += 2) {
-          const uint32_t even = word(column + c / 2 * 8, row / 2 + 4 * r),
-                         odd = word(column + c / 2 * 8 + 1, row / 2 + 4 * r);
-#pragma unroll
-          for (int x = 0; x < 2; ++x) vector.add(words[x], r, c, half_of(even, x), half_of(odd, x));
-        }
-#pragma unroll
-      for (int x = 0; x < 2; ++x) V::store(page, v * 32 + (2 * r2 + x) * 4 + c4, words[x]);
     }
   }
 };

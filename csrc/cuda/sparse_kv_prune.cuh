@@ -31,7 +31,9 @@ __device__ __forceinline__ void transpose_16x16(uint32_t (&w)[16]) {
     for (int i = 0; i < 16; ++i) {
       if (i & step) continue;
       const uint32_t a = w[i], b = w[i + step];
-      w[i] = chosen_bits(low, a, b << step), w[i + step] = chosen_bits(low, a >> step, b);
+      // A shift as a product's upper half is not for the lanes of logic, of which there are too few.
+      w[i] = chosen_bits(low, a, b << step);
+      w[i + step] = chosen_bits(low, __umulhi(a, 1u << (32 - step)), b);
     }
   }
 }
@@ -70,21 +72,26 @@ struct Pruning {
       for (int u = 0; u < kUnits; ++u) equal[u] = (equal[u] & others) ^ set[u];
       surplus = static_cast<int>(
           chosen_bits(others, static_cast<uint32_t>(with_set), static_cast<uint32_t>(surplus)));
-      cutoff |= ~others & 1u << bit;
+      cutoff += others << bit;  // a product, not for the lanes of logic: 0 or -1 of it
     }
+    cutoff += 0x7fffu;
     int count = 0;
 #pragma unroll
     for (int u = 0; u < kUnits; ++u) count += __popc(equal[u]);
     excess = of_both(count) + surplus;
   }
 
-  // What is below the cutoff becomes zero. Bits that are no NaN of a half compare like halves, of
-  // whatever type they are, and those that are belong to the largest.
+  // What is below the cutoff becomes zero, of either sign. Bits that are no NaN of a half compare and
+  // multiply like halves, of whatever type they are. (A product by 1 or 0 is for other lanes of the
+  // multiprocessor than a mask.)
   __device__ __forceinline__ void keep_largest(uint32_t (&pairs)[Words]) const {
-    if (cutoff <= 0x7c00u) {
+    if (!has_largest) {
       const auto limit = bit_cast<__half2>(cutoff * 0x10001u);
 #pragma unroll
-      for (int i = 0; i < Words; ++i) pairs[i] &= __hgeu2_mask(__habs2(bit_cast<__half2>(pairs[i])), limit);
+      for (int i = 0; i < Words; ++i) {
+        const auto own = bit_cast<__half2>(pairs[i]);
+        pairs[i] = bit_cast<uint32_t>(__hmul2(own, __hge2(__habs2(own), limit)));
+      }
     } else {
 #pragma unroll
       for (int i = 0; i < Words; ++i) pairs[i] &= at_least_cutoff(pairs[i]);
