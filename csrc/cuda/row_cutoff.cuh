@@ -154,7 +154,7 @@ struct Selection {
     __syncthreads();
     const uint32_t count = shared.num_listed;
     if (count > kMaxGroups) return false;
-    // A thread for each of a lane's vectors.
+    // A thread for each of a lane's vectors; few of them are in a group that reaches the bound.
 #pragma unroll 1
     for (uint32_t i = threadIdx.x / kVectors; i < count; i += kLawThreads / kVectors) {
       const int own = shared.listed[i],
@@ -164,6 +164,7 @@ struct Selection {
       uint32_t wanted = 0;
 #pragma unroll
       for (int e = 0; e < kPer; ++e) v[e] = minus_infinity();
+      if (begin >= row.length || shared.group_keys[begin / kGroup] < low) continue;
       if (row.aligned && begin + kPer <= row.length) {
         load_vector(v, row.data + begin);
       } else {
