@@ -7,7 +7,7 @@
 
 namespace quantgemm {
 
-constexpr int kLawThreads = 512, kLawWarps = kLawThreads / 32;
+constexpr int kLawThreads = 512;  // at most
 constexpr int kMaxGroups = (kMaxVocab + kGroup) / kGroup, kBins = 256;
 constexpr int kCapacity = 512;
 
@@ -20,7 +20,7 @@ struct LawShared {
       uint32_t rank[kCapacity];     // and their number; in the upper half how many tokens are before this one
     } ranked;                       // later, of the keys gathered
   };
-  uint64_t partial[2][kLawWarps];
+  uint64_t partial[2][kLawThreads / 32];
   uint64_t mass[kCapacity];
   uint32_t key[kCapacity], token[kCapacity];
   uint32_t count, best, bins[kBins], num_listed;
@@ -43,8 +43,9 @@ __device__ __forceinline__ void load_vector(float (&v)[8], const Real16* x) {
 }
 
 // A row being truncated, by one block. All members are the same in every thread.
-template <class T>
+template <int Threads, class T>
 struct Selection {
+  static constexpr int kWarps = Threads / 32;
   RowView<T> row;
   int num_groups;
   float max, slope;
@@ -64,7 +65,7 @@ struct Selection {
     if (threadIdx.x % 32 == 0) shared.partial[turn][threadIdx.x / 32] = x;
     __syncthreads();
     uint64_t sum = 0;
-    for (int w = 0; w < kLawWarps; ++w) sum += shared.partial[turn][w];
+    for (int w = 0; w < kWarps; ++w) sum += shared.partial[turn][w];
     return sum;
   }
 
@@ -76,7 +77,7 @@ struct Selection {
     if (threadIdx.x == 0) shared.num_listed = 0;
     __syncthreads();
 #pragma unroll 1
-    for (int g = threadIdx.x; g < num_groups; g += kLawThreads)
+    for (int g = threadIdx.x; g < num_groups; g += Threads)
       if (shared.group_keys[g] >= low)
         shared.listed[atomicAdd(&shared.num_listed, 1u)] = static_cast<uint16_t>(g);
     __syncthreads();
@@ -88,21 +89,21 @@ struct Selection {
     constexpr int kAhead = 3;  // groups in flight
     list_groups(low);
     const int lane = threadIdx.x % 32, count = static_cast<int>(shared.num_listed);
-    for (int first = threadIdx.x / 32; first < count; first += kLawWarps * kAhead) {
+    for (int first = threadIdx.x / 32; first < count; first += kWarps * kAhead) {
       float v[kAhead][8];
 #pragma unroll
       for (int j = 0; j < kAhead; ++j) {
-        if (first + j * kLawWarps >= count) continue;
-        load_group(v[j], row, shared.listed[first + j * kLawWarps] * kGroup, lane, minus_infinity());
+        if (first + j * kWarps >= count) continue;
+        load_group(v[j], row, shared.listed[first + j * kWarps] * kGroup, lane, minus_infinity());
       }
 #pragma unroll
       for (int j = 0; j < kAhead; ++j) {
-        if (first + j * kLawWarps >= count) continue;
+        if (first + j * kWarps >= count) continue;
 #pragma unroll
         for (int e = 0; e < 8; ++e) {
           const uint32_t key = key_of(clean_logit(v[j][e]));
           if (key < low || key >= high) continue;
-          f(key, shared.listed[first + j * kLawWarps] * kGroup + index_in_group<T>(lane, e));
+          f(key, shared.listed[first + j * kWarps] * kGroup + index_in_group<T>(lane, e));
         }
       }
     }
@@ -136,7 +137,7 @@ struct Selection {
     constexpr int kPer = kPerVector<T>, kVectors = kChunk<T> / (32 * kPer);
     const uint32_t least = low >> 16;
 #pragma unroll 1
-    for (int first = threadIdx.x * 8; first < lanes_of<T>(row.length); first += kLawThreads * 8) {
+    for (int first = threadIdx.x * 8; first < lanes_of<T>(row.length); first += Threads * 8) {
       const uint32_t pairs[4] = {keys.x, keys.y, keys.z, keys.w};
       uint32_t wanted = 0;
 #pragma unroll
@@ -149,14 +150,14 @@ struct Selection {
         const uint32_t at = atomicAdd(&shared.num_listed, 1u);
         if (at < kMaxGroups) shared.listed[at] = static_cast<uint16_t>(first + __ffs(wanted) - 1);
       }
-      keys = lane_keys_at(lane_keys, first + kLawThreads * 8, row.length);
+      keys = lane_keys_at(lane_keys, first + Threads * 8, row.length);
     }
     __syncthreads();
     const uint32_t count = shared.num_listed;
     if (count > kMaxGroups) return false;
     // A thread for each of a lane's vectors; few of them are in a group that reaches the bound.
 #pragma unroll 1
-    for (uint32_t i = threadIdx.x / kVectors; i < count; i += kLawThreads / kVectors) {
+    for (uint32_t i = threadIdx.x / kVectors; i < count; i += Threads / kVectors) {
       const int own = shared.listed[i],
                 vector = own / 32 * kVectors + static_cast<int>(threadIdx.x) % kVectors;
       const int begin = (vector * 32 + own % 32) * kPer;
@@ -198,7 +199,7 @@ struct Selection {
   __device__ uint64_t tally(uint32_t low, uint32_t high) {
     uint64_t sum = 0;
     if (list_has(low, high)) {
-      for (uint32_t i = threadIdx.x; i < shared.count; i += kLawThreads)
+      for (uint32_t i = threadIdx.x; i < shared.count; i += Threads)
         if (shared.key[i] >= low) sum += Mass ? shared.mass[i] : 1;
     } else {
       for_each(low, high, [&](uint32_t key, int) { sum += Mass ? mass_of(key) : 1; });
@@ -227,7 +228,7 @@ struct Selection {
     __syncthreads();
     // Four lanes rank a key.
     const uint32_t size = shared.count;
-    for (uint32_t first = threadIdx.x / 32 * 8; first < size; first += kLawThreads / 4) {
+    for (uint32_t first = threadIdx.x / 32 * 8; first < size; first += Threads / 4) {
       const uint32_t i = first + threadIdx.x % 32 / 4;
       const uint32_t key = i < size ? shared.key[i] : ~0u;
       uint64_t above = 0;
@@ -257,7 +258,7 @@ struct Selection {
         __syncthreads();
       }
 #pragma unroll 1
-      for (int g = threadIdx.x; g < num_groups; g += kLawThreads) {
+      for (int g = threadIdx.x; g < num_groups; g += Threads) {
         const uint32_t bin = (top - 1 - shared.group_keys[g]) >> shift;
         if (bin < kBins) atomicAdd(&shared.bins[bin], 1u);
       }
@@ -289,8 +290,8 @@ struct Selected {
   uint32_t low;
   uint64_t mass;
 };
-template <class T>
-__device__ Selected select_slowly(Selection<T>& select, const RowView<T>& row, float2 sum,
+template <int Threads, class T>
+__device__ Selected select_slowly(Selection<Threads, T>& select, const RowView<T>& row, float2 sum,
                                   const Parameters& s, uint32_t bound) {
   const uint32_t top = key_of(sum.x) + 1, lowest = key_of(minus_infinity()) + 1;
   uint32_t low = lowest;
@@ -321,10 +322,10 @@ __device__ Selected select_slowly(Selection<T>& select, const RowView<T>& row, f
   return {low, mass};
 }
 
-template <class T>
+template <int Threads, class T>
 __device__ __noinline__ Selected select_out_of_line(RowView<T> row, float2 sum, Parameters s,
                                                     uint32_t bound) {
-  Selection<T> select{row, (row.length + kGroup - 1) / kGroup, sum.x, s.slope, law_shared()};
+  Selection<Threads, T> select{row, (row.length + kGroup - 1) / kGroup, sum.x, s.slope, law_shared()};
   return select_slowly(select, row, sum, s, bound);
 }
 

@@ -9,12 +9,13 @@ namespace quantgemm {
 
 // select_slowly's answer where what reaches the bound has been gathered and fits: by every warp for itself,
 // from how many keys are above each, and of what mass.
+template <int Threads>
 __device__ __forceinline__ Selected select_from_list(LawShared& shared, uint32_t top, float max,
                                                      const Parameters& s) {
   const uint32_t size = shared.count, lane = threadIdx.x % 32;
   // Eight lanes rank a key.
 #pragma unroll 1
-  for (uint32_t first = threadIdx.x / 32 * 4; first < size; first += kLawThreads / 8) {
+  for (uint32_t first = threadIdx.x / 32 * 4; first < size; first += Threads / 8) {
     const uint32_t i = first + lane / 8, key = i < size ? shared.key[i] : ~0u;
     const uint32_t token = i < size ? shared.token[i] : 0;
     uint64_t above = 0, down_to = 0;
@@ -58,11 +59,12 @@ __device__ __forceinline__ Selected select_from_list(LawShared& shared, uint32_t
 }
 
 // The token drawn from the values gathered, all that the law keeps. -1: nothing has weight.
+template <int Threads>
 __device__ __forceinline__ int draw_from_list(LawShared& shared, const RowLaw& law, uint64_t fraction) {
   const uint32_t size = shared.count, lane = threadIdx.x % 32;
   // In the order of the tokens. Nobody looks at the masses any more.
 #pragma unroll 1
-  for (uint32_t i = threadIdx.x; i < size; i += kLawThreads) {
+  for (uint32_t i = threadIdx.x; i < size; i += Threads) {
     const uint32_t place = shared.ranked.rank[i] >> 16;
     shared.mass[place] = to_fixed(softmax_probability(value_of_key(shared.key[i]), law));
     shared.listed[place] = static_cast<uint16_t>(i);
@@ -93,45 +95,54 @@ struct LawAndToken {
   uint32_t num_kept;
 };
 
-// From the row's strips and its groups' keys, by a block: to draw with the fraction, or for the list
+// What has been kept of a row.
+struct RowKeys {
+  const float2* strips;
+  const uint32_t* groups;
+  const uint16_t* lanes;
+};
+__device__ __forceinline__ RowKeys keys_of_slot(const RowScratch& scratch, int64_t slot) {
+  return {scratch.strips + slot * kMaxStrips, scratch.group_keys + slot * scratch.num_groups,
+          scratch.lane_keys + slot * scratch.num_lanes};
+}
+
+// From that, by a block: to draw with the fraction, which is there behind the first barrier, or for the list
 // `kept`, if it is not null. Not inlined: the shared memory is its own, so that it is known to be that.
-template <bool Draws, class T>
-__device__ __noinline__ LawAndToken law_of_row(RowScratch scratch, int64_t slot, RowView<T> row, Parameters s,
-                                               uint64_t fraction, Kept* kept) {
+template <int Threads, bool Draws, class T>
+__device__ __noinline__ LawAndToken law_of_row(RowKeys keys, RowView<T> row, Parameters s,
+                                               const uint64_t* fraction, Kept* kept) {
   LawShared& shared = law_shared();
   const int num_groups = (row.length + kGroup - 1) / kGroup;
   const bool truncates = s.truncates();
   // All loads in one round trip.
   const int thread = static_cast<int>(threadIdx.x);
-  const StripPair strips = strips_of_lane(scratch.strips + slot * kMaxStrips, row.length, thread % 32);
-  const uint16_t* const lane_keys = scratch.lane_keys + slot * scratch.num_lanes;
-  const uint32_t* const group_keys = scratch.group_keys + slot * scratch.num_groups;
+  const StripPair strips = strips_of_lane(keys.strips, row.length, thread % 32);
   uint4 first_keys = {};
   uint32_t group_key = 0;
   if (truncates) {
-    first_keys = Selection<T>::lane_keys_at(lane_keys, thread * 8, row.length);
-    if (thread < num_groups) group_key = group_keys[thread];
+    first_keys = Selection<Threads, T>::lane_keys_at(keys.lanes, thread * 8, row.length);
+    if (thread < num_groups) group_key = keys.groups[thread];
   }
   const Joined joined = join_strips(strips, s.slope);
 #pragma unroll 1
-  for (int g = thread; truncates && g < num_groups; g += kLawThreads) {
+  for (int g = thread; truncates && g < num_groups; g += Threads) {
     shared.group_keys[g] = group_key;
-    if (g + kLawThreads < num_groups) group_key = group_keys[g + kLawThreads];
+    if (g + Threads < num_groups) group_key = keys.groups[g + Threads];
   }
   if (thread < kBins) shared.bins[thread] = 0;
   if (thread == 0) shared.count = 0, shared.num_listed = 0;
   RowLaw law = joined.law;
   if (!truncates || joined.sum.x == minus_infinity()) return {law, -1, 0};
   __syncthreads();
-  Selection<T> select{row, num_groups, joined.sum.x, s.slope, shared};
+  Selection<Threads, T> select{row, num_groups, joined.sum.x, s.slope, shared};
   const uint32_t top = key_of(joined.sum.x) + 1, lowest = key_of(minus_infinity()) + 1;
   const uint32_t bound = s.top_k > 0 ? select.bound_of_top_k(top, s.top_k) : 0;
-  const bool listed = bound >= lowest && select.gather_few(lane_keys, first_keys, bound, top);
+  const bool listed = bound >= lowest && select.gather_few(keys.lanes, first_keys, bound, top);
   Selected selected;
   if (listed) {
-    selected = select_from_list(shared, top, joined.sum.x, s);
+    selected = select_from_list<Threads>(shared, top, joined.sum.x, s);
   } else {
-    selected = select_out_of_line(row, joined.sum, s, bound);
+    selected = select_out_of_line<Threads>(row, joined.sum, s, bound);
   }
   const auto [low, mass] = selected;
   if (low == lowest) return {law, -1, 0};
@@ -140,9 +151,9 @@ __device__ __noinline__ LawAndToken law_of_row(RowScratch scratch, int64_t slot,
   RowLaw plain = law;
   plain.scale = fabsf(law.scale);
   if constexpr (Draws) {
-    return {law, listed ? draw_from_list(shared, plain, fraction) : -1, 0};
+    return {law, listed ? draw_from_list<Threads>(shared, plain, *fraction) : -1, 0};
   } else {
-    static_assert(kLawThreads >= kMaxKept);
+    static_assert(Threads >= kMaxKept);
     const uint32_t num_kept = kept != nullptr && listed && shared.count <= kMaxKept ? shared.count : 0;
     if (threadIdx.x < num_kept)
       kept[threadIdx.x] = {shared.token[threadIdx.x],
