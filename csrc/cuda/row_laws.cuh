@@ -36,7 +36,7 @@ struct alignas(8) Kept {
 template <class T>
 constexpr int kChunk = 8 * 32 * kPerVector<T>;
 template <class T>
-__host__ __device__ __forceinline__ int lanes_of(int row_length) {
+__host__ __device__ constexpr int lanes_of(int row_length) {
   return (row_length + kChunk<T> - 1) / kChunk<T> * 32;
 }
 

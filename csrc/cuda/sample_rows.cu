@@ -27,6 +27,8 @@ struct Inbox {
     return out;
   }
   static constexpr int kLaneKeys = kMaxStrips * sizeof(float2);  // where they begin
+  static constexpr int kMostBytes =  // of any row
+      kLaneKeys + 2 * lanes_of<float>(kMaxVocab) + 4 * ((kMaxVocab + kGroup - 1) / kGroup);
   __host__ __device__ int group_keys() const { return kLaneKeys + 64 * num_chunks; }
   int bytes() const { return group_keys() + 4 * num_groups; }
 };
@@ -326,10 +328,10 @@ __global__ void __launch_bounds__(kLawThreads, 2)
 // Where many rows are truncated their ends take longer than reading, and hold places that readers want; of
 // many rows of 16-bit values, which are read in half the time, so do all.
 bool takes_one_launch(const VerifyArgs& args, const Device& device) {
-  constexpr int64_t kManyRows = 64;
+  constexpr int64_t kManyRows = 64, kMostClusters = 1 << 27;  // a grid has less than 2^31 blocks
   const bool truncation = args.parameters.top_k || args.parameters.top_p || args.parameters.min_p;
   const bool always = args.value_type == Real::kFloat32 && !truncation;
-  return launches_overlap(device) && (always || args.num_sequences <= kManyRows);
+  return launches_overlap(device) && args.num_sequences <= (always ? kMostClusters : kManyRows);
 }
 
 template <class T>
@@ -340,8 +342,9 @@ cudaError_t launch_in_one(const VerifyArgs& args, bool streams, const Device& de
   static_assert(kStripWarps * 8 == kMaxStrips);  // any device's clusters have 8 blocks
   auto* const kernel = streams ? sample_rows_kernel<T, true> : sample_rows_kernel<T, false>;
   if (inbox.bytes() > 16 << 10) {  // with the block's own more than a kernel may have unasked
+    // The same for all rows: another thread may set it for its own before this one launches.
     const cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, inbox.bytes());
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Inbox::kMostBytes);
     if (error != cudaSuccess) return error;
   }
   DependentLaunch launch(dim3(static_cast<unsigned>(args.num_sequences << share)), kStripThreads, device,
