@@ -9,7 +9,7 @@ namespace quantgemm {
 
 constexpr int kLawThreads = 512;  // at most
 constexpr int kMaxGroups = (kMaxVocab + kGroup) / kGroup, kBins = 256;
-constexpr int kCapacity = 512;
+constexpr int kCapacity = 512, kMaxVectors = 2048;
 
 struct LawShared {
   union {
@@ -24,7 +24,10 @@ struct LawShared {
   uint64_t mass[kCapacity];
   uint32_t key[kCapacity], token[kCapacity];
   uint32_t count, best, bins[kBins], num_listed;
-  uint16_t listed[kMaxGroups];
+  union {
+    uint16_t listed[kMaxGroups];    // groups
+    uint32_t vectors[kMaxVectors];  // 16 bytes of the row each
+  };
 };
 
 __device__ __forceinline__ LawShared& law_shared() {  // so that all functions know it to be shared memory
@@ -124,48 +127,63 @@ struct Selection {
     if (at < kCapacity) shared.key[at] = key, shared.token[at] = token, shared.mass[at] = mass_of(key);
   }
 
-  // Eight keys of lanes, this thread's in the first round of gather_few, to be asked for early.
+  // Eight keys of lanes, this thread's in some round of gather_few.
   __device__ __forceinline__ static uint4 lane_keys_at(const uint16_t* lane_keys, int first, int row_length) {
     if (first >= lanes_of<T>(row_length)) return {};
     return *reinterpret_cast<const uint4*>(lane_keys + first);
   }
 
-  // The same for few values from `low` up, by the keys of the row's lanes; true if the list has them all.
-  // Before, shared.count and num_listed are 0.
-  __device__ __forceinline__ bool gather_few(const uint16_t* lane_keys, uint4 keys, uint32_t low,
+  // Of a lane's vectors in a chunk those that lie in a group that reaches `low`, as bits.
+  __device__ __forceinline__ uint32_t vectors_that_reach(uint32_t low, int chunk) const {
+    constexpr int kGroups = kChunk<T> / kGroup, kVectors = kChunkVectors / kGroups;
+    uint32_t vectors = 0;
+#pragma unroll
+    for (int j = 0; j < kGroups; ++j) {
+      const int g = chunk * kGroups + j;
+      if (g < num_groups && shared.group_keys[g] >= low) vectors |= ((1u << kVectors) - 1) << j * kVectors;
+    }
+    return vectors;
+  }
+
+  // The same as gather for few values from `low` up, by the keys of the row's lanes; true if the list has
+  // them all. Before, shared.count and num_listed are 0. keys, next: of the first two rounds, asked for
+  // early.
+  __device__ __forceinline__ bool gather_few(const uint16_t* lane_keys, uint4 keys, uint4 next, uint32_t low,
                                              uint32_t high) {
-    constexpr int kPer = kPerVector<T>, kVectors = kChunk<T> / (32 * kPer);
+    constexpr int kPer = kPerVector<T>;
     const uint32_t least = low >> 16;
 #pragma unroll 1
     for (int first = threadIdx.x * 8; first < lanes_of<T>(row.length); first += Threads * 8) {
       const uint32_t pairs[4] = {keys.x, keys.y, keys.z, keys.w};
+      keys = next, next = lane_keys_at(lane_keys, first + 2 * Threads * 8, row.length);
       uint32_t wanted = 0;
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         if ((pairs[j] & 0xffff) >= least) wanted |= 1u << 2 * j;
         if (pairs[j] >> 16 >= least) wanted |= 2u << 2 * j;
       }
+      if (wanted == 0) continue;
+      uint32_t vectors = vectors_that_reach(low, first / 32);
+      // All of this thread's lanes have the same.
+      uint32_t at = atomicAdd(&shared.num_listed, __popc(wanted) * __popc(vectors));
 #pragma unroll 1
-      for (; wanted; wanted &= wanted - 1) {
-        const uint32_t at = atomicAdd(&shared.num_listed, 1u);
-        if (at < kMaxGroups) shared.listed[at] = static_cast<uint16_t>(first + __ffs(wanted) - 1);
+      for (; vectors; vectors &= vectors - 1) {
+        const int vector = first / 32 * kChunkVectors + __ffs(vectors) - 1;
+#pragma unroll 1
+        for (uint32_t rest = wanted; rest; rest &= rest - 1, ++at)
+          if (at < kMaxVectors) shared.vectors[at] = vector * 32 + first % 32 + __ffs(rest) - 1;
       }
-      keys = lane_keys_at(lane_keys, first + Threads * 8, row.length);
     }
     __syncthreads();
     const uint32_t count = shared.num_listed;
-    if (count > kMaxGroups) return false;
-    // A thread for each of a lane's vectors; few of them are in a group that reaches the bound.
+    if (count > kMaxVectors) return false;
 #pragma unroll 1
-    for (uint32_t i = threadIdx.x / kVectors; i < count; i += Threads / kVectors) {
-      const int own = shared.listed[i],
-                vector = own / 32 * kVectors + static_cast<int>(threadIdx.x) % kVectors;
-      const int begin = (vector * 32 + own % 32) * kPer;
+    for (uint32_t i = threadIdx.x; i < count; i += Threads) {
+      const int begin = static_cast<int>(shared.vectors[i]) * kPer;
       float v[kPer];
       uint32_t wanted = 0;
 #pragma unroll
       for (int e = 0; e < kPer; ++e) v[e] = minus_infinity();
-      if (begin >= row.length || shared.group_keys[begin / kGroup] < low) continue;
       if (row.aligned && begin + kPer <= row.length) {
         load_vector(v, row.data + begin);
       } else {

@@ -27,7 +27,7 @@ __device__ __forceinline__ uint32_t max_or_nan(uint32_t a, uint32_t b, BFloat16)
 // The part of a strip that a warp has in registers, as it lies in memory.
 template <class T>
 struct Chunk {
-  static constexpr int kVectors = 8, kPer = kPerVector<T>, kValues = kChunk<T>;
+  static constexpr int kVectors = kChunkVectors, kPer = kPerVector<T>, kValues = kChunk<T>;
   static_assert(kValues == kVectors * 32 * kPer);
   static constexpr int kGroups = kValues / kGroup, kGroupVectors = kVectors / kGroups;
   uint32_t words[kVectors][4];

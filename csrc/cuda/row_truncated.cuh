@@ -114,20 +114,22 @@ __device__ __noinline__ LawAndToken law_of_row(RowKeys keys, RowView<T> row, Par
   LawShared& shared = law_shared();
   const int num_groups = (row.length + kGroup - 1) / kGroup;
   const bool truncates = s.truncates();
-  // All loads in one round trip.
+  // All loads in one round trip, of most vocabularies.
   const int thread = static_cast<int>(threadIdx.x);
   const StripPair strips = strips_of_lane(keys.strips, row.length, thread % 32);
-  uint4 first_keys = {};
-  uint32_t group_key = 0;
-  if (truncates) {
-    first_keys = Selection<Threads, T>::lane_keys_at(keys.lanes, thread * 8, row.length);
-    if (thread < num_groups) group_key = keys.groups[thread];
+  uint4 lane_keys[2] = {};
+  uint32_t group_keys[2] = {};
+#pragma unroll
+  for (int j = 0; truncates && j < 2; ++j) {
+    lane_keys[j] = Selection<Threads, T>::lane_keys_at(keys.lanes, (thread + j * Threads) * 8, row.length);
+    if (thread + j * Threads < num_groups) group_keys[j] = keys.groups[thread + j * Threads];
   }
   const Joined joined = join_strips(strips, s.slope);
 #pragma unroll 1
   for (int g = thread; truncates && g < num_groups; g += Threads) {
-    shared.group_keys[g] = group_key;
-    if (g + Threads < num_groups) group_key = keys.groups[g + Threads];
+    shared.group_keys[g] = group_keys[0];
+    group_keys[0] = group_keys[1];
+    if (g + 2 * Threads < num_groups) group_keys[1] = keys.groups[g + 2 * Threads];
   }
   if (thread < kBins) shared.bins[thread] = 0;
   if (thread == 0) shared.count = 0, shared.num_listed = 0;
@@ -137,7 +139,8 @@ __device__ __noinline__ LawAndToken law_of_row(RowKeys keys, RowView<T> row, Par
   Selection<Threads, T> select{row, num_groups, joined.sum.x, s.slope, shared};
   const uint32_t top = key_of(joined.sum.x) + 1, lowest = key_of(minus_infinity()) + 1;
   const uint32_t bound = s.top_k > 0 ? select.bound_of_top_k(top, s.top_k) : 0;
-  const bool listed = bound >= lowest && select.gather_few(keys.lanes, first_keys, bound, top);
+  const bool listed =
+      bound >= lowest && select.gather_few(keys.lanes, lane_keys[0], lane_keys[1], bound, top);
   Selected selected;
   if (listed) {
     selected = select_from_list<Threads>(shared, top, joined.sum.x, s);

@@ -27,7 +27,7 @@ struct Inbox {
     return out;
   }
   static constexpr int kLaneKeys = kMaxStrips * sizeof(float2);  // where they begin
-  static constexpr int kMostBytes =  // of any row
+  static constexpr int kMostBytes =                              // of any row
       kLaneKeys + 2 * lanes_of<float>(kMaxVocab) + 4 * ((kMaxVocab + kGroup - 1) / kGroup);
   __host__ __device__ int group_keys() const { return kLaneKeys + 64 * num_chunks; }
   int bytes() const { return group_keys() + 4 * num_groups; }
