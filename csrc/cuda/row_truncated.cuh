@@ -12,27 +12,27 @@ namespace quantgemm {
 template <int Threads>
 __device__ __forceinline__ Selected select_from_list(LawShared& shared, uint32_t top, float max,
                                                      const Parameters& s) {
+  constexpr int kSharing = Threads / 64;  // lanes that rank a key, so that 64 of them are one turn
   const uint32_t size = shared.count, lane = threadIdx.x % 32;
-  // Eight lanes rank a key.
 #pragma unroll 1
-  for (uint32_t first = threadIdx.x / 32 * 4; first < size; first += Threads / 8) {
-    const uint32_t i = first + lane / 8, key = i < size ? shared.key[i] : ~0u;
+  for (uint32_t first = threadIdx.x / 32 * (32 / kSharing); first < size; first += 64) {
+    const uint32_t i = first + lane / kSharing, key = i < size ? shared.key[i] : ~0u;
     const uint32_t token = i < size ? shared.token[i] : 0;
     uint64_t above = 0, down_to = 0;
     uint32_t rank = 0;
 #pragma unroll 4
-    for (uint32_t j = lane % 8; j < size; j += 8) {
+    for (uint32_t j = lane % kSharing; j < size; j += kSharing) {
       const uint32_t other = shared.key[j];
       const uint64_t mass = shared.mass[j];
       down_to += other >= key ? mass : 0, above += other > key ? mass : 0;
       rank += (other > key) + (shared.token[j] < token ? 0x10000u : 0u);
     }
 #pragma unroll 1
-    for (int step = 1; step < 8; step *= 2) {
+    for (int step = 1; step < kSharing; step *= 2) {
       above += __shfl_xor_sync(~0u, above, step), rank += __shfl_xor_sync(~0u, rank, step);
       down_to += __shfl_xor_sync(~0u, down_to, step);
     }
-    if (lane % 8 == 0 && i < size)
+    if (lane % kSharing == 0 && i < size)
       shared.ranked.above[i] = above, shared.ranked.rank[i] = rank, shared.ranked.down_to[i] = down_to;
   }
   __syncthreads();
@@ -58,9 +58,15 @@ __device__ __forceinline__ Selected select_from_list(LawShared& shared, uint32_t
   return out;
 }
 
-// The token drawn from the values gathered, all that the law keeps. -1: nothing has weight.
+// A token drawn and its value; -1: nothing has weight.
+struct Drawn {
+  int token;
+  float value;
+};
+constexpr Drawn kNotDrawn = {-1, 0.0f};
+// From the values gathered, all that the law keeps.
 template <int Threads>
-__device__ __forceinline__ int draw_from_list(LawShared& shared, const RowLaw& law, uint64_t fraction) {
+__device__ __forceinline__ Drawn draw_from_list(LawShared& shared, const RowLaw& law, uint64_t fraction) {
   const uint32_t size = shared.count, lane = threadIdx.x % 32;
   // In the order of the tokens. Nobody looks at the masses any more.
 #pragma unroll 1
@@ -78,20 +84,21 @@ __device__ __forceinline__ int draw_from_list(LawShared& shared, const RowLaw& l
   __syncwarp();
   const uint64_t prefix = inclusive_prefix(own, static_cast<int>(lane));
   const uint64_t total = __shfl_sync(~0u, prefix, 31);
-  if (total == 0) return -1;
+  if (total == 0) return kNotDrawn;
   uint64_t rest = draw(fraction, total);
   const int which = __ffs(__ballot_sync(~0u, prefix > rest)) - 1;
   rest -= __shfl_sync(~0u, prefix - own, which);
   const uint32_t first = static_cast<uint32_t>(which) * each, at = first + lane;
   const uint64_t mass = lane < each && at < size ? shared.mass[at] : 0;
   const uint32_t beyond = __ballot_sync(~0u, inclusive_prefix(mass, static_cast<int>(lane)) > rest);
-  return static_cast<int>(shared.token[shared.listed[first + static_cast<uint32_t>(__ffs(beyond)) - 1]]);
+  const uint32_t i = shared.listed[first + static_cast<uint32_t>(__ffs(beyond)) - 1];
+  return {static_cast<int>(shared.token[i]), value_of_key(shared.key[i])};
 }
 
 // A row's law; a token, if one was wanted and is cheap, else -1; how many tokens it keeps are listed.
 struct LawAndToken {
   RowLaw law;
-  int token;
+  Drawn drawn;
   uint32_t num_kept;
 };
 
@@ -134,7 +141,7 @@ __device__ __noinline__ LawAndToken law_of_row(RowKeys keys, RowView<T> row, Par
   if (thread < kBins) shared.bins[thread] = 0;
   if (thread == 0) shared.count = 0, shared.num_listed = 0;
   RowLaw law = joined.law;
-  if (!truncates || joined.sum.x == minus_infinity()) return {law, -1, 0};
+  if (!truncates || joined.sum.x == minus_infinity()) return {law, kNotDrawn, 0};
   __syncthreads();
   Selection<Threads, T> select{row, num_groups, joined.sum.x, s.slope, shared};
   const uint32_t top = key_of(joined.sum.x) + 1, lowest = key_of(minus_infinity()) + 1;
@@ -148,20 +155,20 @@ __device__ __noinline__ LawAndToken law_of_row(RowKeys keys, RowView<T> row, Par
     selected = select_out_of_line<Threads>(row, joined.sum, s, bound);
   }
   const auto [low, mass] = selected;
-  if (low == lowest) return {law, -1, 0};
+  if (low == lowest) return {law, kNotDrawn, 0};
   law.cutoff = value_of_key(low);
   law.scale = copysignf(static_cast<float>(0x1p44 / static_cast<double>(mass)), law.scale);
   RowLaw plain = law;
   plain.scale = fabsf(law.scale);
   if constexpr (Draws) {
-    return {law, listed ? draw_from_list<Threads>(shared, plain, *fraction) : -1, 0};
+    return {law, listed ? draw_from_list<Threads>(shared, plain, *fraction) : kNotDrawn, 0};
   } else {
     static_assert(Threads >= kMaxKept);
     const uint32_t num_kept = kept != nullptr && listed && shared.count <= kMaxKept ? shared.count : 0;
     if (threadIdx.x < num_kept)
       kept[threadIdx.x] = {shared.token[threadIdx.x],
                            softmax_probability(value_of_key(shared.key[threadIdx.x]), plain)};
-    return {law, -1, num_kept};
+    return {law, kNotDrawn, num_kept};
   }
 }
 

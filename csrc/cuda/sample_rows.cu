@@ -159,13 +159,13 @@ __device__ __forceinline__ void end_row(const VerifyArgs& args, EndShared<T, War
   uint32_t status = known.status;
   RowLaw law{};
   int token = -1;
-  float logprob = 0.0f;
+  float value = 0.0f, logprob = 0.0f;  // of the token
   bool all_know = true, is_point = false;
   if (known.rows.drafts >= 0) {
     const RowView<T> row = target_row<T>(args, known.rows.first);
     if (!s.greedy && s.truncates()) {
       const LawAndToken found = law_of_row<32 * Warps, true>(keys, row, s, &shared.fraction, nullptr);
-      law = found.law, token = found.token;
+      law = found.law, token = found.drawn.token, value = found.drawn.value;
     } else {
       law = join_strips(strips_of_lane(keys.strips, row.length, team.lane), s.slope).law;
     }
@@ -189,6 +189,7 @@ __device__ __forceinline__ void end_row(const VerifyArgs& args, EndShared<T, War
         if (pieces.total != 0)
           token = find_draw<T>(shared.team, team, shared.weights, pieces, draw(fraction, pieces.total));
       }
+      if (token >= 0) value = row.at(token);
       is_largest = all_know = token == kNowhere;
     }
     if (!s.greedy) status |= shared.noise_status;
@@ -198,7 +199,7 @@ __device__ __forceinline__ void end_row(const VerifyArgs& args, EndShared<T, War
       if (s.greedy) law = {top, 0.0f, 1.0f, top}, is_point = true;
       if (!s.greedy || top == minus_infinity()) status |= kNoMass;
     } else if (token >= 0) {
-      logprob = logf(probability(row.at(token), law));
+      logprob = logf(probability(value, law));
     }
   }
   if (team.lane == 0 && (all_know ? team.warp == 0 : token >= 0)) {
@@ -309,20 +310,22 @@ __global__ void __launch_bounds__(kStripThreads, 4)
                        keys_of(scratch, b));
 }
 
-// grid (sequences)
+// Enough for the groups of a strip. Most of an end is done by each warp for itself: twice as many would
+// wait for each other's instructions. grid (sequences)
+constexpr int kEndThreads = 256;
 template <class T>
-__global__ void __launch_bounds__(kLawThreads, 2)
+__global__ void __launch_bounds__(kEndThreads, 2)
     end_rows_kernel(const __grid_constant__ VerifyArgs args, const __grid_constant__ RowScratch scratch) {
-  __shared__ EndShared<T, kLawThreads / 32> shared;
+  __shared__ EndShared<T, kEndThreads / 32> shared;
   const int64_t b = blockIdx.x;
   const Known known(args, b);
-  if (threadIdx.x / 32 == kLawThreads / 32 - 1) find_noise(args, shared, b);
+  if (threadIdx.x / 32 == kEndThreads / 32 - 1) find_noise(args, shared, b);
   wait_for_previous_kernel();
   let_next_kernel_start();
   end_row(args, shared, keys_of_slot(scratch, b), known, b);
   if (args.probs == nullptr || known.rows.drafts < 0) return;
   __syncthreads();
-  write_part(args, shared.ended, target_row<T>(args, known.rows.first), b, 0, kLawThreads);
+  write_part(args, shared.ended, target_row<T>(args, known.rows.first), b, 0, kEndThreads);
 }
 
 // Where many rows are truncated their ends take longer than reading, and hold places that readers want; of
@@ -361,7 +364,7 @@ cudaError_t launch_in_two(const VerifyArgs& args, bool streams, const Device& de
                        stream);
   const cudaError_t error = cudaLaunchKernelEx(&read.config, kernel, args, scratch, share);
   if (error != cudaSuccess) return error;
-  DependentLaunch end(dim3(static_cast<unsigned>(args.num_sequences)), kLawThreads, device, stream);
+  DependentLaunch end(dim3(static_cast<unsigned>(args.num_sequences)), kEndThreads, device, stream);
   return cudaLaunchKernelEx(&end.config, end_rows_kernel<T>, args, scratch);
 }
 
