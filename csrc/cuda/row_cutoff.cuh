@@ -7,7 +7,9 @@
 
 namespace quantgemm {
 
-constexpr int kLawThreads = 512;  // at most
+// Enough for the groups of a strip. Most of the end of a row is done by each warp for itself: twice as many
+// would wait for each other's instructions.
+constexpr int kLawThreads = 256;
 constexpr int kMaxGroups = (kMaxVocab + kGroup) / kGroup, kBins = 256;
 constexpr int kCapacity = 512, kMaxVectors = 2048;
 

@@ -310,22 +310,20 @@ __global__ void __launch_bounds__(kStripThreads, 4)
                        keys_of(scratch, b));
 }
 
-// Enough for the groups of a strip. Most of an end is done by each warp for itself: twice as many would
-// wait for each other's instructions. grid (sequences)
-constexpr int kEndThreads = 256;
+// grid (sequences)
 template <class T>
-__global__ void __launch_bounds__(kEndThreads, 2)
+__global__ void __launch_bounds__(kLawThreads, 2)
     end_rows_kernel(const __grid_constant__ VerifyArgs args, const __grid_constant__ RowScratch scratch) {
-  __shared__ EndShared<T, kEndThreads / 32> shared;
+  __shared__ EndShared<T, kLawThreads / 32> shared;
   const int64_t b = blockIdx.x;
   const Known known(args, b);
-  if (threadIdx.x / 32 == kEndThreads / 32 - 1) find_noise(args, shared, b);
+  if (threadIdx.x / 32 == kLawThreads / 32 - 1) find_noise(args, shared, b);
   wait_for_previous_kernel();
   let_next_kernel_start();
   end_row(args, shared, keys_of_slot(scratch, b), known, b);
   if (args.probs == nullptr || known.rows.drafts < 0) return;
   __syncthreads();
-  write_part(args, shared.ended, target_row<T>(args, known.rows.first), b, 0, kEndThreads);
+  write_part(args, shared.ended, target_row<T>(args, known.rows.first), b, 0, kLawThreads);
 }
 
 // Where many rows are truncated their ends take longer than reading, and hold places that readers want; of
@@ -364,7 +362,7 @@ cudaError_t launch_in_two(const VerifyArgs& args, bool streams, const Device& de
                        stream);
   const cudaError_t error = cudaLaunchKernelEx(&read.config, kernel, args, scratch, share);
   if (error != cudaSuccess) return error;
-  DependentLaunch end(dim3(static_cast<unsigned>(args.num_sequences)), kEndThreads, device, stream);
+  DependentLaunch end(dim3(static_cast<unsigned>(args.num_sequences)), kLawThreads, device, stream);
   return cudaLaunchKernelEx(&end.config, end_rows_kernel<T>, args, scratch);
 }
 
