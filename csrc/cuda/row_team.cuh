@@ -114,8 +114,8 @@ __device__ __forceinline__ int round_up(int n) { return (n + kGroup - 1) / kGrou
 template <int Warps, class Row>
 __device__ __forceinline__ Pieces weigh(SharedOf<Warps>& shared, Team& team, const Row& weights,
                                         uint32_t& status) {
-  const int begin = team.piece_of(team.warp) * team.piece_length;
-  const int end = min(begin + team.piece_length, weights.p.length);
+  const int piece = team.piece_of(team.warp), begin = team.begin_of(piece);
+  const int end = min(team.begin_of(piece + 1), weights.p.length);
   bool bad = false;
   const uint64_t sum = weights.sum(begin, end, team.lane, bad);
   tell(shared, team, sum, __any_sync(~0u, bad) ? kBadValue : 0);
@@ -209,7 +209,8 @@ __device__ __forceinline__ int find_draw(SharedOf<Warps>& shared, const Team& te
                                          const Pieces& pieces, uint64_t rest) {
   const int piece = pieces.find(rest);
   if (!__any_sync(~0u, team.lane < Warps && team.piece_of(team.lane) == piece)) return kElsewhere;
-  return find_in_part<T>(shared, team, weights, piece * team.piece_length, team.piece_length, rest);
+  const int begin = team.begin_of(piece), length = team.begin_of(piece + 1) - begin;
+  return find_in_part<T>(shared, team, weights, begin, length, rest);
 }
 
 // The token of a row from which nothing has been taken: if it is one of logits, and nothing is cut off,
@@ -249,8 +250,8 @@ struct Largest {
 };
 template <class T>
 __device__ __noinline__ Largest find_largest(Shared& shared, Team team, RowView<T> row, bool is_logits) {
-  const int num_pieces = team.ranks * kWarps, begin = team.piece_of(team.warp) * team.piece_length;
-  const int end = min(begin + team.piece_length, row.length);
+  const int num_pieces = team.ranks * kWarps, piece = team.piece_of(team.warp);
+  const int begin = team.begin_of(piece), end = min(team.begin_of(piece + 1), row.length);
   uint64_t best = 0;
   bool bad = false;
 #pragma unroll 2
@@ -288,11 +289,8 @@ __device__ __forceinline__ int argmax(Shared& shared, Team& team, const RowView<
 // than shorten a warp's piece. Larger clusters leave multiprocessors over: of an H200's 132, at once
 // 66 of 2 blocks fit, 39 of 3, 30 of 4, 22 of 5, 17 of 6, 15 of 7 or of 8.
 inline TeamShape team_for(const VerifyArgs& args, const Device& device) {
-  const auto piece_length = [&](int ranks) {
-    constexpr int kStep = 2 * kGroup;
-    const int pieces = ranks * kWarps, length = static_cast<int>(args.vocab);
-    return (length + pieces * kStep - 1) / (pieces * kStep) * kStep;
-  };
+  static_assert(kPieceStep == 2 * kGroup);
+  const auto shape = [&](int ranks) { return TeamShape::of(ranks, kWarps, args.vocab); };
   const auto fits = [&](int ranks) {
     int percent = 100;
     if (ranks > 2) percent = 90;
@@ -302,8 +300,8 @@ inline TeamShape team_for(const VerifyArgs& args, const Device& device) {
   };
   int ranks = kMaxTeam;
   while (ranks > 1 && !fits(ranks)) --ranks;
-  while (ranks > 1 && piece_length(ranks - 1) == piece_length(ranks)) --ranks;
-  return {ranks, piece_length(ranks)};
+  while (ranks > 1 && shape(ranks - 1).longest() == shape(ranks).longest()) --ranks;
+  return shape(ranks);
 }
 
 template <class... More>

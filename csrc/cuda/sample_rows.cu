@@ -153,8 +153,7 @@ template <class T, int Warps>
 __device__ __forceinline__ void end_row(const VerifyArgs& args, EndShared<T, Warps>& shared,
                                         const RowKeys& keys, const Known& known, int64_t b) {
   const Parameters& s = known.parameters;
-  constexpr int kStep = Warps * kGroup;
-  Team team(TeamShape{1, static_cast<int>((args.vocab + kStep - 1) / kStep) * kGroup});
+  Team team(TeamShape::of(1, Warps, args.vocab));
   team.task = b, team.rank = 0;
   uint32_t status = known.status;
   RowLaw law{};
@@ -265,7 +264,7 @@ __global__ void __launch_bounds__(kStripThreads, 4)
   __shared__ EndShared<T, kStripWarps> shared;
   __shared__ uint64_t arrivals;  // mbarrier: how many bytes have come
   const int64_t b = blockIdx.x >> share;
-  Team team(TeamShape{1 << share, 0});
+  Team team(TeamShape{1 << share, 0, 0});
   team.task = b, team.rank = static_cast<int>(blockIdx.x) & ((1 << share) - 1);
   if (team.rank == 0) open_inbox(arrivals, inbox.bytes_sent);
   team.arrive();
