@@ -178,19 +178,22 @@ __device__ __forceinline__ float2 read_strip(const RowView<T>& row, int begin, i
     if (in_vectors) {
       Chunk<T> chunk;
       chunk.template load<Streams>(row.data + begin + lane * kPer, end - begin, lane);
-      float max = minus_infinity();
-      uint32_t own_key = 0;
+      float max = minus_infinity(), group_max[Chunk<T>::kGroups];
 #pragma unroll
-      for (int g = 0; g < Chunk<T>::kGroups; ++g) {
-        const float group_max = chunk.group_max(g);
-        max = max_or_nan(max, group_max);
-        if (!keys.wanted()) continue;
-        const uint32_t key = __reduce_max_sync(~0u, key_of(group_max));
-        if (lane == g) own_key = key;
-      }
+      for (int g = 0; g < Chunk<T>::kGroups; ++g) max = max_or_nan(max, group_max[g] = chunk.group_max(g));
       is_odd = __any_sync(~0u, is_bad_value(max, true));
       if (!is_odd) {
         if (keys.wanted()) {
+          // Some behind each other, without a look at a result in between.
+          constexpr int kTogether = 4;
+          uint32_t key[kTogether], own_key = 0;
+#pragma unroll
+          for (int g = 0; g < Chunk<T>::kGroups; g += kTogether) {
+#pragma unroll
+            for (int j = 0; j < kTogether; ++j) key[j] = __reduce_max_sync(~0u, key_of(group_max[g + j]));
+#pragma unroll
+            for (int j = 0; j < kTogether; ++j) own_key = lane == g + j ? key[j] : own_key;
+          }
           if (lane < Chunk<T>::kGroups && begin + lane * kGroup < end)
             keys.put_group(begin / kGroup + lane, own_key);
           keys.put_lanes(begin / Chunk<T>::kValues, lane, key_of(max));
