@@ -220,9 +220,21 @@ __device__ __forceinline__ void end_row(const VerifyArgs& args, EndShared<T, War
 template <class T>
 __device__ __forceinline__ void write_part(const VerifyArgs& args, const Ended& ended, const RowView<T>& row,
                                            int64_t b, int first, int threads) {
-  for (int i = first + static_cast<int>(threadIdx.x); i < row.length; i += threads)
-    args.probs[b * args.vocab + i] =
-        ended.token >= 0 ? (i == ended.token ? 1.0f : 0.0f) : probability(row.at(i), ended.law);
+  constexpr int kAhead = 8;  // values in flight per thread
+  const Ended how = ended;
+  float* const out = args.probs + b * args.vocab;
+#pragma unroll 1
+  for (int i = first + static_cast<int>(threadIdx.x); i < row.length; i += kAhead * threads) {
+    float x[kAhead];
+#pragma unroll
+    for (int j = 0; j < kAhead; ++j) x[j] = i + j * threads < row.length ? row.at(i + j * threads) : 0.0f;
+#pragma unroll
+    for (int j = 0; j < kAhead; ++j) {
+      const int at = i + j * threads;
+      if (at >= row.length) break;
+      out[at] = how.token >= 0 ? (at == how.token ? 1.0f : 0.0f) : probability(x[j], how.law);
+    }
+  }
 }
 #if __CUDA_ARCH__ >= 900
 // By all blocks of a cluster.
