@@ -170,6 +170,12 @@ struct Parameters {
   QG_HD bool truncates() const { return top_k > 0 || top_p < 1.0f || min_p > 0.0f; }
 };
 
+QG_HD float slope_of(float temperature) {
+  const float slope = 1.4426950408889634f / temperature;
+  const float finite = slope < 3.4028235e38f ? slope : 3.4028235e38f;
+  return finite >= 1.1754944e-38f ? finite : 1.1754944e-38f;
+}
+
 QG_HD Parameters parameters_of(const SamplingParameters& s, int64_t sequence, int64_t vocab,
                                uint32_t& status) {
   Parameters out{false, 1.0f, 1.0f, 0, 1.0f, 0.0f};
@@ -181,9 +187,7 @@ QG_HD Parameters parameters_of(const SamplingParameters& s, int64_t sequence, in
   const bool good = t >= 0.0f && t <= 3.4028235e38f;
   out.greedy = !good || t == 0.0f;
   out.temperature = out.greedy ? 1.0f : t;
-  const float slope = 1.4426950408889634f / out.temperature;
-  out.slope = slope < 3.4028235e38f ? slope : 3.4028235e38f;
-  if (!(out.slope >= 1.1754944e-38f)) out.slope = 1.1754944e-38f;
+  out.slope = slope_of(out.temperature);
   if (!good || k < 0 || !(top_p >= 0.0f && top_p <= 1.0f) || !(min_p >= 0.0f && min_p <= 1.0f))
     status |= kBadParameter;
   out.top_k = k > 0 && k < vocab ? k : 0;

@@ -148,6 +148,11 @@ def run_sampling_cases(generator: torch.Generator) -> None:
                 }
                 ops.spec_verify(target, drafts, cu_rows, draft, **settings, **noise)
                 ops.draft_sample(target[:5], **settings, **noise, return_probs=True)
+    # More rows than are read and ended in one launch.
+    rows, many = torch.randn(70, 20011, generator=generator).cuda(), torch.arange(70).cuda()
+    for settings in ({}, {"top_k": torch.full((70,), 10, device="cuda")}):
+        for logits in (rows, rows.bfloat16()):
+            ops.sample(logits, **settings, seed=many, position=many)
     # Enough to be read in waves: three that overlap, two with laws between them, and many.
     for batch, top_k in ((64, None), (64, torch.full((64,), 10)), (120, None)):
         target = torch.randn(batch * 6, 32000, generator=generator).cuda()

@@ -428,6 +428,44 @@ def test_batch_and_grid_do_not_matter(probs: bool) -> None:
 
 
 @pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("vocab", [1, 37, 2048, 20011, 128256, 300000])
+@pytest.mark.parametrize("truncated", [False, True])
+def test_rows_end_alike_in_one_launch_and_two(
+    vocab: int, dtype: torch.dtype, truncated: bool
+) -> None:
+    """Up to 64 rows are read and ended by one kernel, more of them by two."""
+    batch = 100
+    g = torch.Generator(device="cuda").manual_seed(vocab)
+    logits = torch.randn(batch, vocab, generator=g, device="cuda").mul(3).to(dtype)
+    places = torch.arange(batch, device="cuda")
+    kinds = places % 8
+    logits[kinds == 1, vocab // 2] = torch.inf
+    logits[kinds == 2, vocab // 3] = torch.nan
+    logits[kinds == 3] = -torch.inf
+    logits[kinds == 4] = logits[kinds == 4].round()  # ties
+    greedy = places // 8 % 3 == 2
+    more = on("cuda", seeds(batch)) | {"temperature": torch.where(greedy, 0.0, 0.7)}
+    if truncated:
+        more["top_k"] = torch.tensor([50, 0, 1, 5000, 400], device="cuda")[places % 5]
+        more["top_p"] = torch.tensor([0.9, 1.0, 0.3], device="cuda")[places % 3]
+        more["min_p"] = torch.tensor([0.0, 0.05], device="cuda")[places % 2]
+
+    def run(chosen: Tensor) -> list[Tensor]:
+        picked = {k: v[chosen] for k, v in more.items()}
+        drawn = ops.draft_sample(logits[chosen], **picked, return_probs=True)
+        return [*ops.sample(logits[chosen], **picked), *drawn]
+
+    want = run(places)
+    for chosen in (places[:1], places[5:6], places[30:94], places.flip(0)[:40]):
+        for got, all_of_them in zip(run(chosen), want, strict=True):
+            torch.testing.assert_close(got, all_of_them[chosen], rtol=0, atol=0, equal_nan=True)
+    on_the_cpu = ops.sample(*on("cpu", {"logits": logits}).values(), **on("cpu", more))
+    for got, on_cpu in zip((want[0], want[2]), (on_the_cpu[0], on_the_cpu[2]), strict=True):
+        assert torch.equal(got.cpu()[greedy.cpu()], on_cpu[greedy.cpu()])
+
+
+@pytest.mark.cuda
 @pytest.mark.parametrize("truncated", [False, True])
 @pytest.mark.parametrize(
     ("dtype", "batch"),  # many waves, or three that overlap (two if truncated)

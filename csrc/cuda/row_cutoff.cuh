@@ -7,9 +7,11 @@
 
 namespace quantgemm {
 
-constexpr int kLawThreads = 512, kLawWarps = kLawThreads / 32;
+// Enough for the groups of a strip. Most of the end of a row is done by each warp for itself: twice as many
+// would wait for each other's instructions.
+constexpr int kLawThreads = 256;
 constexpr int kMaxGroups = (kMaxVocab + kGroup) / kGroup, kBins = 256;
-constexpr int kCapacity = 512;
+constexpr int kCapacity = 512, kMaxVectors = 2048;
 
 struct LawShared {
   union {
@@ -20,11 +22,14 @@ struct LawShared {
       uint32_t rank[kCapacity];     // and their number; in the upper half how many tokens are before this one
     } ranked;                       // later, of the keys gathered
   };
-  uint64_t partial[2][kLawWarps];
+  uint64_t partial[2][kLawThreads / 32];
   uint64_t mass[kCapacity];
   uint32_t key[kCapacity], token[kCapacity];
   uint32_t count, best, bins[kBins], num_listed;
-  uint16_t listed[kMaxGroups];
+  union {
+    uint16_t listed[kMaxGroups];    // groups
+    uint32_t vectors[kMaxVectors];  // 16 bytes of the row each
+  };
 };
 
 __device__ __forceinline__ LawShared& law_shared() {  // so that all functions know it to be shared memory
@@ -43,8 +48,9 @@ __device__ __forceinline__ void load_vector(float (&v)[8], const Real16* x) {
 }
 
 // A row being truncated, by one block. All members are the same in every thread.
-template <class T>
+template <int Threads, class T>
 struct Selection {
+  static constexpr int kWarps = Threads / 32;
   RowView<T> row;
   int num_groups;
   float max, slope;
@@ -64,7 +70,7 @@ struct Selection {
     if (threadIdx.x % 32 == 0) shared.partial[turn][threadIdx.x / 32] = x;
     __syncthreads();
     uint64_t sum = 0;
-    for (int w = 0; w < kLawWarps; ++w) sum += shared.partial[turn][w];
+    for (int w = 0; w < kWarps; ++w) sum += shared.partial[turn][w];
     return sum;
   }
 
@@ -76,7 +82,7 @@ struct Selection {
     if (threadIdx.x == 0) shared.num_listed = 0;
     __syncthreads();
 #pragma unroll 1
-    for (int g = threadIdx.x; g < num_groups; g += kLawThreads)
+    for (int g = threadIdx.x; g < num_groups; g += Threads)
       if (shared.group_keys[g] >= low)
         shared.listed[atomicAdd(&shared.num_listed, 1u)] = static_cast<uint16_t>(g);
     __syncthreads();
@@ -88,21 +94,21 @@ struct Selection {
     constexpr int kAhead = 3;  // groups in flight
     list_groups(low);
     const int lane = threadIdx.x % 32, count = static_cast<int>(shared.num_listed);
-    for (int first = threadIdx.x / 32; first < count; first += kLawWarps * kAhead) {
+    for (int first = threadIdx.x / 32; first < count; first += kWarps * kAhead) {
       float v[kAhead][8];
 #pragma unroll
       for (int j = 0; j < kAhead; ++j) {
-        if (first + j * kLawWarps >= count) continue;
-        load_group(v[j], row, shared.listed[first + j * kLawWarps] * kGroup, lane, minus_infinity());
+        if (first + j * kWarps >= count) continue;
+        load_group(v[j], row, shared.listed[first + j * kWarps] * kGroup, lane, minus_infinity());
       }
 #pragma unroll
       for (int j = 0; j < kAhead; ++j) {
-        if (first + j * kLawWarps >= count) continue;
+        if (first + j * kWarps >= count) continue;
 #pragma unroll
         for (int e = 0; e < 8; ++e) {
           const uint32_t key = key_of(clean_logit(v[j][e]));
           if (key < low || key >= high) continue;
-          f(key, shared.listed[first + j * kLawWarps] * kGroup + index_in_group<T>(lane, e));
+          f(key, shared.listed[first + j * kWarps] * kGroup + index_in_group<T>(lane, e));
         }
       }
     }
@@ -123,43 +129,59 @@ struct Selection {
     if (at < kCapacity) shared.key[at] = key, shared.token[at] = token, shared.mass[at] = mass_of(key);
   }
 
-  // Eight keys of lanes, this thread's in the first round of gather_few, to be asked for early.
+  // Eight keys of lanes, this thread's in some round of gather_few.
   __device__ __forceinline__ static uint4 lane_keys_at(const uint16_t* lane_keys, int first, int row_length) {
     if (first >= lanes_of<T>(row_length)) return {};
     return *reinterpret_cast<const uint4*>(lane_keys + first);
   }
 
-  // The same for few values from `low` up, by the keys of the row's lanes; true if the list has them all.
-  // Before, shared.count and num_listed are 0.
-  __device__ __forceinline__ bool gather_few(const uint16_t* lane_keys, uint4 keys, uint32_t low,
+  // Of a lane's vectors in a chunk those that lie in a group that reaches `low`, as bits.
+  __device__ __forceinline__ uint32_t vectors_that_reach(uint32_t low, int chunk) const {
+    constexpr int kGroups = kChunk<T> / kGroup, kVectors = kChunkVectors / kGroups;
+    uint32_t vectors = 0;
+#pragma unroll
+    for (int j = 0; j < kGroups; ++j) {
+      const int g = chunk * kGroups + j;
+      if (g < num_groups && shared.group_keys[g] >= low) vectors |= ((1u << kVectors) - 1) << j * kVectors;
+    }
+    return vectors;
+  }
+
+  // The same as gather for few values from `low` up, by the keys of the row's lanes; true if the list has
+  // them all. Before, shared.count and num_listed are 0. keys, next: of the first two rounds, asked for
+  // early.
+  __device__ __forceinline__ bool gather_few(const uint16_t* lane_keys, uint4 keys, uint4 next, uint32_t low,
                                              uint32_t high) {
-    constexpr int kPer = kPerVector<T>, kVectors = kChunk<T> / (32 * kPer);
+    constexpr int kPer = kPerVector<T>;
     const uint32_t least = low >> 16;
 #pragma unroll 1
-    for (int first = threadIdx.x * 8; first < lanes_of<T>(row.length); first += kLawThreads * 8) {
+    for (int first = threadIdx.x * 8; first < lanes_of<T>(row.length); first += Threads * 8) {
       const uint32_t pairs[4] = {keys.x, keys.y, keys.z, keys.w};
+      keys = next, next = lane_keys_at(lane_keys, first + 2 * Threads * 8, row.length);
       uint32_t wanted = 0;
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         if ((pairs[j] & 0xffff) >= least) wanted |= 1u << 2 * j;
         if (pairs[j] >> 16 >= least) wanted |= 2u << 2 * j;
       }
+      if (wanted == 0) continue;
+      uint32_t vectors = vectors_that_reach(low, first / 32);
+      // All of this thread's lanes have the same.
+      uint32_t at = atomicAdd(&shared.num_listed, __popc(wanted) * __popc(vectors));
 #pragma unroll 1
-      for (; wanted; wanted &= wanted - 1) {
-        const uint32_t at = atomicAdd(&shared.num_listed, 1u);
-        if (at < kMaxGroups) shared.listed[at] = static_cast<uint16_t>(first + __ffs(wanted) - 1);
+      for (; vectors; vectors &= vectors - 1) {
+        const int vector = first / 32 * kChunkVectors + __ffs(vectors) - 1;
+#pragma unroll 1
+        for (uint32_t rest = wanted; rest; rest &= rest - 1, ++at)
+          if (at < kMaxVectors) shared.vectors[at] = vector * 32 + first % 32 + __ffs(rest) - 1;
       }
-      keys = lane_keys_at(lane_keys, first + kLawThreads * 8, row.length);
     }
     __syncthreads();
     const uint32_t count = shared.num_listed;
-    if (count > kMaxGroups) return false;
-    // A thread for each of a lane's vectors.
+    if (count > kMaxVectors) return false;
 #pragma unroll 1
-    for (uint32_t i = threadIdx.x / kVectors; i < count; i += kLawThreads / kVectors) {
-      const int own = shared.listed[i],
-                vector = own / 32 * kVectors + static_cast<int>(threadIdx.x) % kVectors;
-      const int begin = (vector * 32 + own % 32) * kPer;
+    for (uint32_t i = threadIdx.x; i < count; i += Threads) {
+      const int begin = static_cast<int>(shared.vectors[i]) * kPer;
       float v[kPer];
       uint32_t wanted = 0;
 #pragma unroll
@@ -197,7 +219,7 @@ struct Selection {
   __device__ uint64_t tally(uint32_t low, uint32_t high) {
     uint64_t sum = 0;
     if (list_has(low, high)) {
-      for (uint32_t i = threadIdx.x; i < shared.count; i += kLawThreads)
+      for (uint32_t i = threadIdx.x; i < shared.count; i += Threads)
         if (shared.key[i] >= low) sum += Mass ? shared.mass[i] : 1;
     } else {
       for_each(low, high, [&](uint32_t key, int) { sum += Mass ? mass_of(key) : 1; });
@@ -226,7 +248,7 @@ struct Selection {
     __syncthreads();
     // Four lanes rank a key.
     const uint32_t size = shared.count;
-    for (uint32_t first = threadIdx.x / 32 * 8; first < size; first += kLawThreads / 4) {
+    for (uint32_t first = threadIdx.x / 32 * 8; first < size; first += Threads / 4) {
       const uint32_t i = first + threadIdx.x % 32 / 4;
       const uint32_t key = i < size ? shared.key[i] : ~0u;
       uint64_t above = 0;
@@ -256,7 +278,7 @@ struct Selection {
         __syncthreads();
       }
 #pragma unroll 1
-      for (int g = threadIdx.x; g < num_groups; g += kLawThreads) {
+      for (int g = threadIdx.x; g < num_groups; g += Threads) {
         const uint32_t bin = (top - 1 - shared.group_keys[g]) >> shift;
         if (bin < kBins) atomicAdd(&shared.bins[bin], 1u);
       }
@@ -288,8 +310,8 @@ struct Selected {
   uint32_t low;
   uint64_t mass;
 };
-template <class T>
-__device__ Selected select_slowly(Selection<T>& select, const RowView<T>& row, float2 sum,
+template <int Threads, class T>
+__device__ Selected select_slowly(Selection<Threads, T>& select, const RowView<T>& row, float2 sum,
                                   const Parameters& s, uint32_t bound) {
   const uint32_t top = key_of(sum.x) + 1, lowest = key_of(minus_infinity()) + 1;
   uint32_t low = lowest;
@@ -320,10 +342,10 @@ __device__ Selected select_slowly(Selection<T>& select, const RowView<T>& row, f
   return {low, mass};
 }
 
-template <class T>
+template <int Threads, class T>
 __device__ __noinline__ Selected select_out_of_line(RowView<T> row, float2 sum, Parameters s,
                                                     uint32_t bound) {
-  Selection<T> select{row, (row.length + kGroup - 1) / kGroup, sum.x, s.slope, law_shared()};
+  Selection<Threads, T> select{row, (row.length + kGroup - 1) / kGroup, sum.x, s.slope, law_shared()};
   return select_slowly(select, row, sum, s, bound);
 }
 

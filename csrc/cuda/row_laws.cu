@@ -22,8 +22,8 @@ __global__ void __launch_bounds__(kLawThreads, 2)
   if (wave.first != 0 && !is_reached<T>(args, scratch, wave, info, state_of(scratch, info.sequence))) return;
   const bool keeps = scratch.has_kept && !info.is_draft;
   Kept* const kept = keeps ? scratch.kept + info.slot * kMaxKept : nullptr;
-  const LawAndToken found =
-      law_of_row<false>(scratch, info.slot, view_of<T>(args, info), info.parameters, 0, kept);
+  const LawAndToken found = law_of_row<kLawThreads, false>(
+      keys_of_slot(scratch, info.slot), view_of<T>(args, info), info.parameters, nullptr, kept);
   if (threadIdx.x != 0) return;
   scratch.laws[info.slot] = found.law;
   if (keeps) scratch.num_kept[info.slot] = found.num_kept;
@@ -66,11 +66,10 @@ cudaError_t launch_waves(const VerifyArgs& args, const Device& device, cudaStrea
       args.mode == VerifyMode::kChain && positions > 3 && !in_many && positions * bytes > kOneWaveBytes;
   if (in_two) size = (positions + 2) / 3;
   if (in_many) size = (kWaveBytes + bytes - 1) / bytes;
-  const bool streams = in_two || (positions == 1 && bytes > kWaveBytes);
   cudaError_t error = cudaSuccess;
   for (int64_t first = 0; first < positions && error == cudaSuccess; first += size, size *= 2) {
     const Wave wave{static_cast<int>(first), static_cast<int>(std::min<int64_t>(first + size, positions)),
-                    in_two && first != 0, streams};
+                    in_two && first != 0, in_two};
     error = launch_row_strips(args, wave, device, stream);
     if (error != cudaSuccess || !laws_are_stored(args)) continue;
     const dim3 grid(static_cast<unsigned>(args.num_sequences), static_cast<unsigned>(wave.layers(args)));

@@ -33,10 +33,11 @@ struct alignas(8) Kept {
 
 // A warp reads 8 vectors of 16 bytes per lane at once. What a lane has of such a chunk is the smallest part
 // of a row that has a key of its own: the upper half of its largest value's.
+constexpr int kChunkVectors = 8;
 template <class T>
-constexpr int kChunk = 8 * 32 * kPerVector<T>;
+constexpr int kChunk = kChunkVectors * 32 * kPerVector<T>;
 template <class T>
-__host__ __device__ __forceinline__ int lanes_of(int row_length) {
+__host__ __device__ constexpr int lanes_of(int row_length) {
   return (row_length + kChunk<T> - 1) / kChunk<T> * 32;
 }
 

@@ -9,8 +9,6 @@
 namespace quantgemm {
 namespace {
 
-constexpr int kStripThreads = 256, kStripWarps = kStripThreads / 32;
-
 // grid (2^share blocks for a sequence; positions of the target's rows, then the draft's)
 template <class T, bool Streams>
 __global__ void __launch_bounds__(kStripThreads, 4)
@@ -85,22 +83,13 @@ __global__ void __launch_bounds__(kStripThreads, 4)
   if (wave.known > 0 && blockIdx.x == 0 && blockIdx.y == 0) wait_for_previous_kernel();
 }
 
-// Enough blocks for a few on each multiprocessor's four places, but none without a strip per warp.
-int share_for(const VerifyArgs& args, int64_t rows, const Device& device) {
-  const int64_t length = args.vocab > args.draft_vocab ? args.vocab : args.draft_vocab;
-  const int strip = strip_length(static_cast<int>(length));
-  const int64_t num_strips = (length + strip - 1) / strip;
-  int share = 0;
-  while (rows << share < 16 * device.multiprocessors && num_strips > kStripWarps << share) ++share;
-  return share;
-}
-
 }  // namespace
 
 cudaError_t launch_row_strips(const VerifyArgs& args, Wave wave, const Device& device, cudaStream_t stream) {
   const int64_t rows = args.num_sequences * wave.layers(args);
   const RowScratch scratch = scratch_of(args);
-  int share = share_for(args, rows, device);
+  const int64_t length = args.vocab > args.draft_vocab ? args.vocab : args.draft_vocab;
+  int share = share_for(static_cast<int>(length), rows, device.multiprocessors);
   // Of a second wave most blocks pass over their row. Before laws are found half as many do it sooner.
   if (wave.in_order && laws_are_stored(args) && share > 0) --share;
   const dim3 grid(static_cast<unsigned>(args.num_sequences << share),

@@ -27,7 +27,7 @@ __device__ __forceinline__ uint32_t max_or_nan(uint32_t a, uint32_t b, BFloat16)
 // The part of a strip that a warp has in registers, as it lies in memory.
 template <class T>
 struct Chunk {
-  static constexpr int kVectors = 8, kPer = kPerVector<T>, kValues = kChunk<T>;
+  static constexpr int kVectors = kChunkVectors, kPer = kPerVector<T>, kValues = kChunk<T>;
   static_assert(kValues == kVectors * 32 * kPer);
   static constexpr int kGroups = kValues / kGroup, kGroupVectors = kVectors / kGroups;
   uint32_t words[kVectors][4];
@@ -106,20 +106,27 @@ struct Running {
 
 // Where the keys of a row go, if there is truncation; else null. Not only of rows whose own parameters
 // truncate: to look at those first would be a round trip to memory.
-struct RowKeys {
+struct KeysInScratch {
   uint32_t* groups = nullptr;
   uint16_t* lanes = nullptr;
+
+  __device__ __forceinline__ bool wanted() const { return groups != nullptr; }
+  __device__ __forceinline__ void put_group(int i, uint32_t key) const { groups[i] = key; }
+  // By a whole warp, of its lanes of a chunk: the upper halves of their keys.
+  __device__ __forceinline__ void put_lanes(int chunk, int lane, uint32_t key) const {
+    lanes[chunk * 32 + lane] = static_cast<uint16_t>(key >> 16);
+  }
 };
-__device__ __forceinline__ RowKeys keys_of(const RowScratch& scratch, int64_t slot) {
+__device__ __forceinline__ KeysInScratch keys_of(const RowScratch& scratch, int64_t slot) {
   if (!scratch.has_keys) return {};
   return {scratch.group_keys + slot * scratch.num_groups, scratch.lane_keys + slot * scratch.num_lanes};
 }
 
 // A chunk value by value: with NaN or +inf in it, of a row that is not aligned, or ragged. The same
-// sums in the same order as Chunk's. keys: of the row's groups, or null. Returns whether it is bad.
-template <class T>
+// sums in the same order as Chunk's. Returns whether it is bad.
+template <class T, class Keys>
 __device__ __noinline__ float4 read_slowly(const T* row, int begin, int end, float slope, Running so_far,
-                                           RowKeys keys) {
+                                           Keys keys) {
   constexpr int kPer = kPerVector<T>;
   const int lane = static_cast<int>(threadIdx.x) % 32;
   float max = minus_infinity(), group_max = minus_infinity();
@@ -136,11 +143,10 @@ __device__ __noinline__ float4 read_slowly(const T* row, int begin, int end, flo
     if ((v + 1) % Chunk<T>::kGroupVectors != 0) continue;
     const int group = (begin + v * 32 * kPer) / kGroup;
     const uint32_t key = __reduce_max_sync(~0u, key_of(group_max));
-    if (keys.groups != nullptr && lane == 0 && group * kGroup < end) keys.groups[group] = key;
+    if (keys.wanted() && lane == 0 && group * kGroup < end) keys.put_group(group, key);
     max = fmaxf(max, group_max), group_max = minus_infinity();
   }
-  if (keys.groups != nullptr)
-    keys.lanes[begin / Chunk<T>::kValues * 32 + lane] = static_cast<uint16_t>(key_of(max) >> 16);
+  if (keys.wanted()) keys.put_lanes(begin / Chunk<T>::kValues, lane, key_of(max));
   so_far.raise(max, slope);
   float part[4] = {};
 #pragma unroll 1
@@ -155,10 +161,12 @@ __device__ __noinline__ float4 read_slowly(const T* row, int begin, int end, flo
   return {so_far.base, so_far.sum + ((part[0] + part[1]) + (part[2] + part[3])), max, bad ? 1.0f : 0.0f};
 }
 
+__device__ __forceinline__ void put_strip(float2* strips, int i, float2 sum) { strips[i] = sum; }
+
 // (max, Σ) of a strip, by a warp; the sum is negative if there is NaN or +inf.
-template <bool Streams, class T>
+template <bool Streams, class T, class Keys>
 __device__ __forceinline__ float2 read_strip(const RowView<T>& row, int begin, int end, float slope, int lane,
-                                             const RowKeys& keys) {
+                                             const Keys& keys) {
   constexpr int kPer = kPerVector<T>;
   const bool in_vectors = row.aligned && row.length % kPer == 0;
   Running lane_sum;
@@ -170,22 +178,25 @@ __device__ __forceinline__ float2 read_strip(const RowView<T>& row, int begin, i
     if (in_vectors) {
       Chunk<T> chunk;
       chunk.template load<Streams>(row.data + begin + lane * kPer, end - begin, lane);
-      float max = minus_infinity();
-      uint32_t own_key = 0;
+      float max = minus_infinity(), group_max[Chunk<T>::kGroups];
 #pragma unroll
-      for (int g = 0; g < Chunk<T>::kGroups; ++g) {
-        const float group_max = chunk.group_max(g);
-        max = max_or_nan(max, group_max);
-        if (keys.groups == nullptr) continue;
-        const uint32_t key = __reduce_max_sync(~0u, key_of(group_max));
-        if (lane == g) own_key = key;
-      }
+      for (int g = 0; g < Chunk<T>::kGroups; ++g) max = max_or_nan(max, group_max[g] = chunk.group_max(g));
       is_odd = __any_sync(~0u, is_bad_value(max, true));
       if (!is_odd) {
-        if (keys.groups != nullptr) {
+        if (keys.wanted()) {
+          // Some behind each other, without a look at a result in between.
+          constexpr int kTogether = 4;
+          uint32_t key[kTogether], own_key = 0;
+#pragma unroll
+          for (int g = 0; g < Chunk<T>::kGroups; g += kTogether) {
+#pragma unroll
+            for (int j = 0; j < kTogether; ++j) key[j] = __reduce_max_sync(~0u, key_of(group_max[g + j]));
+#pragma unroll
+            for (int j = 0; j < kTogether; ++j) own_key = lane == g + j ? key[j] : own_key;
+          }
           if (lane < Chunk<T>::kGroups && begin + lane * kGroup < end)
-            keys.groups[begin / kGroup + lane] = own_key;
-          keys.lanes[begin / Chunk<T>::kValues * 32 + lane] = static_cast<uint16_t>(key_of(max) >> 16);
+            keys.put_group(begin / kGroup + lane, own_key);
+          keys.put_lanes(begin / Chunk<T>::kValues, lane, key_of(max));
         }
         lane_max = fmaxf(lane_max, max);
         lane_sum.raise(max, slope);
@@ -202,16 +213,27 @@ __device__ __forceinline__ float2 read_strip(const RowView<T>& row, int begin, i
   return {strip.x, __any_sync(~0u, bad) ? -strip.y : strip.y};
 }
 
-// The strips `first`, first + step, … of a row, by a warp. Streams: what is read leaves the L2 first.
-template <bool Streams, class T>
+// The strips `first`, first + step, … of a row, by a warp. Streams: what is read leaves
+// the L2 first. strips: whatever put_strip knows.
+template <bool Streams, class T, class Strips, class Keys>
 __device__ __forceinline__ void read_strips(const RowView<T>& row, int first, int step, float slope,
-                                            float2* strips, const RowKeys& keys) {
+                                            const Strips& strips, const Keys& keys) {
   const int length = strip_length(row.length), lane = static_cast<int>(threadIdx.x) % 32;
   for (int strip = first; strip * length < row.length; strip += step) {
     const int begin = strip * length, end = begin + length < row.length ? begin + length : row.length;
     const float2 sum = read_strip<Streams>(row, begin, end, slope, lane, keys);
-    if (lane == 0) strips[strip] = sum;
+    if (lane == 0) put_strip(strips, strip, sum);
   }
+}
+
+// How many blocks, 2^share, are to read each of so many rows: enough for a few on each multiprocessor's four
+// places, but none without a strip per warp.
+constexpr int kStripThreads = 256, kStripWarps = kStripThreads / 32;
+inline int share_for(int length, int64_t rows, int multiprocessors) {
+  const int strip = strip_length(length), num_strips = (length + strip - 1) / strip;
+  int share = 0;
+  while (rows << share < 16 * multiprocessors && num_strips > kStripWarps << share) ++share;
+  return share;
 }
 
 }  // namespace quantgemm

@@ -16,12 +16,14 @@ struct alignas(16) Told {
   uint64_t number, bits;
 };
 
-struct Shared {
-  Told told[2][kMaxTeam * kWarps];  // of all warps of the team, twice in turn
-  uint64_t arrivals[2];             // mbarriers: how many bytes of it have come
-  uint64_t parts[2][kWarps];
+template <int Warps>
+struct SharedOf {
+  Told told[2][kMaxTeam * Warps];  // of all warps of the team, twice in turn
+  uint64_t arrivals[2];            // mbarriers: how many bytes of it have come
+  uint64_t parts[2][Warps];
   uint32_t status;
 };
+using Shared = SharedOf<kWarps>;
 
 // The next but one exchange may complete.
 __device__ __forceinline__ void expect_told([[maybe_unused]] uint64_t& arrivals, [[maybe_unused]] int ranks) {
@@ -48,11 +50,12 @@ __device__ __forceinline__ void prepare(Shared& shared, const Team& team) {
 
 // Every warp's number to every block. Between blocks by stores that count themselves where they arrive
 // (st.async, sm_90): a cluster's barrier would wait for all other memory traffic as well.
-__device__ __forceinline__ void tell(Shared& shared, Team& team, uint64_t number, uint32_t bits) {
+template <int Warps>
+__device__ __forceinline__ void tell(SharedOf<Warps>& shared, Team& team, uint64_t number, uint32_t bits) {
   team.turn = (team.turn + 1) & 3;
   Told* const own = &shared.told[team.turn & 1][team.piece_of(team.warp)];
 #if __CUDA_ARCH__ >= 900
-  if (team.ranks > 1) {
+  if (Warps == kWarps && team.ranks > 1) {
     uint64_t& arrivals = shared.arrivals[team.turn & 1];
     if (team.lane < team.ranks) {
       uint32_t there, arrivals_there;
@@ -108,10 +111,11 @@ __device__ __forceinline__ int round_up(int n) { return (n + kGroup - 1) / kGrou
 
 // Σ of the weights, for all threads of all blocks. Rows of weights are Weights<T, …>, or of the same
 // shape: p, sum() and group().
-template <class Row>
-__device__ __forceinline__ Pieces weigh(Shared& shared, Team& team, const Row& weights, uint32_t& status) {
-  const int begin = team.piece_of(team.warp) * team.piece_length;
-  const int end = min(begin + team.piece_length, weights.p.length);
+template <int Warps, class Row>
+__device__ __forceinline__ Pieces weigh(SharedOf<Warps>& shared, Team& team, const Row& weights,
+                                        uint32_t& status) {
+  const int piece = team.piece_of(team.warp), begin = team.begin_of(piece);
+  const int end = min(team.begin_of(piece + 1), weights.p.length);
   bool bad = false;
   const uint64_t sum = weights.sum(begin, end, team.lane, bad);
   tell(shared, team, sum, __any_sync(~0u, bad) ? kBadValue : 0);
@@ -121,7 +125,7 @@ __device__ __forceinline__ Pieces weigh(Shared& shared, Team& team, const Row& w
 #pragma unroll
   for (int j = 0; j < Pieces::kOwn; ++j) {
     const int i = team.lane * Pieces::kOwn + j;
-    const Told t = i < team.ranks * kWarps ? shared.told[team.turn & 1][i] : Told{0, 0};
+    const Told t = i < team.ranks * Warps ? shared.told[team.turn & 1][i] : Told{0, 0};
     own += out.own[j] = t.number, bits |= static_cast<uint32_t>(t.bits);
   }
   status |= __reduce_or_sync(~0u, bits);
@@ -163,13 +167,13 @@ constexpr int kElsewhere = -1, kNowhere = -2;
 // The token where the prefix sum exceeds `rest` in the part of a row of this length from `begin` on, by
 // a block: the warp that finds it knows it, for all others it is kElsewhere. Where `of` is given, rest
 // is a share of that many instead of the part's sum, and kNowhere the answer if the sum is 0.
-template <class T, class Row>
-__device__ __forceinline__ int find_in_part(Shared& shared, const Team& team, const Row& weights, int begin,
-                                            int length, uint64_t rest, uint64_t of = 0) {
+template <class T, int Warps, class Row>
+__device__ __forceinline__ int find_in_part(SharedOf<Warps>& shared, const Team& team, const Row& weights,
+                                            int begin, int length, uint64_t rest, uint64_t of = 0) {
 #pragma unroll 1
   for (int turn = 0;; turn ^= 1) {
     const int end = begin + length < weights.p.length ? begin + length : weights.p.length;
-    length = round_up((length + kWarps - 1) / kWarps);
+    length = round_up((length + Warps - 1) / Warps);
     float r[8];
     bool bad = false;  // whoever summed the row has told
     uint64_t part = 0;
@@ -181,7 +185,7 @@ __device__ __forceinline__ int find_in_part(Shared& shared, const Team& team, co
     part = warp_sum(part);
     if (team.lane == 0) shared.parts[turn][team.warp] = part;
     __syncthreads();
-    const uint64_t own = team.lane < kWarps ? shared.parts[turn][team.lane] : 0;
+    const uint64_t own = team.lane < Warps ? shared.parts[turn][team.lane] : 0;
     const uint64_t prefix = inclusive_prefix(own, team.lane);
     if (of != 0) {
       const uint64_t total = __shfl_sync(~0u, prefix, 31);
@@ -200,19 +204,20 @@ __device__ __forceinline__ int find_in_part(Shared& shared, const Team& team, co
 
 // After weigh(): the token where the prefix sum exceeds `rest`, in the one warp that finds it. The
 // block that owns the piece has read it a moment ago.
-template <class T, class Row>
-__device__ __forceinline__ int find_draw(Shared& shared, const Team& team, const Row& weights,
+template <class T, int Warps, class Row>
+__device__ __forceinline__ int find_draw(SharedOf<Warps>& shared, const Team& team, const Row& weights,
                                          const Pieces& pieces, uint64_t rest) {
   const int piece = pieces.find(rest);
-  if (!__any_sync(~0u, team.lane < kWarps && team.piece_of(team.lane) == piece)) return kElsewhere;
-  return find_in_part<T>(shared, team, weights, piece * team.piece_length, team.piece_length, rest);
+  if (!__any_sync(~0u, team.lane < Warps && team.piece_of(team.lane) == piece)) return kElsewhere;
+  const int begin = team.begin_of(piece), length = team.begin_of(piece + 1) - begin;
+  return find_in_part<T>(shared, team, weights, begin, length, rest);
 }
 
 // The token of a row from which nothing has been taken: if it is one of logits, and nothing is cut off,
 // the sums of its strips tell the strip, and only that is read. kNowhere if the row must be weighed.
 // By each block for itself; the first one's answer counts.
-template <class T, class Row>
-__device__ __forceinline__ int find_by_strips(Shared& shared, const Team& team, const Row& weights,
+template <class T, int Warps, class Row>
+__device__ __forceinline__ int find_by_strips(SharedOf<Warps>& shared, const Team& team, const Row& weights,
                                               const RowLaw& law, const float2* strips, uint64_t fraction) {
   static_assert(kMaxStrips == 64);
   if (law.slope == 0.0f || law.cutoff != minus_infinity()) return kNowhere;
@@ -245,8 +250,8 @@ struct Largest {
 };
 template <class T>
 __device__ __noinline__ Largest find_largest(Shared& shared, Team team, RowView<T> row, bool is_logits) {
-  const int num_pieces = team.ranks * kWarps, begin = team.piece_of(team.warp) * team.piece_length;
-  const int end = min(begin + team.piece_length, row.length);
+  const int num_pieces = team.ranks * kWarps, piece = team.piece_of(team.warp);
+  const int begin = team.begin_of(piece), end = min(team.begin_of(piece + 1), row.length);
   uint64_t best = 0;
   bool bad = false;
 #pragma unroll 2
@@ -284,11 +289,8 @@ __device__ __forceinline__ int argmax(Shared& shared, Team& team, const RowView<
 // than shorten a warp's piece. Larger clusters leave multiprocessors over: of an H200's 132, at once
 // 66 of 2 blocks fit, 39 of 3, 30 of 4, 22 of 5, 17 of 6, 15 of 7 or of 8.
 inline TeamShape team_for(const VerifyArgs& args, const Device& device) {
-  const auto piece_length = [&](int ranks) {
-    constexpr int kStep = 2 * kGroup;
-    const int pieces = ranks * kWarps, length = static_cast<int>(args.vocab);
-    return (length + pieces * kStep - 1) / (pieces * kStep) * kStep;
-  };
+  static_assert(kPieceStep == 2 * kGroup);
+  const auto shape = [&](int ranks) { return TeamShape::of(ranks, kWarps, args.vocab); };
   const auto fits = [&](int ranks) {
     int percent = 100;
     if (ranks > 2) percent = 90;
@@ -298,8 +300,8 @@ inline TeamShape team_for(const VerifyArgs& args, const Device& device) {
   };
   int ranks = kMaxTeam;
   while (ranks > 1 && !fits(ranks)) --ranks;
-  while (ranks > 1 && piece_length(ranks - 1) == piece_length(ranks)) --ranks;
-  return {ranks, piece_length(ranks)};
+  while (ranks > 1 && shape(ranks - 1).longest() == shape(ranks).longest()) --ranks;
+  return shape(ranks);
 }
 
 template <class... More>

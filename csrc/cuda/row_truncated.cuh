@@ -9,29 +9,30 @@ namespace quantgemm {
 
 // select_slowly's answer where what reaches the bound has been gathered and fits: by every warp for itself,
 // from how many keys are above each, and of what mass.
+template <int Threads>
 __device__ __forceinline__ Selected select_from_list(LawShared& shared, uint32_t top, float max,
                                                      const Parameters& s) {
+  constexpr int kSharing = Threads / 64;  // lanes that rank a key, so that 64 of them are one turn
   const uint32_t size = shared.count, lane = threadIdx.x % 32;
-  // Eight lanes rank a key.
 #pragma unroll 1
-  for (uint32_t first = threadIdx.x / 32 * 4; first < size; first += kLawThreads / 8) {
-    const uint32_t i = first + lane / 8, key = i < size ? shared.key[i] : ~0u;
+  for (uint32_t first = threadIdx.x / 32 * (32 / kSharing); first < size; first += 64) {
+    const uint32_t i = first + lane / kSharing, key = i < size ? shared.key[i] : ~0u;
     const uint32_t token = i < size ? shared.token[i] : 0;
     uint64_t above = 0, down_to = 0;
     uint32_t rank = 0;
 #pragma unroll 4
-    for (uint32_t j = lane % 8; j < size; j += 8) {
+    for (uint32_t j = lane % kSharing; j < size; j += kSharing) {
       const uint32_t other = shared.key[j];
       const uint64_t mass = shared.mass[j];
       down_to += other >= key ? mass : 0, above += other > key ? mass : 0;
       rank += (other > key) + (shared.token[j] < token ? 0x10000u : 0u);
     }
 #pragma unroll 1
-    for (int step = 1; step < 8; step *= 2) {
+    for (int step = 1; step < kSharing; step *= 2) {
       above += __shfl_xor_sync(~0u, above, step), rank += __shfl_xor_sync(~0u, rank, step);
       down_to += __shfl_xor_sync(~0u, down_to, step);
     }
-    if (lane % 8 == 0 && i < size)
+    if (lane % kSharing == 0 && i < size)
       shared.ranked.above[i] = above, shared.ranked.rank[i] = rank, shared.ranked.down_to[i] = down_to;
   }
   __syncthreads();
@@ -57,12 +58,19 @@ __device__ __forceinline__ Selected select_from_list(LawShared& shared, uint32_t
   return out;
 }
 
-// The token drawn from the values gathered, all that the law keeps. -1: nothing has weight.
-__device__ __forceinline__ int draw_from_list(LawShared& shared, const RowLaw& law, uint64_t fraction) {
+// A token drawn and its value; -1: nothing has weight.
+struct Drawn {
+  int token;
+  float value;
+};
+constexpr Drawn kNotDrawn = {-1, 0.0f};
+// From the values gathered, all that the law keeps.
+template <int Threads>
+__device__ __forceinline__ Drawn draw_from_list(LawShared& shared, const RowLaw& law, uint64_t fraction) {
   const uint32_t size = shared.count, lane = threadIdx.x % 32;
   // In the order of the tokens. Nobody looks at the masses any more.
 #pragma unroll 1
-  for (uint32_t i = threadIdx.x; i < size; i += kLawThreads) {
+  for (uint32_t i = threadIdx.x; i < size; i += Threads) {
     const uint32_t place = shared.ranked.rank[i] >> 16;
     shared.mass[place] = to_fixed(softmax_probability(value_of_key(shared.key[i]), law));
     shared.listed[place] = static_cast<uint16_t>(i);
@@ -76,78 +84,91 @@ __device__ __forceinline__ int draw_from_list(LawShared& shared, const RowLaw& l
   __syncwarp();
   const uint64_t prefix = inclusive_prefix(own, static_cast<int>(lane));
   const uint64_t total = __shfl_sync(~0u, prefix, 31);
-  if (total == 0) return -1;
+  if (total == 0) return kNotDrawn;
   uint64_t rest = draw(fraction, total);
   const int which = __ffs(__ballot_sync(~0u, prefix > rest)) - 1;
   rest -= __shfl_sync(~0u, prefix - own, which);
   const uint32_t first = static_cast<uint32_t>(which) * each, at = first + lane;
   const uint64_t mass = lane < each && at < size ? shared.mass[at] : 0;
   const uint32_t beyond = __ballot_sync(~0u, inclusive_prefix(mass, static_cast<int>(lane)) > rest);
-  return static_cast<int>(shared.token[shared.listed[first + static_cast<uint32_t>(__ffs(beyond)) - 1]]);
+  const uint32_t i = shared.listed[first + static_cast<uint32_t>(__ffs(beyond)) - 1];
+  return {static_cast<int>(shared.token[i]), value_of_key(shared.key[i])};
 }
 
 // A row's law; a token, if one was wanted and is cheap, else -1; how many tokens it keeps are listed.
 struct LawAndToken {
   RowLaw law;
-  int token;
+  Drawn drawn;
   uint32_t num_kept;
 };
 
-// From the row's strips and its groups' keys, by a block: to draw with the fraction, or for the list
+// What has been kept of a row.
+struct RowKeys {
+  const float2* strips;
+  const uint32_t* groups;
+  const uint16_t* lanes;
+};
+__device__ __forceinline__ RowKeys keys_of_slot(const RowScratch& scratch, int64_t slot) {
+  return {scratch.strips + slot * kMaxStrips, scratch.group_keys + slot * scratch.num_groups,
+          scratch.lane_keys + slot * scratch.num_lanes};
+}
+
+// From that, by a block: to draw with the fraction, which is there behind the first barrier, or for the list
 // `kept`, if it is not null. Not inlined: the shared memory is its own, so that it is known to be that.
-template <bool Draws, class T>
-__device__ __noinline__ LawAndToken law_of_row(RowScratch scratch, int64_t slot, RowView<T> row, Parameters s,
-                                               uint64_t fraction, Kept* kept) {
+template <int Threads, bool Draws, class T>
+__device__ __noinline__ LawAndToken law_of_row(RowKeys keys, RowView<T> row, Parameters s,
+                                               const uint64_t* fraction, Kept* kept) {
   LawShared& shared = law_shared();
   const int num_groups = (row.length + kGroup - 1) / kGroup;
   const bool truncates = s.truncates();
-  // All loads in one round trip.
+  // All loads in one round trip, of most vocabularies.
   const int thread = static_cast<int>(threadIdx.x);
-  const StripPair strips = strips_of_lane(scratch.strips + slot * kMaxStrips, row.length, thread % 32);
-  const uint16_t* const lane_keys = scratch.lane_keys + slot * scratch.num_lanes;
-  const uint32_t* const group_keys = scratch.group_keys + slot * scratch.num_groups;
-  uint4 first_keys = {};
-  uint32_t group_key = 0;
-  if (truncates) {
-    first_keys = Selection<T>::lane_keys_at(lane_keys, thread * 8, row.length);
-    if (thread < num_groups) group_key = group_keys[thread];
+  const StripPair strips = strips_of_lane(keys.strips, row.length, thread % 32);
+  uint4 lane_keys[2] = {};
+  uint32_t group_keys[2] = {};
+#pragma unroll
+  for (int j = 0; truncates && j < 2; ++j) {
+    lane_keys[j] = Selection<Threads, T>::lane_keys_at(keys.lanes, (thread + j * Threads) * 8, row.length);
+    if (thread + j * Threads < num_groups) group_keys[j] = keys.groups[thread + j * Threads];
   }
   const Joined joined = join_strips(strips, s.slope);
 #pragma unroll 1
-  for (int g = thread; truncates && g < num_groups; g += kLawThreads) {
-    shared.group_keys[g] = group_key;
-    if (g + kLawThreads < num_groups) group_key = group_keys[g + kLawThreads];
+  for (int g = thread; truncates && g < num_groups; g += Threads) {
+    shared.group_keys[g] = group_keys[0];
+    group_keys[0] = group_keys[1];
+    if (g + 2 * Threads < num_groups) group_keys[1] = keys.groups[g + 2 * Threads];
   }
   if (thread < kBins) shared.bins[thread] = 0;
   if (thread == 0) shared.count = 0, shared.num_listed = 0;
   RowLaw law = joined.law;
-  if (!truncates || joined.sum.x == minus_infinity()) return {law, -1, 0};
+  if (!truncates || joined.sum.x == minus_infinity()) return {law, kNotDrawn, 0};
   __syncthreads();
-  Selection<T> select{row, num_groups, joined.sum.x, s.slope, shared};
+  Selection<Threads, T> select{row, num_groups, joined.sum.x, s.slope, shared};
   const uint32_t top = key_of(joined.sum.x) + 1, lowest = key_of(minus_infinity()) + 1;
   const uint32_t bound = s.top_k > 0 ? select.bound_of_top_k(top, s.top_k) : 0;
-  const bool listed = bound >= lowest && select.gather_few(lane_keys, first_keys, bound, top);
+  const bool listed =
+      bound >= lowest && select.gather_few(keys.lanes, lane_keys[0], lane_keys[1], bound, top);
   Selected selected;
   if (listed) {
-    selected = select_from_list(shared, top, joined.sum.x, s);
+    selected = select_from_list<Threads>(shared, top, joined.sum.x, s);
   } else {
-    selected = select_out_of_line(row, joined.sum, s, bound);
+    selected = select_out_of_line<Threads>(row, joined.sum, s, bound);
   }
   const auto [low, mass] = selected;
-  if (low == lowest) return {law, -1, 0};
+  if (low == lowest) return {law, kNotDrawn, 0};
   law.cutoff = value_of_key(low);
   law.scale = copysignf(static_cast<float>(0x1p44 / static_cast<double>(mass)), law.scale);
   RowLaw plain = law;
   plain.scale = fabsf(law.scale);
   if constexpr (Draws) {
-    return {law, listed ? draw_from_list(shared, plain, fraction) : -1, 0};
+    return {law, listed ? draw_from_list<Threads>(shared, plain, *fraction) : kNotDrawn, 0};
   } else {
-    static_assert(kLawThreads >= kMaxKept);
+    static_assert(Threads >= kMaxKept);
     const uint32_t num_kept = kept != nullptr && listed && shared.count <= kMaxKept ? shared.count : 0;
     if (threadIdx.x < num_kept)
       kept[threadIdx.x] = {shared.token[threadIdx.x],
                            softmax_probability(value_of_key(shared.key[threadIdx.x]), plain)};
-    return {law, -1, num_kept};
+    return {law, kNotDrawn, num_kept};
   }
 }
 

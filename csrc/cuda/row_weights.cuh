@@ -5,7 +5,7 @@
 
 namespace quantgemm {
 
-// rint(x·2^44) in two parts, hi·2^23 + lo, with four float operations: far faster than a conversion
+// rint(x·2^44) in two parts, hi·2^22 + lo, with three float operations: far faster than a conversion
 // to 64 bits. x in [0, 1]; adding 2^23 (1.5·2^23) leaves an integer in the low bits of the float.
 struct FixedSum {
   uint32_t hi = 0, lo = 0;
@@ -13,15 +13,15 @@ struct FixedSum {
   __device__ __forceinline__ void add(const float (&values)[8]) {
 #pragma unroll
     for (const float x : values) {
-      const float y = fmaf(x, 0x1p21f, 0x1p23f);
-      const float rest = fmaf(y - 0x1p23f, -0x1p-21f, x);  // exact
-      const float z = fmaf(rest, 0x1p44f, 0x1.8p23f);
+      const float y = fmaf(x, 0x1p22f, 0x1p23f);
+      const float rest = fmaf(y, -0x1p22f, 0x1.000006p45f);  // 1.5·2^23 less what y holds: exact
+      const float z = fmaf(x, 0x1p44f, rest);
       hi += __float_as_uint(y), lo += __float_as_uint(z);
     }
     hi -= 8 * 0x4b000000u, lo -= 8 * 0x4b400000u;
   }
   __device__ __forceinline__ uint64_t value() const {
-    return (uint64_t{hi} << 23) + static_cast<uint64_t>(int64_t{static_cast<int32_t>(lo)});
+    return (uint64_t{hi} << 22) + static_cast<uint64_t>(int64_t{static_cast<int32_t>(lo)});
   }
 };
 

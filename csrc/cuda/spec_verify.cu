@@ -4,8 +4,8 @@
 // all draw from that row together (row_team.cuh). Only the stopping row of p, and of q, is read.
 // Limit at small batches: fetching instructions that run once. So they are few, and loops are rolled.
 #include "launch.h"
+#include "row_kept.cuh"
 #include "row_team.cuh"
-#include "row_truncated.cuh"
 #include "verdict.cuh"
 
 namespace quantgemm {
@@ -45,7 +45,6 @@ struct Stop {
   int64_t tokens[32];
   float p_tokens[32];
   uint32_t status;
-  int token;  // where it is known already, else -1
   bool greedy, has_draft, bad;
   uint32_t num_kept;  // tokens of the row in a list, from which to draw; 0: there is none
 
@@ -163,44 +162,6 @@ __device__ __forceinline__ void find_stop(const VerifyArgs& args, const RowScrat
   }
 }
 
-// The same without drafts, from a row of logits.
-template <class T, bool Logits, int Ahead>
-__device__ __forceinline__ void find_only_row(const VerifyArgs& args, const RowScratch& scratch,
-                                              Stop<T, Logits, Ahead>& stop, const Team& team) {
-  uint32_t status = 0, noise_status = 0;
-  const Parameters s = parameters_of(args.parameters, team.task, args.vocab, status);
-  const Rows rows = rows_of(args, team.task, status);
-  const uint64_t fraction = token_noise(args, team.task, 0, noise_status);
-  wait_for_previous_kernel();
-  let_next_kernel_start();
-  const RowView<T> row = target_row<T>(args, rows.drafts >= 0 ? rows.first : 0);
-  RowLaw law = stored_law();
-  int token = -1;
-  if (rows.drafts >= 0 && !s.greedy) {
-    if (s.truncates()) {
-      const LawAndToken found = law_of_row<true>(scratch, team.task, row, s, fraction, nullptr);
-      law = found.law, token = found.token;
-    } else {
-      const float2* const strips = scratch.strips + team.task * kMaxStrips;
-      law = join_strips(strips_of_lane(strips, static_cast<int>(args.vocab), team.lane), s.slope).law;
-    }
-  }
-  if (threadIdx.x == 0) {
-    stop.bad = signbit(law.scale), law.scale = fabsf(law.scale);
-    stop.has_draft = false;
-    stop.rows = rows, stop.temperature = s.temperature, stop.greedy = s.greedy;
-    stop.status = status | (stop.bad ? kBadValue : 0), stop.accepted = 0;
-    if (rows.drafts >= 0 && !s.greedy) stop.status |= noise_status;
-    stop.fractions[1][0] = fraction, stop.token = token;
-    if (token >= 0) {
-      stop.weights.p = row, stop.weights.p_law = law;
-    } else if (rows.drafts >= 0 && !s.greedy) {
-      stop.open_row(scratch, {args, team.task, rows, 0, {}}, law, law, args.target_to_draft);
-    }
-  }
-  __syncthreads();
-}
-
 struct Greedy {
   int token;
   float top;
@@ -229,16 +190,14 @@ __device__ __noinline__ Greedy walk_greedily(const VerifyArgs& args, Shared& sha
   }
 }
 
-template <bool IsRow, class T, bool Logits, int Ahead>
+template <class T, bool Logits, int Ahead>
 __device__ __forceinline__ Ending end_sampled(const VerifyArgs& args, const RowScratch& scratch,
                                               Shared& shared, Stop<T, Logits, Ahead>& stop, Team& team,
                                               uint32_t& status) {
   auto& weights = stop.weights;
   const auto noise = [&] { return stop.fractions[1][stop.accepted % 32]; };
   Ending out;
-  if (IsRow && stop.token >= 0) {
-    out.token = stop.token, out.all_know = true;
-  } else if (Logits && !IsRow && stop.num_kept > 0) {
+  if (Logits && stop.num_kept > 0) {
     out.token = kElsewhere, out.law = weights.p_law;
     if (team.rank != 0) return out;
     __shared__ KeptShared kept_shared;
@@ -299,28 +258,20 @@ __device__ __noinline__ void write_probs(const VerifyArgs& args, Team team, RowV
         point >= 0 ? (i == point ? 1.0f : 0.0f) : probability(row.at(i), law);
 }
 
-// Drafts and the target are probabilities; or logits are among them; or there are only rows of logits.
-enum class Given { kProbabilities, kLogits, kRows };
-
-// grid (sequences, blocks of a team)
-template <class T, Given G, int Ahead>
+// Logits: of the target or the draft, else all are probabilities. grid (sequences, blocks of a team)
+template <class T, bool Logits, int Ahead>
 __global__ void __launch_bounds__(kThreads, Ahead > 1 ? 1 : 2)
     spec_verify_kernel(const __grid_constant__ VerifyArgs args, TeamShape shape,
                        const __grid_constant__ RowScratch scratch) {
   __shared__ Shared shared;
   __shared__ LawTable table;
-  constexpr bool kLogits = G != Given::kProbabilities;
-  __shared__ Stop<T, kLogits, Ahead> stop;
+  __shared__ Stop<T, Logits, Ahead> stop;
   Team team(shape);
   prepare(shared, team);
   team.arrive();
-  if (!kLogits || !needs_laws(args)) wait_for_previous_kernel();
-  if constexpr (!kLogits) let_next_kernel_start();
-  if constexpr (G == Given::kRows) {
-    find_only_row(args, scratch, stop, team);
-  } else {
-    find_stop(args, scratch, stop, table, team);
-  }
+  if (!Logits || !needs_laws(args)) wait_for_previous_kernel();
+  if constexpr (!Logits) let_next_kernel_start();
+  find_stop(args, scratch, stop, table, team);
   team.wait();
   const int64_t b = team.task, columns = args.max_drafts + 1;
   uint32_t status = stop.status;
@@ -333,7 +284,7 @@ __global__ void __launch_bounds__(kThreads, Ahead > 1 ? 1 : 2)
     ending = {greedy.token, 0.0f, {greedy.top, 0.0f, 1.0f, greedy.top}, true, true};
     accepted = greedy.accepted, status |= greedy.status;
   } else {
-    ending = end_sampled<G == Given::kRows>(args, scratch, shared, stop, team, status);
+    ending = end_sampled(args, scratch, shared, stop, team, status);
   }
   if (args.probs != nullptr && accepted >= 0)
     write_probs(args, team, target_row<T>(args, stop.rows.first + accepted), ending.law,
@@ -360,6 +311,7 @@ __global__ void __launch_bounds__(kThreads, Ahead > 1 ? 1 : 2)
 
 cudaError_t launch_spec_verify(const VerifyArgs& args, cudaStream_t stream) {
   if (args.num_sequences == 0) return cudaSuccess;
+  if (has_only_rows(args)) return launch_sample_rows(args, stream);
   if (needs_laws(args)) {
     const cudaError_t error = launch_row_laws(args, stream);
     if (error != cudaSuccess) return error;
@@ -371,20 +323,15 @@ cudaError_t launch_spec_verify(const VerifyArgs& args, cudaStream_t stream) {
   const TeamShape shape = team_for(args, device);
   const RowScratch scratch = scratch_of(args);
   visit_real(args.value_type, [&]<class T>(T) {
-    const auto launch = [&]<Given G>() {
+    const auto launch = [&]<bool Logits>() {
       // One block on a multiprocessor has room for more in flight.
-      constexpr int kFew = G == Given::kRows ? 1 : kFewAhead;
       return args.num_sequences * shape.ranks <= device.multiprocessors
-                 ? launch_teams(spec_verify_kernel<T, G, kFew>, args, shape, device, stream, scratch)
-                 : launch_teams(spec_verify_kernel<T, G, 1>, args, shape, device, stream, scratch);
+                 ? launch_teams(spec_verify_kernel<T, Logits, kFewAhead>, args, shape, device, stream,
+                                scratch)
+                 : launch_teams(spec_verify_kernel<T, Logits, 1>, args, shape, device, stream, scratch);
     };
-    if (args.max_drafts == 0 && args.target_is_logits) {
-      error = launch.template operator()<Given::kRows>();
-    } else if (args.target_is_logits || (args.draft && args.draft_is_logits)) {
-      error = launch.template operator()<Given::kLogits>();
-    } else {
-      error = launch.template operator()<Given::kProbabilities>();
-    }
+    const bool logits = args.target_is_logits || (args.draft && args.draft_is_logits);
+    error = logits ? launch.template operator()<true>() : launch.template operator()<false>();
   });
   return error == cudaSuccess ? cudaGetLastError() : error;
 }

@@ -9,14 +9,22 @@
 
 namespace quantgemm {
 
-// How a row is cut: each warp of each of the blocks has a piece of it.
+// How a row is cut: each warp of each of the blocks has a piece of it, so many steps of 512 values, the first
+// ones one more.
+constexpr int kPieceStep = 512;
 struct TeamShape {
-  int ranks, piece_length;
+  int ranks, steps, more;
+
+  static __host__ __device__ constexpr TeamShape of(int ranks, int warps, int64_t row_length) {
+    const int row_steps = static_cast<int>((row_length + kPieceStep - 1) / kPieceStep);
+    return {ranks, row_steps / (ranks * warps), row_steps % (ranks * warps)};
+  }
+  __host__ __device__ constexpr int longest() const { return steps + (more > 0 ? 1 : 0); }
 };
 
 struct Team {
   int64_t task;  // a sequence, or a row
-  int rank, ranks, lane, warp, piece_length;
+  int rank, ranks, lane, warp, steps, more;
   int turn = 0;  // of four
 
   // grid (tasks, blocks of a team)
@@ -26,10 +34,15 @@ struct Team {
         ranks(shape.ranks),
         lane(static_cast<int>(threadIdx.x) % 32),
         warp(static_cast<int>(threadIdx.x) / 32),
-        piece_length(shape.piece_length) {}
+        steps(shape.steps),
+        more(shape.more) {}
 
-  // Which piece a warp has: the last pieces, which may be empty, are spread over all blocks.
+  // Which piece a warp has: the shorter ones, the last, are spread over all blocks.
   __device__ __forceinline__ int piece_of(int some_warp) const { return some_warp * ranks + rank; }
+  // Where a piece begins, and the one before it ends.
+  __device__ __forceinline__ int begin_of(int piece) const {
+    return (piece * steps + (piece < more ? piece : more)) * kPieceStep;
+  }
 
   // All blocks are there, in two halves: they may write to each other only behind the second. Relaxed:
   // for memory written before, a fence is needed.

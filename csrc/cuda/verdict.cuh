@@ -8,6 +8,12 @@
 
 namespace quantgemm {
 
+// No drafts, only a row of logits of each sequence (sample_rows.cu).
+__host__ __device__ inline bool has_only_rows(const VerifyArgs& args) {
+  return args.max_drafts == 0 && args.target_is_logits && args.mode == VerifyMode::kChain;
+}
+cudaError_t launch_sample_rows(const VerifyArgs& args, cudaStream_t stream);
+
 // Does somebody have to find the laws of rows of logits?
 __host__ __device__ inline bool needs_laws(const VerifyArgs& args) {
   return args.target_is_logits || (args.draft && args.draft_is_logits && !args.draft_lse);
