@@ -31,9 +31,7 @@ __device__ __forceinline__ void transpose_16x16(uint32_t (&w)[16]) {
     for (int i = 0; i < 16; ++i) {
       if (i & step) continue;
       const uint32_t a = w[i], b = w[i + step];
-      // A shift as a product's upper half is not for the lanes of logic, of which there are too few.
-      w[i] = chosen_bits(low, a, b << step);
-      w[i + step] = chosen_bits(low, __umulhi(a, 1u << (32 - step)), b);
+      w[i] = chosen_bits(low, a, b << step), w[i + step] = chosen_bits(low, a >> step, b);
     }
   }
 }
