@@ -143,11 +143,12 @@ AttentionCut attention_cut(const KvAttentionArgs& args, const Device& device, in
 }
 // Whether so many clusters, each of a block per part, are on the device at once: only then are they no later
 // than blocks by themselves. Clusters leave places over, of an H200's 132 (one block a multiprocessor) 12 of
-// three or four blocks and up to 30 of more.
+// three or four blocks and up to 30 of more; and with three blocks a multiprocessor a launch merges sooner.
 bool clusters_fit(const Device& device, const AttentionCut& cut, int64_t clusters) {
   const int percent = cut.split > 4 ? 75 : (cut.split > 2 ? 90 : 100);
+  const int64_t two_each = 2 * int64_t{device.multiprocessors};
   return launches_overlap(device) && cut.split > 1 && cut.split <= kFewParts &&
-         clusters * cut.split <= cut.places * percent / 100;
+         clusters * cut.split <= (cut.places < two_each ? cut.places : two_each) * percent / 100;
 }
 // Large blocks have fewer parts to merge, with one part nothing. Small ones leave fewer warps over, and
 // where pages are few no multiprocessor has two blocks' warps while others have one block's.
@@ -158,14 +159,18 @@ AttentionCut attention_cut(const KvAttentionArgs& args, const Device& device) {
   const bool is_large =
       args.cache.channels < 256 && large.is_full && large.split >= 1 && 2 * large.split >= small.split;
   if (is_large) return large;
-  // 9 to 17 small blocks as up to 8 large ones, of as many warps but for four: a cluster of them saves the
-  // launch that merges (some 2.5 µs).
-  AttentionCut few = large;
-  if (few.split > kFewParts) few.split = kFewParts;
+  if (small.split <= kFewParts) return small;
+  // 9 to 12 small blocks as 8, if a multiprocessor has one at most, and up to 17 as 8 large ones, of as many
+  // warps but for four: a cluster of them saves the launch that merges.
   const KvCacheArgs& c = args.cache;
-  const bool is_few = small.split > kFewParts && 2 * few.split + 1 >= small.split &&
-                      clusters_fit(device, few, c.batch * c.heads * ((args.groups / args.tokens + 7) / 8));
-  return is_few ? few : small;
+  const int64_t rows = c.batch * c.heads * ((args.groups / args.tokens + 7) / 8);
+  AttentionCut fewer = small, larger = large;
+  fewer.split = kFewParts;
+  if (larger.split > kFewParts) larger.split = kFewParts;
+  const bool is_fewer = 2 * small.split <= 3 * kFewParts && rows * kFewParts <= device.multiprocessors;
+  if (is_fewer && clusters_fit(device, fewer, rows)) return fewer;
+  const bool is_larger = 2 * larger.split + 1 >= small.split && clusters_fit(device, larger, rows);
+  return is_larger ? larger : small;
 }
 
 }  // namespace
