@@ -31,6 +31,13 @@ struct alignas(8) Kept {
   float p;
 };
 
+// Does a row's law come from Σ exp of the row? Not with a top-k that its groups' maxima bound: what is kept
+// will be listed and summed, so that reading the row is only to find maxima. (For a row that has fewer values
+// than that above -inf, sum_again makes up for it.) top_k as given, or as checked.
+__device__ __forceinline__ bool needs_sums(int64_t top_k, int row_length) {
+  return top_k <= 0 || top_k >= row_length || top_k > (row_length + kGroup - 1) / kGroup;
+}
+
 // A warp reads 8 vectors of 16 bytes per lane at once. What a lane has of such a chunk is the smallest part
 // of a row that has a key of its own: the upper half of its largest value's.
 constexpr int kChunkVectors = 8;
@@ -45,7 +52,7 @@ struct RowScratch {
   int64_t slots;
   int num_groups, num_lanes;
   bool has_keys, has_kept;
-  float2* strips;  // maximum, and Σ exp2((x - maximum)·slope): negative if there is NaN or +inf
+  float2* strips;  // maximum, and Σ exp2((x - maximum)·slope), or 1: negative if there is NaN or +inf
   RowLaw* laws;
   Kept* kept;
   uint16_t* lane_keys;

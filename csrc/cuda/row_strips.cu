@@ -31,9 +31,10 @@ __global__ void __launch_bounds__(kStripThreads, 4)
     return;
   }
   const int part = static_cast<int>(blockIdx.x) & ((1 << share) - 1);
-  read_strips<Streams>(view_of<T>(args, info), part * kStripWarps + static_cast<int>(threadIdx.x) / 32,
-                       kStripWarps << share, info.parameters.slope, scratch.strips + info.slot * kMaxStrips,
-                       keys_of(scratch, info.slot));
+  const RowView<T> row = view_of<T>(args, info);
+  read_strips<Streams>(row, part * kStripWarps + static_cast<int>(threadIdx.x) / 32, kStripWarps << share,
+                       info.parameters.slope, needs_sums(info.parameters.top_k, row.length),
+                       scratch.strips + info.slot * kMaxStrips, keys_of(scratch, info.slot));
 }
 
 // The same in three waves that overlap: the second is read without asking while its first layer of blocks
@@ -78,8 +79,8 @@ __global__ void __launch_bounds__(kStripThreads, 4)
   }
   if (wanted)
     read_strips<true>(view_of<T>(args, info), part * kStripWarps + static_cast<int>(threadIdx.x) / 32,
-                      kStripWarps << share, info.parameters.slope, scratch.strips + info.slot * kMaxStrips,
-                      keys_of(scratch, info.slot));
+                      kStripWarps << share, info.parameters.slope, true,
+                      scratch.strips + info.slot * kMaxStrips, keys_of(scratch, info.slot));
   if (wave.known > 0 && blockIdx.x == 0 && blockIdx.y == 0) wait_for_previous_kernel();
 }
 

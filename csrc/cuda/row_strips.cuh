@@ -163,10 +163,10 @@ __device__ __noinline__ float4 read_slowly(const T* row, int begin, int end, flo
 
 __device__ __forceinline__ void put_strip(float2* strips, int i, float2 sum) { strips[i] = sum; }
 
-// (max, Σ) of a strip, by a warp; the sum is negative if there is NaN or +inf.
+// (max, Σ) of a strip, by a warp; the sum is negative if there is NaN or +inf, and 1 if none is wanted.
 template <bool Streams, class T, class Keys>
-__device__ __forceinline__ float2 read_strip(const RowView<T>& row, int begin, int end, float slope, int lane,
-                                             const Keys& keys) {
+__device__ __forceinline__ float2 read_strip(const RowView<T>& row, int begin, int end, float slope, bool sums,
+                                             int lane, const Keys& keys) {
   constexpr int kPer = kPerVector<T>;
   const bool in_vectors = row.aligned && row.length % kPer == 0;
   Running lane_sum;
@@ -199,8 +199,10 @@ __device__ __forceinline__ float2 read_strip(const RowView<T>& row, int begin, i
           keys.put_lanes(begin / Chunk<T>::kValues, lane, key_of(max));
         }
         lane_max = fmaxf(lane_max, max);
-        lane_sum.raise(max, slope);
-        lane_sum.sum += chunk.sum(lane_sum.base, slope);
+        if (sums) {
+          lane_sum.raise(max, slope);
+          lane_sum.sum += chunk.sum(lane_sum.base, slope);
+        }
       }
     }
     if (is_odd) {
@@ -209,19 +211,24 @@ __device__ __forceinline__ float2 read_strip(const RowView<T>& row, int begin, i
       lane_max = fmaxf(lane_max, r.z), bad |= r.w != 0.0f;
     }
   }
-  const float2 strip = warp_join(lane_max, lane_sum.base, lane_sum.sum, slope);
+  float2 strip{0.0f, 1.0f};
+  if (sums) {
+    strip = warp_join(lane_max, lane_sum.base, lane_sum.sum, slope);
+  } else {
+    strip.x = value_of_key(__reduce_max_sync(~0u, key_of(lane_max)));
+  }
   return {strip.x, __any_sync(~0u, bad) ? -strip.y : strip.y};
 }
 
 // The strips `first`, first + step, … of a row, by a warp. Streams: what is read leaves
-// the L2 first. strips: whatever put_strip knows.
+// the L2 first. sums: see needs_sums. strips: whatever put_strip knows.
 template <bool Streams, class T, class Strips, class Keys>
-__device__ __forceinline__ void read_strips(const RowView<T>& row, int first, int step, float slope,
+__device__ __forceinline__ void read_strips(const RowView<T>& row, int first, int step, float slope, bool sums,
                                             const Strips& strips, const Keys& keys) {
   const int length = strip_length(row.length), lane = static_cast<int>(threadIdx.x) % 32;
   for (int strip = first; strip * length < row.length; strip += step) {
     const int begin = strip * length, end = begin + length < row.length ? begin + length : row.length;
-    const float2 sum = read_strip<Streams>(row, begin, end, slope, lane, keys);
+    const float2 sum = read_strip<Streams>(row, begin, end, slope, sums, lane, keys);
     if (lane == 0) put_strip(strips, strip, sum);
   }
 }

@@ -4,6 +4,7 @@
 #pragma once
 #include "row_cutoff.cuh"
 #include "row_kept.cuh"
+#include "row_strips.cuh"
 
 namespace quantgemm {
 
@@ -104,13 +105,23 @@ struct LawAndToken {
 
 // What has been kept of a row.
 struct RowKeys {
-  const float2* strips;
+  float2* strips;
   const uint32_t* groups;
   const uint16_t* lanes;
 };
 __device__ __forceinline__ RowKeys keys_of_slot(const RowScratch& scratch, int64_t slot) {
   return {scratch.strips + slot * kMaxStrips, scratch.group_keys + slot * scratch.num_groups,
           scratch.lane_keys + slot * scratch.num_lanes};
+}
+
+// A row that has been read for its maxima alone may be kept as a whole after all, for want of values: the sums
+// of its strips, as they would have been, by a block.
+template <int Threads, class T>
+__device__ __noinline__ Joined sum_again(RowKeys keys, RowView<T> row, float slope) {
+  const int thread = static_cast<int>(threadIdx.x);
+  read_strips<false>(row, thread / 32, Threads / 32, slope, true, keys.strips, KeysInScratch{});
+  __syncthreads();
+  return join_strips(strips_of_lane(keys.strips, row.length, thread % 32), slope);
 }
 
 // From that, by a block: to draw with the fraction, which is there behind the first barrier, or for the list
@@ -131,7 +142,7 @@ __device__ __noinline__ LawAndToken law_of_row(RowKeys keys, RowView<T> row, Par
     lane_keys[j] = Selection<Threads, T>::lane_keys_at(keys.lanes, (thread + j * Threads) * 8, row.length);
     if (thread + j * Threads < num_groups) group_keys[j] = keys.groups[thread + j * Threads];
   }
-  const Joined joined = join_strips(strips, s.slope);
+  Joined joined = join_strips(strips, s.slope);
 #pragma unroll 1
   for (int g = thread; truncates && g < num_groups; g += Threads) {
     shared.group_keys[g] = group_keys[0];
@@ -140,12 +151,12 @@ __device__ __noinline__ LawAndToken law_of_row(RowKeys keys, RowView<T> row, Par
   }
   if (thread < kBins) shared.bins[thread] = 0;
   if (thread == 0) shared.count = 0, shared.num_listed = 0;
-  RowLaw law = joined.law;
-  if (!truncates || joined.sum.x == minus_infinity()) return {law, kNotDrawn, 0};
+  if (!truncates || joined.sum.x == minus_infinity()) return {joined.law, kNotDrawn, 0};
   __syncthreads();
   Selection<Threads, T> select{row, num_groups, joined.sum.x, s.slope, shared};
   const uint32_t top = key_of(joined.sum.x) + 1, lowest = key_of(minus_infinity()) + 1;
   const uint32_t bound = s.top_k > 0 ? select.bound_of_top_k(top, s.top_k) : 0;
+  if (bound <= lowest && !needs_sums(s.top_k, row.length)) joined = sum_again<Threads>(keys, row, s.slope);
   const bool listed =
       bound >= lowest && select.gather_few(keys.lanes, lane_keys[0], lane_keys[1], bound, top);
   Selected selected;
@@ -155,6 +166,7 @@ __device__ __noinline__ LawAndToken law_of_row(RowKeys keys, RowView<T> row, Par
     selected = select_out_of_line<Threads>(row, joined.sum, s, bound);
   }
   const auto [low, mass] = selected;
+  RowLaw law = joined.law;
   if (low == lowest) return {law, kNotDrawn, 0};
   law.cutoff = value_of_key(low);
   law.scale = copysignf(static_cast<float>(0x1p44 / static_cast<double>(mass)), law.scale);

@@ -255,9 +255,11 @@ struct Reader {
   Rows rows;
   RowView<T> row;
   float temperature;
+  int64_t top_k;
 
   __device__ __forceinline__ Reader(const VerifyArgs& args, int64_t b) {
     temperature = args.parameters.temperature ? args.parameters.temperature[b] : 1.0f;
+    top_k = args.parameters.top_k ? args.parameters.top_k[b] : 0;
     uint32_t status = 0;
     rows = rows_of(args, b, status);
     row = target_row<T>(args, rows.drafts >= 0 ? rows.first : 0);
@@ -265,6 +267,7 @@ struct Reader {
   __device__ __forceinline__ float slope() const {
     return slope_of(temperature > 0.0f && temperature <= 3.4028235e38f ? temperature : 1.0f);
   }
+  __device__ __forceinline__ bool sums() const { return needs_sums(top_k, row.length); }
 };
 
 // grid (2^share blocks of a cluster · sequences)
@@ -289,13 +292,13 @@ __global__ void __launch_bounds__(kStripThreads, 4)
   if (reader.rows.drafts >= 0) {
     const ToInbox to(inbox, &arrivals);
     read_strips<Streams>(reader.row, (team.ranks - 1 - team.rank) * kStripWarps + team.warp,
-                         team.ranks * kStripWarps, reader.slope(), to, to);
+                         team.ranks * kStripWarps, reader.slope(), reader.sums(), to, to);
   }
   if (team.rank == 0) {
     const Known known(args, b);  // not before: readers have no registers for it
     __syncthreads();
     if (known.rows.drafts >= 0) wait_for_inbox(arrivals);
-    const RowKeys keys{reinterpret_cast<const float2*>(inbox_bytes),
+    const RowKeys keys{reinterpret_cast<float2*>(inbox_bytes),
                        reinterpret_cast<const uint32_t*>(inbox_bytes + inbox.group_keys()),
                        reinterpret_cast<const uint16_t*>(inbox_bytes + Inbox::kLaneKeys)};
     end_row(args, shared, keys, known, b);
@@ -317,7 +320,7 @@ __global__ void __launch_bounds__(kStripThreads, 4)
   const Reader<T> reader(args, b);
   if (reader.rows.drafts < 0) return;
   read_strips<Streams>(reader.row, part * kStripWarps + static_cast<int>(threadIdx.x) / 32,
-                       kStripWarps << share, reader.slope(), scratch.strips + b * kMaxStrips,
+                       kStripWarps << share, reader.slope(), reader.sums(), scratch.strips + b * kMaxStrips,
                        keys_of(scratch, b));
 }
 
