@@ -12,8 +12,9 @@ namespace quantgemm {
 constexpr int kLawThreads = 256;
 constexpr int kMaxGroups = (kMaxVocab + kGroup) / kGroup, kBins = 256;
 constexpr int kCapacity = 512, kMaxVectors = 2048;
+constexpr int kFew = 64;  // that many are ended by row_few.cuh
 
-struct LawShared {
+struct alignas(16) LawShared {
   union {
     uint32_t group_keys[kMaxGroups];
     struct {
@@ -24,7 +25,12 @@ struct LawShared {
   };
   uint64_t partial[2][kLawThreads / 32];
   uint64_t mass[kCapacity];
-  uint32_t key[kCapacity], token[kCapacity];
+  alignas(16) uint32_t key[kCapacity], token[kCapacity];
+  struct alignas(16) {
+    uint64_t mass[kFew];  // from the largest key down
+    uint32_t key[kFew];
+    uint2 of_token[kFew];  // keys and tokens, in the order of these
+  } few;
   uint32_t count, best, bins[kBins], num_listed;
   union {
     uint16_t listed[kMaxGroups];    // groups
@@ -139,10 +145,14 @@ struct Selection {
   __device__ __forceinline__ uint32_t vectors_that_reach(uint32_t low, int chunk) const {
     constexpr int kGroups = kChunk<T> / kGroup, kVectors = kChunkVectors / kGroups;
     uint32_t vectors = 0;
+    const uint4* const keys = reinterpret_cast<const uint4*>(shared.group_keys + chunk * kGroups);
+    const auto add = [&](uint32_t key, int j) {
+      if (key >= low) vectors |= ((1u << kVectors) - 1) << j * kVectors;
+    };
 #pragma unroll
-    for (int j = 0; j < kGroups; ++j) {
-      const int g = chunk * kGroups + j;
-      if (g < num_groups && shared.group_keys[g] >= low) vectors |= ((1u << kVectors) - 1) << j * kVectors;
+    for (int j = 0; j < kGroups; j += 4) {
+      const uint4 four = keys[j / 4];
+      add(four.x, j), add(four.y, j + 1), add(four.z, j + 2), add(four.w, j + 3);
     }
     return vectors;
   }
@@ -179,6 +189,7 @@ struct Selection {
     __syncthreads();
     const uint32_t count = shared.num_listed;
     if (count > kMaxVectors) return false;
+    const float least_value = value_of_key(low);  // a number: then values compare as their keys do
 #pragma unroll 1
     for (uint32_t i = threadIdx.x; i < count; i += Threads) {
       const int begin = static_cast<int>(shared.vectors[i]) * kPer;
@@ -195,7 +206,7 @@ struct Selection {
       }
 #pragma unroll
       for (int e = 0; e < kPer; ++e)
-        if (key_of(clean_logit(v[e])) >= low) wanted |= 1u << e;
+        if (v[e] >= least_value) wanted |= 1u << e;
 #pragma unroll 1
       for (; wanted; wanted &= wanted - 1) {
         const int at = __ffs(wanted) - 1;
@@ -265,24 +276,29 @@ struct Selection {
   }
 
   // A key that at least k groups reach, so that the k-th largest value does. Groups are counted by
-  // their distance from the top, in 256 steps that grow until they hold k groups. Before, bins are 0.
-  __device__ uint32_t bound_of_top_k(uint32_t top, int64_t k) {
-    if (num_groups < k) return 0;
+  // their distance from the top, in 256 steps that grow until they hold k groups. Before, all have been
+  // counted in the first ones.
+  static constexpr int kFirstShift = 15;
+  __device__ __forceinline__ void count_group(uint32_t key, uint32_t top, int shift) {
+    const uint32_t bin = (top - 1 - key) >> shift;
+    if (bin < kBins) atomicAdd(&shared.bins[bin], 1u);
+  }
+  __device__ uint32_t bound_of_top_k(uint32_t top, int64_t top_k) {
+    if (num_groups < top_k) return 0;
     static_assert(kBins == 32 * 8);
     const int lane = threadIdx.x % 32;
+    const auto k = static_cast<uint32_t>(top_k);
 #pragma unroll 1
-    for (int shift = 15;; shift += 3) {  // the last is 24
-      if (shift != 15) {
+    for (int shift = kFirstShift;; shift += 3) {  // the last is 24
+      if (shift != kFirstShift) {
         __syncthreads();
         if (threadIdx.x < kBins) shared.bins[threadIdx.x] = 0;
         __syncthreads();
-      }
 #pragma unroll 1
-      for (int g = threadIdx.x; g < num_groups; g += Threads) {
-        const uint32_t bin = (top - 1 - shared.group_keys[g]) >> shift;
-        if (bin < kBins) atomicAdd(&shared.bins[bin], 1u);
+        for (int g = threadIdx.x; g < num_groups; g += Threads)
+          count_group(shared.group_keys[g], top, shift);
+        __syncthreads();
       }
-      __syncthreads();
       uint32_t own[8], sum = 0;
 #pragma unroll
       for (int j = 0; j < 8; ++j) sum += own[j] = shared.bins[lane * 8 + j];
@@ -342,11 +358,23 @@ __device__ Selected select_slowly(Selection<Threads, T>& select, const RowView<T
   return {low, mass};
 }
 
+// Long code that is rarely wanted.
+__device__ __noinline__ inline uint32_t raise_to_min_p_out_of_line(uint32_t low, uint32_t top, float max,
+                                                                   Parameters s) {
+  return raise_to_min_p(low, top, max, s);
+}
 template <int Threads, class T>
 __device__ __noinline__ Selected select_out_of_line(RowView<T> row, float2 sum, Parameters s,
                                                     uint32_t bound) {
   Selection<Threads, T> select{row, (row.length + kGroup - 1) / kGroup, sum.x, s.slope, law_shared()};
   return select_slowly(select, row, sum, s, bound);
 }
+
+// A token drawn and its value; -1: nothing has weight.
+struct Drawn {
+  int token;
+  float value;
+};
+constexpr Drawn kNotDrawn = {-1, 0.0f};
 
 }  // namespace quantgemm

@@ -2,17 +2,17 @@
 // The law of a row of logits with its truncation, by one block, and what can be had of it on the way: a
 // token drawn from it, or a list of what it keeps. A launch runs this once: short code, rolled loops.
 #pragma once
-#include "row_cutoff.cuh"
+#include "row_few.cuh"
 #include "row_kept.cuh"
 #include "row_strips.cuh"
 
 namespace quantgemm {
 
-// select_slowly's answer where what reaches the bound has been gathered and fits: by every warp for itself,
-// from how many keys are above each, and of what mass.
+// select_slowly's answer where what reaches the bound has been gathered and fits, but is more than few: by
+// every warp for itself, from how many keys are above each, and of what mass.
 template <int Threads>
-__device__ __forceinline__ Selected select_from_list(LawShared& shared, uint32_t top, float max,
-                                                     const Parameters& s) {
+__device__ __noinline__ Selected select_from_list(uint32_t top, float max, Parameters s) {
+  LawShared& shared = law_shared();
   constexpr int kSharing = Threads / 64;  // lanes that rank a key, so that 64 of them are one turn
   const uint32_t size = shared.count, lane = threadIdx.x % 32;
 #pragma unroll 1
@@ -59,15 +59,10 @@ __device__ __forceinline__ Selected select_from_list(LawShared& shared, uint32_t
   return out;
 }
 
-// A token drawn and its value; -1: nothing has weight.
-struct Drawn {
-  int token;
-  float value;
-};
-constexpr Drawn kNotDrawn = {-1, 0.0f};
 // From the values gathered, all that the law keeps.
 template <int Threads>
-__device__ __forceinline__ Drawn draw_from_list(LawShared& shared, const RowLaw& law, uint64_t fraction) {
+__device__ __noinline__ Drawn draw_from_list(RowLaw law, uint64_t fraction) {
+  LawShared& shared = law_shared();
   const uint32_t size = shared.count, lane = threadIdx.x % 32;
   // In the order of the tokens. Nobody looks at the masses any more.
 #pragma unroll 1
@@ -142,26 +137,34 @@ __device__ __noinline__ LawAndToken law_of_row(RowKeys keys, RowView<T> row, Par
     lane_keys[j] = Selection<Threads, T>::lane_keys_at(keys.lanes, (thread + j * Threads) * 8, row.length);
     if (thread + j * Threads < num_groups) group_keys[j] = keys.groups[thread + j * Threads];
   }
-  Joined joined = join_strips(strips, s.slope);
-#pragma unroll 1
-  for (int g = thread; truncates && g < num_groups; g += Threads) {
-    shared.group_keys[g] = group_keys[0];
-    group_keys[0] = group_keys[1];
-    if (g + 2 * Threads < num_groups) group_keys[1] = keys.groups[g + 2 * Threads];
-  }
   if (thread < kBins) shared.bins[thread] = 0;
   if (thread == 0) shared.count = 0, shared.num_listed = 0;
+  clear_few(shared);
+  __syncthreads();  // while the loads are under way
+  Joined joined = join_strips(strips, s.slope);
   if (!truncates || joined.sum.x == minus_infinity()) return {joined.law, kNotDrawn, 0};
-  __syncthreads();
   Selection<Threads, T> select{row, num_groups, joined.sum.x, s.slope, shared};
   const uint32_t top = key_of(joined.sum.x) + 1, lowest = key_of(minus_infinity()) + 1;
+#pragma unroll 1
+  for (int g = thread; g < (num_groups + 7) / 8 * 8; g += Threads) {  // behind the last ones 0
+    shared.group_keys[g] = group_keys[0];
+    select.count_group(group_keys[0], top, select.kFirstShift);
+    group_keys[0] = group_keys[1];
+    group_keys[1] = g + 2 * Threads < num_groups ? keys.groups[g + 2 * Threads] : 0;
+  }
+  __syncthreads();
   const uint32_t bound = s.top_k > 0 ? select.bound_of_top_k(top, s.top_k) : 0;
   if (bound <= lowest && !needs_sums(s.top_k, row.length)) joined = sum_again<Threads>(keys, row, s.slope);
   const bool listed =
       bound >= lowest && select.gather_few(keys.lanes, lane_keys[0], lane_keys[1], bound, top);
+  const bool few = listed && shared.count <= kFew;
   Selected selected;
-  if (listed) {
-    selected = select_from_list<Threads>(shared, top, joined.sum.x, s);
+  if (few) {
+    rank_few<Threads>(shared);
+    __syncthreads();
+    selected = select_few(shared, top, joined.sum.x, s);
+  } else if (listed) {
+    selected = select_from_list<Threads>(top, joined.sum.x, s);
   } else {
     selected = select_out_of_line<Threads>(row, joined.sum, s, bound);
   }
@@ -173,7 +176,8 @@ __device__ __noinline__ LawAndToken law_of_row(RowKeys keys, RowView<T> row, Par
   RowLaw plain = law;
   plain.scale = fabsf(law.scale);
   if constexpr (Draws) {
-    return {law, listed ? draw_from_list<Threads>(shared, plain, *fraction) : kNotDrawn, 0};
+    if (few) return {law, draw_few(shared, plain, *fraction), 0};
+    return {law, listed ? draw_from_list<Threads>(plain, *fraction) : kNotDrawn, 0};
   } else {
     static_assert(Threads >= kMaxKept);
     const uint32_t num_kept = kept != nullptr && listed && shared.count <= kMaxKept ? shared.count : 0;
