@@ -434,7 +434,7 @@ def test_batch_and_grid_do_not_matter(probs: bool) -> None:
 def test_rows_end_alike_in_one_launch_and_two(
     vocab: int, dtype: torch.dtype, truncated: bool
 ) -> None:
-    """Up to 64 rows are read and ended by one kernel, more of them by two."""
+    """Up to 64 rows, or 32, are read and ended by one kernel, more of them by two."""
     batch = 100
     g = torch.Generator(device="cuda").manual_seed(vocab)
     logits = torch.randn(batch, vocab, generator=g, device="cuda").mul(3).to(dtype)
@@ -457,12 +457,41 @@ def test_rows_end_alike_in_one_launch_and_two(
         return [*ops.sample(logits[chosen], **picked), *drawn]
 
     want = run(places)
-    for chosen in (places[:1], places[5:6], places[30:94], places.flip(0)[:40]):
+    for chosen in (places[:1], places[5:6], places[60:92], places[30:94], places.flip(0)[:40]):
         for got, all_of_them in zip(run(chosen), want, strict=True):
             torch.testing.assert_close(got, all_of_them[chosen], rtol=0, atol=0, equal_nan=True)
     on_the_cpu = ops.sample(*on("cpu", {"logits": logits}).values(), **on("cpu", more))
     for got, on_cpu in zip((want[0], want[2]), (on_the_cpu[0], on_the_cpu[2]), strict=True):
         assert torch.equal(got.cpu()[greedy.cpu()], on_cpu[greedy.cpu()])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("batch", [3, 100])
+def test_top_k_of_rows_with_fewer_values(device: str, dtype: torch.dtype, batch: int) -> None:
+    """A GPU reads rows with top-k for maxima alone: where all values stay, nothing differs."""
+    g = torch.Generator().manual_seed(batch)
+    logits = torch.full((batch, 30000), -torch.inf)
+    logits[:, 7000:7020] = torch.randn(batch, 20, generator=g)
+    logits[1] = -torch.inf
+    case = on(device, {"logits": logits.to(dtype)} | seeds(batch))
+    want = ops.draft_sample(**case, return_probs=True)
+    got = ops.draft_sample(**case, **filled({"top_k": 50}, batch, device), return_probs=True)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+    # And as the bonus of a chain without drafts, where others look at what reading has left.
+    chain = {
+        "target": case["logits"],
+        "draft_tokens": torch.full((batch, 2), -1, device=device),
+        "cu_rows": torch.arange(batch + 1, device=device),
+        "seed": case["seed"],
+        "position": case["position"],
+    }
+    plain = ops.spec_verify(**chain)
+    for a, b in zip(
+        ops.spec_verify(**chain, **filled({"top_k": 50}, batch, device)), plain, strict=True
+    ):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.cuda

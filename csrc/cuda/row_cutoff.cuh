@@ -295,8 +295,7 @@ struct Selection {
         if (threadIdx.x < kBins) shared.bins[threadIdx.x] = 0;
         __syncthreads();
 #pragma unroll 1
-        for (int g = threadIdx.x; g < num_groups; g += Threads)
-          count_group(shared.group_keys[g], top, shift);
+        for (int g = threadIdx.x; g < num_groups; g += Threads) count_group(shared.group_keys[g], top, shift);
         __syncthreads();
       }
       uint32_t own[8], sum = 0;

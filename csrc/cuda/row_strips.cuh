@@ -163,10 +163,10 @@ __device__ __noinline__ float4 read_slowly(const T* row, int begin, int end, flo
 
 __device__ __forceinline__ void put_strip(float2* strips, int i, float2 sum) { strips[i] = sum; }
 
-// (max, Σ) of a strip, by a warp; the sum is negative if there is NaN or +inf, and 1 if none is wanted.
+// (max, Σ) of a strip, by a warp; the sum is negative if there is NaN or +inf, and 0 or 1 if none is wanted.
 template <bool Streams, class T, class Keys>
-__device__ __forceinline__ float2 read_strip(const RowView<T>& row, int begin, int end, float slope, bool sums,
-                                             int lane, const Keys& keys) {
+__device__ __forceinline__ float2 read_strip(const RowView<T>& row, int begin, int end, float slope,
+                                             bool sums, int lane, const Keys& keys) {
   constexpr int kPer = kPerVector<T>;
   const bool in_vectors = row.aligned && row.length % kPer == 0;
   Running lane_sum;
@@ -211,11 +211,12 @@ __device__ __forceinline__ float2 read_strip(const RowView<T>& row, int begin, i
       lane_max = fmaxf(lane_max, r.z), bad |= r.w != 0.0f;
     }
   }
-  float2 strip{0.0f, 1.0f};
+  float2 strip;
   if (sums) {
     strip = warp_join(lane_max, lane_sum.base, lane_sum.sum, slope);
   } else {
     strip.x = value_of_key(__reduce_max_sync(~0u, key_of(lane_max)));
+    strip.y = strip.x > minus_infinity() ? 1.0f : 0.0f;
   }
   return {strip.x, __any_sync(~0u, bad) ? -strip.y : strip.y};
 }
@@ -223,14 +224,37 @@ __device__ __forceinline__ float2 read_strip(const RowView<T>& row, int begin, i
 // The strips `first`, first + step, … of a row, by a warp. Streams: what is read leaves
 // the L2 first. sums: see needs_sums. strips: whatever put_strip knows.
 template <bool Streams, class T, class Strips, class Keys>
-__device__ __forceinline__ void read_strips(const RowView<T>& row, int first, int step, float slope, bool sums,
-                                            const Strips& strips, const Keys& keys) {
+__device__ __forceinline__ void read_strips(const RowView<T>& row, int first, int step, float slope,
+                                            bool sums, const Strips& strips, const Keys& keys) {
   const int length = strip_length(row.length), lane = static_cast<int>(threadIdx.x) % 32;
   for (int strip = first; strip * length < row.length; strip += step) {
     const int begin = strip * length, end = begin + length < row.length ? begin + length : row.length;
     const float2 sum = read_strip<Streams>(row, begin, end, slope, sums, lane, keys);
     if (lane == 0) put_strip(strips, strip, sum);
   }
+}
+
+// The index of the largest value, the lowest on ties: the first strip that has it is read again.
+template <int Threads, class T>
+__device__ __noinline__ int index_of_largest(uint32_t& shared, const float2* strips, RowView<T> row) {
+  const int lane = static_cast<int>(threadIdx.x) % 32, length = strip_length(row.length);
+  const StripPair pair = strips_of_lane(strips, row.length, lane);
+  const uint32_t first = key_of(pair.own[0].x), second = key_of(pair.own[1].x);
+  const uint32_t largest = __reduce_max_sync(~0u, first > second ? first : second);
+  const uint32_t in_first = __ballot_sync(~0u, first == largest);
+  const uint32_t in_second = __ballot_sync(~0u, second == largest);
+  const int begin = (in_first != 0 ? __ffs(in_first) - 1 : 31 + __ffs(in_second)) * length;
+  const int end = begin + length < row.length ? begin + length : row.length;
+  if (threadIdx.x == 0) shared = ~0u;
+  __syncthreads();
+  uint32_t found = ~0u;
+#pragma unroll 4
+  for (int i = begin + static_cast<int>(threadIdx.x); i < end; i += Threads)
+    if (key_of(clean_logit(row.at(i))) == largest) found = min(found, static_cast<uint32_t>(i));
+  found = __reduce_min_sync(~0u, found);
+  if (lane == 0) atomicMin(&shared, found);
+  __syncthreads();
+  return static_cast<int>(shared);
 }
 
 // How many blocks, 2^share, are to read each of so many rows: enough for a few on each multiprocessor's four

@@ -109,8 +109,8 @@ __device__ __forceinline__ RowKeys keys_of_slot(const RowScratch& scratch, int64
           scratch.lane_keys + slot * scratch.num_lanes};
 }
 
-// A row that has been read for its maxima alone may be kept as a whole after all, for want of values: the sums
-// of its strips, as they would have been, by a block.
+// A row that has been read for its maxima alone may be kept as a whole after all, for want of values: the
+// sums of its strips, as they would have been, by a block.
 template <int Threads, class T>
 __device__ __noinline__ Joined sum_again(RowKeys keys, RowView<T> row, float slope) {
   const int thread = static_cast<int>(threadIdx.x);

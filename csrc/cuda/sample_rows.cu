@@ -125,29 +125,6 @@ struct Known {
   }
 };
 
-// The index of the largest value, the lowest on ties: the first strip that has it is read again.
-template <int Threads, class T>
-__device__ __noinline__ int index_of_largest(uint32_t& shared, const float2* strips, RowView<T> row) {
-  const int lane = static_cast<int>(threadIdx.x) % 32, length = strip_length(row.length);
-  const StripPair pair = strips_of_lane(strips, row.length, lane);
-  const uint32_t first = key_of(pair.own[0].x), second = key_of(pair.own[1].x);
-  const uint32_t largest = __reduce_max_sync(~0u, first > second ? first : second);
-  const uint32_t in_first = __ballot_sync(~0u, first == largest);
-  const uint32_t in_second = __ballot_sync(~0u, second == largest);
-  const int begin = (in_first != 0 ? __ffs(in_first) - 1 : 31 + __ffs(in_second)) * length;
-  const int end = begin + length < row.length ? begin + length : row.length;
-  if (threadIdx.x == 0) shared = ~0u;
-  __syncthreads();
-  uint32_t found = ~0u;
-#pragma unroll 4
-  for (int i = begin + static_cast<int>(threadIdx.x); i < end; i += Threads)
-    if (key_of(clean_logit(row.at(i))) == largest) found = min(found, static_cast<uint32_t>(i));
-  found = __reduce_min_sync(~0u, found);
-  if (lane == 0) atomicMin(&shared, found);
-  __syncthreads();
-  return static_cast<int>(shared);
-}
-
 // The end of a row, by a block: its token and what else is asked for. `ended` is there behind a barrier.
 template <class T, int Warps>
 __device__ __forceinline__ void end_row(const VerifyArgs& args, EndShared<T, Warps>& shared,
@@ -270,9 +247,11 @@ struct Reader {
   __device__ __forceinline__ bool sums() const { return needs_sums(top_k, row.length); }
 };
 
-// grid (2^share blocks of a cluster · sequences)
-template <class T, bool Streams>
-__global__ void __launch_bounds__(kStripThreads, 4)
+// grid (2^share blocks of a cluster · sequences). Places: for its blocks on a multiprocessor. Where few are
+// enough the end of a row need not do with a reader's registers.
+constexpr int kFewPlaces = 2;
+template <class T, bool Streams, int Places>
+__global__ void __launch_bounds__(kStripThreads, Places)
     sample_rows_kernel(const __grid_constant__ VerifyArgs args, const __grid_constant__ Inbox inbox,
                        int share) {
 #if __CUDA_ARCH__ >= 900
@@ -340,13 +319,15 @@ __global__ void __launch_bounds__(kLawThreads, 2)
   write_part(args, shared.ended, target_row<T>(args, known.rows.first), b, 0, kLawThreads);
 }
 
-// Where many rows are truncated their ends take longer than reading, and hold places that readers want; of
-// many rows of 16-bit values, which are read in half the time, so do all.
+// Where many rows are truncated their ends take longer than reading, and hold places that readers want, of
+// 16-bit values, which are read in half the time, from fewer rows on; of many of these so do all.
 bool takes_one_launch(const VerifyArgs& args, const Device& device) {
-  constexpr int64_t kManyRows = 64, kMostClusters = 1 << 27;  // a grid has less than 2^31 blocks
+  constexpr int64_t kMostClusters = 1 << 27;  // a grid has less than 2^31 blocks
   const bool truncation = args.parameters.top_k || args.parameters.top_p || args.parameters.min_p;
-  const bool always = args.value_type == Real::kFloat32 && !truncation;
-  return launches_overlap(device) && args.num_sequences <= (always ? kMostClusters : kManyRows);
+  const bool wide = args.value_type == Real::kFloat32;
+  int64_t most = truncation && !wide ? 32 : 64;
+  if (wide && !truncation) most = kMostClusters;
+  return launches_overlap(device) && args.num_sequences <= most;
 }
 
 template <class T>
@@ -355,15 +336,17 @@ cudaError_t launch_in_one(const VerifyArgs& args, bool streams, const Device& de
   int share = 1;  // st.async wants a cluster, even of a row that one block reads
   while (kStripWarps << share < inbox.num_strips) ++share;
   static_assert(kStripWarps * 8 == kMaxStrips);  // any device's clusters have 8 blocks
-  auto* const kernel = streams ? sample_rows_kernel<T, true> : sample_rows_kernel<T, false>;
+  const int64_t blocks = args.num_sequences << share;
+  auto* kernel = streams ? sample_rows_kernel<T, true, 4> : sample_rows_kernel<T, false, 4>;
+  if (!streams && blocks <= device.multiprocessors) kernel = sample_rows_kernel<T, false, kFewPlaces>;
   if (inbox.bytes() > 16 << 10) {  // with the block's own more than a kernel may have unasked
     // The same for all rows: another thread may set it for its own before this one launches.
     const cudaError_t error =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Inbox::kMostBytes);
     if (error != cudaSuccess) return error;
   }
-  DependentLaunch launch(dim3(static_cast<unsigned>(args.num_sequences << share)), kStripThreads, device,
-                         stream, inbox.bytes(), 1 << share);
+  DependentLaunch launch(dim3(static_cast<unsigned>(blocks)), kStripThreads, device, stream, inbox.bytes(),
+                         1 << share);
   return cudaLaunchKernelEx(&launch.config, kernel, args, inbox, share);
 }
 
