@@ -6,6 +6,10 @@
 //   one thread per tile   codes, from one set element to the next, into shared memory
 //   one warp              where the block's words begin: the totals of the blocks before it, as far back
 //                         as the nearest one that knows its own beginning
+#include <algorithm>
+#include <cstddef>
+
+#include "dependent_launch.cuh"
 #include "launch.h"
 #include "ptx.cuh"
 #include "sparse_kv_compress.cuh"
@@ -15,6 +19,9 @@ namespace quantgemm {
 namespace {
 
 constexpr int kThreads = 2 * kTile;
+// Of a multiprocessor, as registers allow without spills.
+template <int Channels>
+constexpr int kBlocksOf = Channels == 256 ? 5 : 10;
 
 // What a block has published: nothing, its number of words, or also those of all blocks before it.
 enum State : uint32_t { kNothing, kTotal, kSum };
@@ -47,56 +54,55 @@ __device__ int words_before(Scratch* scratch, int64_t index, int total, int lane
 
 template <class Real16, int Channels>
 struct CompressBlock {
-  static constexpr int kStride = Channels + 4;            // 8 bytes of 16 tokens lie in all banks
+  static constexpr int kStride = Channels + 8;            // 16 bytes of 8 tokens lie in all banks
   static constexpr int kParts = 2 * kThreads / Channels;  // of a pair of key tiles, one per thread
   static constexpr int kEach = Channels < kThreads ? 1 : Channels / kThreads;  // tiles of a thread
-  static constexpr int kWords = Channels * kTile * 4 / 32;                     // of codes, at most
-  alignas(16) uint16_t x[(kTile + 3) * kStride];  // [64, Channels], pruned; pack may read three more
+  alignas(16) uint16_t x[kTile * kStride];  // [64, Channels]; pack may read three rows more
+  uint32_t limits[kTile];                   // of tokens: the smallest magnitude that stays, in both halves
+  int sums[kThreads / 32];
+  int begin;
   union {
     struct {
       uint64_t bitmaps[Channels];
       PairScan<Real16> parts[kParts][Channels / 2];
     };
-    uint32_t words[kWords];
+    uint32_t words[1];  // as many as the launch has room for: those of all tiles
   };
-  int sums[kThreads / 32];
-  int begin;
 
-  // Where a warp's 16 tokens are until they are pruned, within those of x: vector i of a token lies at
-  // i ^ 2 · (token % 4), so that lanes with the same vector of four tokens use other banks.
+  // A token's vectors of eight channels: four to its first lane, four to its second one, and so on.
   static constexpr int kVectors = Channels / 8, kEachOwn = kVectors / 2;  // of a token, of a thread
-  __device__ __forceinline__ uint4* raw(int warp) const {
-    return reinterpret_cast<uint4*>(const_cast<uint16_t*>(x) + warp * 16 * kStride);
-  }
-  // Copies them, as neighbours of other lanes'; what is behind the first `rows` becomes zero.
+
+  // Copies a warp's 16 tokens, as neighbours of other lanes'; what is behind the first `rows` becomes zero.
   __device__ __forceinline__ void copy_tokens(const uint4* from, int rows, int warp, int lane) {
     constexpr int kRows = 32 / kVectors;  // at once
-    const int row = lane / kVectors, place = lane ^ row * 2;
-    const auto to = [&](int j) { return shared_address(raw(warp) + (place ^ j * kRows % 4 * 2) + 32 * j); };
+    const int row = lane / kVectors;
+    const uint32_t to = shared_address(x + (warp * 16 + row) * kStride + lane % kVectors * 8);
     if (rows >= 16) {
       const uint4* own = from + lane;
       asm("" : "+l"(own));  // as if it were any pointer: else each address is made by itself
 #pragma unroll
-      for (int j = 0; j < kEachOwn; ++j) cp_async16(to(j), own + 32 * j);
+      for (int j = 0; j < kEachOwn; ++j) cp_async16(to + 2 * kStride * kRows * j, own + 32 * j);
     } else {
 #pragma unroll 1
       for (int j = 0; j < kEachOwn; ++j) {
         const bool is_there = row + j * kRows < rows;
-        cp_async16(to(j), from + (is_there ? lane + 32 * j : 0), is_there ? 16 : 0);
+        cp_async16(to + 2 * kStride * kRows * j, from + (is_there ? lane + 32 * j : 0), is_there ? 16 : 0);
       }
     }
     cp_async_commit();
   }
   // This lane's half of its token.
-  __device__ __forceinline__ void take_token(uint32_t (&pairs)[4 * kEachOwn], int warp, int lane) const {
-    const uint4* token = raw(warp) + lane / 2 * kVectors + lane % 2;
+  __device__ __forceinline__ void take_token(uint32_t (&pairs)[4 * kEachOwn], int token, int half) const {
+    const auto* own = reinterpret_cast<const uint4*>(x + token * kStride) + 4 * half;
 #pragma unroll
-    for (int i = 0; i < 4; ++i)
-#pragma unroll
-      for (int j = i; j < kEachOwn; j += 4) {
-        const uint4 v = (token + (2 * i ^ lane / 2 % 4 * 2))[2 * (j - i)];
-        pairs[4 * j] = v.x, pairs[4 * j + 1] = v.y, pairs[4 * j + 2] = v.z, pairs[4 * j + 3] = v.w;
-      }
+    for (int j = 0; j < kEachOwn; ++j) {
+      const uint4 v = own[j % 4 + j / 4 * 8];
+      pairs[4 * j] = v.x, pairs[4 * j + 1] = v.y, pairs[4 * j + 2] = v.z, pairs[4 * j + 3] = v.w;
+    }
+  }
+  // The channel of the lower half of one of those words.
+  static __device__ __forceinline__ int channel_of(int word, int half) {
+    return word / 16 * 64 + half * 32 + word % 16 * 2;
   }
 
   // What a thread knows of its tiles, thread + n · kThreads.
@@ -105,36 +111,35 @@ struct CompressBlock {
     TileFit<Real16> fit;
     int before;  // words of the tiles before, in this block
   };
+  struct Scan {
+    uint64_t bitmap;
+    float lo, hi;  // NaN if nothing is set, or NaN is
+  };
 
-  // Threads in step: tile by tile, values side by side in pairs.
-  __device__ __forceinline__ void scan_values(const KvCompressArgs& args, int64_t first_tile, int thread,
-                                              bool has_nans, Tile (&tiles)[kEach]) {
+  // Values, threads in step: those of a tile side by side in pairs.
+  __device__ __forceinline__ Scan scan_value(int tile) const {
+    const auto* from = reinterpret_cast<const uint4*>(x + tile % kTile * kStride + tile / kTile * kTile);
+    const uint32_t limit = limits[tile % kTile];
+    PairScan<Real16> scan;
+    uint32_t bits[2] = {};
 #pragma unroll
-    for (int n = 0; n < kEach; ++n) {
-      const int tile = thread + n * kThreads;
-      if (tile >= Channels) break;
-      const auto* from = reinterpret_cast<const uint2*>(x + tile % kTile * kStride + tile / kTile * kTile);
-      PairScan<Real16> scan;
-      uint32_t bits[2] = {};
+    for (int h = 0; h < 2; ++h) {
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {
-#pragma unroll
-        for (int i = 0; i < 16; i += 2) {
-          const uint2 v = from[8 * h + i / 2];
-          bits[h] |= scan.add(v.x) & 0x80008000u >> i;
-          bits[h] |= scan.add(v.y) & 0x80008000u >> (i + 1);
-        }
-        bits[h] = interleave_halves(bits[h]);
+      for (int i = 0; i < 16; i += 4) {
+        const uint4 v = from[4 * h + i / 4];
+        bits[h] |= ~scan.add(v.x, limit) & 0x80008000u >> i;
+        bits[h] |= ~scan.add(v.y, limit) & 0x80008000u >> (i + 1);
+        bits[h] |= ~scan.add(v.z, limit) & 0x80008000u >> (i + 2);
+        bits[h] |= ~scan.add(v.w, limit) & 0x80008000u >> (i + 3);
       }
-      finish(args, first_tile, tile, uint64_t{bits[0]} << 32 | bits[1],
-             fminf(half_of(scan.lo, 0), half_of(scan.lo, 1)), fmaxf(half_of(scan.hi, 0), half_of(scan.hi, 1)),
-             has_nans && has_nan<Real16>(reinterpret_cast<const uint16_t*>(from), 1), tiles[n]);
+      bits[h] = interleave_halves(bits[h]);
     }
+    return {uint64_t{bits[0]} << 32 | bits[1], fminf(half_of(scan.lo, 0), half_of(scan.lo, 1)),
+            fmaxf(half_of(scan.hi, 0), half_of(scan.hi, 1))};
   }
 
-  // Threads in step: the same tokens of two channels side by side, and then tile by tile.
-  __device__ __forceinline__ void scan_keys(const KvCompressArgs& args, int64_t first_tile, int thread,
-                                            bool has_nans, Tile (&tiles)[kEach]) {
+  // Keys, threads in step: the same tokens of two channels side by side, and then, behind a barrier, tile by tile.
+  __device__ __forceinline__ void scan_keys(int thread) {
     constexpr int kTokens = kTile / kParts;
     const int pair = thread % (Channels / 2), part = thread / (Channels / 2);
     PairScan<Real16> scan;
@@ -143,44 +148,76 @@ struct CompressBlock {
       uint32_t both = 0;
       const uint16_t* from = x + (part * kTokens + first) * kStride + 2 * pair;
 #pragma unroll
-      for (int i = 0; i < 16; ++i)
-        both |= scan.add(*reinterpret_cast<const uint32_t*>(from + i * kStride)) & 0x80008000u >> i;
+      for (int i = 0; i < 16; i += 4) {
+        const uint4 limit = *reinterpret_cast<const uint4*>(limits + part * kTokens + first + i);
+        const auto add = [&](int j, uint32_t limit_of_token) {
+          const uint32_t values = *reinterpret_cast<const uint32_t*>(from + (i + j) * kStride);
+          both |= ~scan.add(values, limit_of_token) & 0x80008000u >> (i + j);
+        };
+        add(0, limit.x), add(1, limit.y), add(2, limit.z), add(3, limit.w);
+      }
       // The first token is the highest bit, in the last of the bitmap's pieces.
       const int at = kTile / 16 - 1 - (part * kTokens + first) / 16;
       reinterpret_cast<uint16_t*>(bitmaps + 2 * pair)[at] = static_cast<uint16_t>(both);
       reinterpret_cast<uint16_t*>(bitmaps + 2 * pair + 1)[at] = static_cast<uint16_t>(both >> 16);
     }
     parts[part][pair] = scan;
-    __syncthreads();  // bitmaps and parts
-#pragma unroll
-    for (int n = 0; n < kEach; ++n) {
-      const int tile = thread + n * kThreads;
-      if (tile >= Channels) break;
-      float lo = bit_cast<float>(0x7fffffffu), hi = lo;
-#pragma unroll
-      for (int i = 0; i < kParts; ++i) {
-        const PairScan<Real16>& own = parts[i][tile / 2];
-        lo = fminf(lo, half_of(own.lo, tile % 2)), hi = fmaxf(hi, half_of(own.hi, tile % 2));
-      }
-      finish(args, first_tile, tile, bitmaps[tile], lo, hi, has_nans && has_nan<Real16>(x + tile, kStride),
-             tiles[n]);
-    }
   }
-
+  __device__ __forceinline__ Scan scan_key(int tile) const {
+    float lo = bit_cast<float>(0x7fffffffu), hi = lo;
+#pragma unroll
+    for (int i = 0; i < kParts; ++i) {
+      const PairScan<Real16>& own = parts[i][tile / 2];
+      lo = fminf(lo, half_of(own.lo, tile % 2)), hi = fmaxf(hi, half_of(own.hi, tile % 2));
+    }
+    return {bitmaps[tile], lo, hi};
+  }
   static __device__ __forceinline__ float half_of(uint32_t pair, int i) {
     return value_of(Real16{static_cast<uint16_t>(pair >> (16 * i))});
   }
 
-  __device__ __forceinline__ void finish(const KvCompressArgs& args, int64_t first_tile, int tile,
-                                         uint64_t bitmap, float lo, float hi, bool is_nan, Tile& own) {
-    if (bitmap == 0) lo = hi = 0.0f;
-    if (is_nan) lo = hi = bit_cast<float>(0x7fc00000u);
-    own.bitmap = bitmap;
-    args.bitmaps[first_tile + tile] = bitmap;
-    if (args.bits == kRawBits) return;
-    own.fit = fit_tile<Real16>(lo, hi, args.bits);
-    static_cast<Real16*>(args.scales)[first_tile + tile] = own.fit.scale;
-    static_cast<Real16*>(args.zeros)[first_tile + tile] = own.fit.zero;
+  // Either, whatever the values are, one by one.
+  static __device__ __noinline__ Scan scan_any(const uint16_t* from, int step, const uint32_t* limit,
+                                               int limit_step) {
+    Scan scan = {0, bit_cast<float>(0x7fffffffu), bit_cast<float>(0x7fffffffu)};
+    bool is_nan = false;
+#pragma unroll 1
+    for (int i = 0; i < kTile; ++i, from += step, limit += limit_step) {
+      const float value = value_of(Real16{*from});
+      const bool is_set = magnitude_key(*from) >= (*limit & 0xffffu);
+      scan.bitmap = scan.bitmap << 1 | is_set;
+      if (!is_set) continue;
+      scan.lo = fminf(scan.lo, value), scan.hi = fmaxf(scan.hi, value), is_nan |= value != value;
+    }
+    if (is_nan) scan.lo = scan.hi = bit_cast<float>(0x7fffffffu);
+    return scan;
+  }
+
+  // By all threads.
+  __device__ __forceinline__ void scan(const KvCompressArgs& args, int64_t first_tile, int thread, bool is_special,
+                                       Tile (&tiles)[kEach]) {
+    if (!is_special && !args.is_value) {
+      scan_keys(thread);
+      __syncthreads();  // bitmaps and parts
+    }
+#pragma unroll
+    for (int n = 0; n < kEach; ++n) {
+      const int tile = thread + n * kThreads, token = tile % kTile;
+      if (tile >= Channels) break;
+      Scan own;
+      if (is_special)
+        own = args.is_value ? scan_any(x + token * kStride + tile / kTile * kTile, 1, limits + token, 0)
+                            : scan_any(x + tile, kStride, limits, 1);
+      else
+        own = args.is_value ? scan_value(tile) : scan_key(tile);
+      if (own.bitmap == 0) own.lo = own.hi = 0.0f;
+      tiles[n].bitmap = own.bitmap;
+      args.bitmaps[first_tile + tile] = own.bitmap;
+      if (args.bits == kRawBits) continue;
+      const TileFit<Real16> fit = tiles[n].fit = fit_tile<Real16>(own.lo, own.hi, args.bits);
+      static_cast<Real16*>(args.scales)[first_tile + tile] = fit.scale;
+      static_cast<Real16*>(args.zeros)[first_tile + tile] = fit.zero;
+    }
   }
 
   // Where the words of tiles begin in the block; all of them.
@@ -210,17 +247,24 @@ struct CompressBlock {
   }
 };
 
+// Before the kernel that looks at them, which may be set up meanwhile.
+__global__ void clear_states_kernel(Scratch* scratch, unsigned blocks) {
+  let_next_kernel_start();
+  const unsigned i = blockIdx.x * kThreads + threadIdx.x;
+  if (i < blocks) scratch->state[i] = 0;
+}
+
 template <class Real16, int Channels>
-__global__ void __launch_bounds__(kThreads) compress_kernel(KvCompressArgs args) {
+__global__ void __launch_bounds__(kThreads, kBlocksOf<Channels>) compress_kernel(KvCompressArgs args) {
   using Block = CompressBlock<Real16, Channels>;
-  __shared__ alignas(16) uint8_t room[sizeof(Block)];
+  extern __shared__ uint4 room[];
   Block& block = *reinterpret_cast<Block*>(room);
   auto* scratch = static_cast<Scratch*>(args.scratch);
   const int thread = static_cast<int>(threadIdx.x % kThreads), lane = thread % 32;
   const int64_t index = blockIdx.x, blocks = static_cast<uint32_t>(args.tokens + kTile - 1) / kTile;
   const int64_t head = blockIdx.x / static_cast<uint32_t>(blocks);  // as a grid is
   const int64_t first = (blockIdx.x - static_cast<uint32_t>(head * blocks)) * kTile;
-  bool has_nans = args.keep >= Channels;  // perhaps
+  bool is_special;
   {
     constexpr int kWords = Channels / 4;
     const int warp = thread / 32, token = thread / 2, half = thread % 2;
@@ -231,30 +275,26 @@ __global__ void __launch_bounds__(kThreads) compress_kernel(KvCompressArgs args)
     cp_async_wait<0>();
     __syncwarp();  // tokens
     uint32_t pairs[kWords];
-    block.take_token(pairs, warp, lane);
-    __syncwarp();  // they have been read
+    block.take_token(pairs, token, half);
     Pruning<kWords> pruning;
     if (args.keep > 0 && args.keep < Channels) {
       pruning.find(pairs, static_cast<int>(args.keep));
-      pruning.keep_largest(pairs);
-      has_nans = pruning.has_largest;
+      __syncwarp();  // they have been read
+      pruning.drop_excess(block.x + token * Block::kStride,
+                          [&](int word) { return Block::channel_of(word, half); });
+    } else {
+      pruning.look_for_largest(pairs);
     }
-    uint16_t* row = block.x + token * Block::kStride;
-#pragma unroll
-    for (int i = 0; i < kWords; i += 2)
-      *reinterpret_cast<uint2*>(row + (i / 4 * 2 + half) * 8 + i % 4 * 2) =
-          make_uint2(pairs[i], pairs[i + 1]);
-    pruning.drop_excess(row, half);
+    is_special = pruning.has_largest;
+    if (half == 0) block.limits[token] = max(pruning.cutoff, 1u) * 0x10001u;  // zeros never stay
   }
-  has_nans = __syncthreads_or(has_nans);  // x: tiles are read across tokens
+  is_special = __syncthreads_or(is_special);  // x and limits: tiles are read across tokens
 
   const int64_t first_tile = index * Channels;
-  typename Block::Tile tiles[Block::kEach] = {};
-  if (args.is_value)
-    block.scan_values(args, first_tile, thread, has_nans, tiles);
-  else
-    block.scan_keys(args, first_tile, thread, has_nans, tiles);
+  typename Block::Tile tiles[Block::kEach];
+  block.scan(args, first_tile, thread, is_special, tiles);
   const int total = block.place(tiles, args.bits, thread);  // parts and bitmaps have been read
+  if (thread < 32) wait_for_previous_kernel();              // states are clear
   if (thread == 0) publish(scratch->state + index, index == 0 ? kSum : kTotal, total);
 
   const auto each_tile = [&](auto&& f) {
@@ -275,17 +315,19 @@ __global__ void __launch_bounds__(kThreads) compress_kernel(KvCompressArgs args)
     else
       pack_close<Real16, Each, Block::kStride>(from, bitmap, bits, to, code_of_value);
   };
-  if (args.bits != kRawBits)
-    each_tile([&](int, const typename Block::Tile& tile, const uint16_t* from) {
-      const Coder<Real16> coder(tile.fit, args.bits);
-      uint32_t* to = block.words + tile.before;
-      if (coder.is_plain)
-        pack_tile.template operator()<4>(from, tile.bitmap, args.bits, to,
-                                         [&](Real16 v) { return coder.plain_code(v); });
-      else
-        pack<Real16, 4>(from, args.is_value ? 1 : Block::kStride, tile.bitmap, args.bits, to,
-                        [&](Real16 v) { return coder.code(v); });
-    });
+  each_tile([&](int, const typename Block::Tile& tile, const uint16_t* from) {
+    uint32_t* to = block.words + tile.before;
+    if (args.bits == kRawBits)
+      return pack_tile.template operator()<2>(from, tile.bitmap, kRawBits, to,
+                                              [](Real16 stored) { return uint32_t{stored.bits}; });
+    const Coder<Real16> coder(tile.fit, args.bits);
+    if (coder.is_plain)
+      pack_tile.template operator()<4>(from, tile.bitmap, args.bits, to,
+                                       [&](Real16 v) { return coder.plain_code(v); });
+    else
+      pack<Real16, 4>(from, args.is_value ? 1 : Block::kStride, tile.bitmap, args.bits, to,
+                      [&](Real16 v) { return coder.code(v); });
+  });
   if (thread < 32) {
     const int base = words_before(scratch, index, total, lane);
     if (lane == 0) block.begin = base;
@@ -293,14 +335,10 @@ __global__ void __launch_bounds__(kThreads) compress_kernel(KvCompressArgs args)
   }
   __syncthreads();  // words and begin
   const int64_t begin = block.begin;
-  each_tile([&](int n, const typename Block::Tile& tile, const uint16_t* from) {
+  each_tile([&](int n, const typename Block::Tile& tile, const uint16_t*) {
     args.offsets[first_tile + n] = static_cast<int>(begin) + tile.before;
-    if (args.bits == kRawBits)
-      pack_tile.template operator()<2>(from, tile.bitmap, kRawBits, args.packed + begin + tile.before,
-                                       [](Real16 stored) { return uint32_t{stored.bits}; });
   });
-  if (args.bits != kRawBits)
-    for (int i = thread; i < total; i += kThreads) args.packed[begin + i] = block.words[i];
+  for (int i = thread; i < total; i += kThreads) args.packed[begin + i] = block.words[i];
   // The room that nothing is packed into: what this block has not used of its own is zeroed from the end.
   // That is little, unless x is mostly zeros; one warp does it.
   if (thread < kThreads - 32) return;
@@ -328,11 +366,25 @@ int64_t sparse_kv_compress_scratch_bytes(const KvCompressArgs& args) {
 cudaError_t launch_sparse_kv_compress(const KvCompressArgs& args, cudaStream_t stream) {
   const auto grid = static_cast<unsigned>(blocks_of(args));
   if (grid == 0) return cudaMemsetAsync(args.num_words, 0, sizeof *args.num_words, stream);
-  const auto scratch_bytes = static_cast<size_t>(sparse_kv_compress_scratch_bytes(args));
-  const cudaError_t status = cudaMemsetAsync(args.scratch, 0, scratch_bytes, stream);
+  Device device;
+  cudaError_t status = device.read();
   if (status != cudaSuccess) return status;
+  clear_states_kernel<<<(grid + kThreads - 1) / kThreads, kThreads, 0, stream>>>(
+      static_cast<Scratch*>(args.scratch), grid);
+  status = cudaGetLastError();
   const auto launch = [&](auto real, auto channels) {
-    compress_kernel<decltype(real), channels.value><<<grid, kThreads, 0, stream>>>(args);
+    using Block = CompressBlock<decltype(real), channels.value>;
+    // Words of a block's tiles: as many bits as are kept, each tile's last word perhaps all but empty.
+    const auto most = [&](int64_t kept) { return static_cast<int>(kTile * kept * args.bits / 32); };
+    const int words = std::min(most(channels.value), most(args.keep) + channels.value);
+    const int bytes = std::max(static_cast<int>(sizeof(Block)),
+                               static_cast<int>(offsetof(Block, words)) + words * 4);
+    const auto kernel = compress_kernel<decltype(real), channels.value>;
+    if (bytes > 48 << 10 && status == cudaSuccess)
+      status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    if (status != cudaSuccess) return;
+    const DependentLaunch follow(grid, kThreads, device, stream, bytes);
+    status = cudaLaunchKernelEx(&follow.config, kernel, args);
   };
   const auto launch_any = [&](auto real) {
     if (args.channels == 64) launch(real, std::integral_constant<int, 64>{});
@@ -340,7 +392,7 @@ cudaError_t launch_sparse_kv_compress(const KvCompressArgs& args, cudaStream_t s
     if (args.channels == 256) launch(real, std::integral_constant<int, 256>{});
   };
   args.type == Real::kFloat16 ? launch_any(Half{}) : launch_any(BFloat16{});
-  return cudaGetLastError();
+  return status;
 }
 
 }  // namespace quantgemm
