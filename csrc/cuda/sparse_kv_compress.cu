@@ -127,12 +127,11 @@ struct CompressBlock {
 #pragma unroll
       for (int i = 0; i < 16; i += 4) {
         const uint4 v = from[4 * h + i / 4];
-        bits[h] |= ~scan.add(v.x, limit) & 0x80008000u >> i;
-        bits[h] |= ~scan.add(v.y, limit) & 0x80008000u >> (i + 1);
-        bits[h] |= ~scan.add(v.z, limit) & 0x80008000u >> (i + 2);
-        bits[h] |= ~scan.add(v.w, limit) & 0x80008000u >> (i + 3);
+        const uint32_t first = (i < 8 ? 0x80008000u : 0x40004000u) >> i % 8 * 2;
+        bits[h] |= ~scan.add(v.x, limit) & first, bits[h] |= ~scan.add(v.y, limit) & first >> 2;
+        bits[h] |= ~scan.add(v.z, limit) & first >> 4, bits[h] |= ~scan.add(v.w, limit) & first >> 6;
       }
-      bits[h] = interleave_halves(bits[h]);
+      bits[h] = in_order(bits[h]);
     }
     return {uint64_t{bits[0]} << 32 | bits[1], fminf(half_of(scan.lo, 0), half_of(scan.lo, 1)),
             fmaxf(half_of(scan.hi, 0), half_of(scan.hi, 1))};
@@ -225,13 +224,14 @@ struct CompressBlock {
     int total = 0;
 #pragma unroll
     for (int n = 0; n < kEach; ++n) {
-      const int count = static_cast<int>(tile_words(__popcll(tiles[n].bitmap), bits));
+      const int count = (__popcll(tiles[n].bitmap) * bits + 31) >> 5;
       int until = count;
 #pragma unroll
-      for (int step = 1; step < 32; step *= 2) {
-        const int other = __shfl_up_sync(~0u, until, step);
-        if (thread % 32 >= step) until += other;
-      }
+      for (int step = 1; step < 32; step *= 2)  // the shuffle says whether there is such a lane. PTX ISA 9.7.9.6
+        asm("{ .reg .pred is_there; .reg .b32 other; shfl.sync.up.b32 other|is_there, %0, %1, 0, -1;"
+            " @is_there add.s32 %0, %0, other; }"
+            : "+r"(until)
+            : "r"(step));
       if (n > 0) __syncthreads();  // sums have been read
       if (thread % 32 == 31) sums[thread / 32] = until;
       __syncthreads();  // sums
@@ -254,16 +254,29 @@ __global__ void clear_states_kernel(Scratch* scratch, unsigned blocks) {
   if (i < blocks) scratch->state[i] = 0;
 }
 
+// What a launch knows of the numbers of blocks and words.
+struct Plan {
+  uint32_t blocks, inverse;  // of a head, and 2^32 through it, rounded down (or what is nearest to that)
+  int64_t head_room;         // words of a head in `packed` at most,
+  int block_room;            // of a block of 64 tokens
+  explicit Plan(const KvCompressArgs& args)
+      : blocks(static_cast<uint32_t>((args.tokens + kTile - 1) / kTile)),
+        inverse(static_cast<uint32_t>(std::min<uint64_t>(~0u, (uint64_t{1} << 32) / blocks))),
+        head_room(args.keep == 0 ? 0 : (args.tokens * args.keep * args.bits >> 5) + blocks * args.channels),
+        block_room(args.keep == 0 ? 0 : static_cast<int>(kTile * args.keep * args.bits / 32 + args.channels)) {}
+};
+
 template <class Real16, int Channels>
-__global__ void __launch_bounds__(kThreads, kBlocksOf<Channels>) compress_kernel(KvCompressArgs args) {
+__global__ void __launch_bounds__(kThreads, kBlocksOf<Channels>) compress_kernel(KvCompressArgs args, Plan plan) {
   using Block = CompressBlock<Real16, Channels>;
   extern __shared__ uint4 room[];
   Block& block = *reinterpret_cast<Block*>(room);
   auto* scratch = static_cast<Scratch*>(args.scratch);
   const int thread = static_cast<int>(threadIdx.x % kThreads), lane = thread % 32;
-  const int64_t index = blockIdx.x, blocks = static_cast<uint32_t>(args.tokens + kTile - 1) / kTile;
-  const int64_t head = blockIdx.x / static_cast<uint32_t>(blocks);  // as a grid is
-  const int64_t first = (blockIdx.x - static_cast<uint32_t>(head * blocks)) * kTile;
+  const int64_t index = blockIdx.x;
+  uint32_t head = __umulhi(blockIdx.x, plan.inverse), block_of_head = blockIdx.x - head * plan.blocks;
+  if (block_of_head >= plan.blocks) ++head, block_of_head -= plan.blocks;  // the product is at most one less
+  const int64_t first = static_cast<int64_t>(block_of_head) * kTile;
   bool is_special;
   {
     constexpr int kWords = Channels / 4;
@@ -342,16 +355,10 @@ __global__ void __launch_bounds__(kThreads, kBlocksOf<Channels>) compress_kernel
   // The room that nothing is packed into: what this block has not used of its own is zeroed from the end.
   // That is little, unless x is mostly zeros; one warp does it.
   if (thread < kThreads - 32) return;
-  const auto room_until = [&](int64_t tokens, int64_t tiles) {
-    return (tokens * args.keep * args.bits >> 5) + (args.keep == 0 ? 0 : tiles);
-  };
-  const int64_t until = first + kTile < args.tokens ? first + kTile : args.tokens,
-                tile = first / kTile * Channels;
-  const int64_t heads = head * room_until(args.tokens, blocks * Channels);
-  const int64_t from = index == gridDim.x - 1
-                           ? begin + total
-                           : args.room - (heads + room_until(until, tile + Channels) - begin - total);
-  const int64_t to = args.room - (heads + room_until(first, tile) - begin);
+  const int64_t start = head * plan.head_room + static_cast<int64_t>(block_of_head) * plan.block_room;
+  const int64_t end = block_of_head == plan.blocks - 1 ? (head + 1) * plan.head_room : start + plan.block_room;
+  const int64_t from = index == gridDim.x - 1 ? begin + total : args.room - (end - begin - total);
+  const int64_t to = args.room - (start - begin);
   for (int64_t i = from + lane; i < to; i += 32) args.packed[i] = 0;
 }
 
@@ -384,7 +391,7 @@ cudaError_t launch_sparse_kv_compress(const KvCompressArgs& args, cudaStream_t s
       status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     if (status != cudaSuccess) return;
     const DependentLaunch follow(grid, kThreads, device, stream, bytes);
-    status = cudaLaunchKernelEx(&follow.config, kernel, args);
+    status = cudaLaunchKernelEx(&follow.config, kernel, args, Plan(args));
   };
   const auto launch_any = [&](auto real) {
     if (args.channels == 64) launch(real, std::integral_constant<int, 64>{});

@@ -62,15 +62,11 @@ struct Coder {
   }
 };
 
-// The halves' bits side by side: bit b of the lower half becomes bit 2b + 1, of the upper one bit 2b.
-__device__ __forceinline__ uint32_t interleave_halves(uint32_t x) {
-  x = __byte_perm(x, 0u, 0x1302);
-  const auto exchange = [&](int step, uint32_t moved) {
-    const uint32_t t = (x ^ x >> step) & moved;
-    x = x ^ t ^ t << step;
-  };
-  exchange(4, 0x00f000f0u), exchange(2, 0x0c0c0c0cu), exchange(1, 0x22222222u);
-  return x;
+// 32 elements' bits as a bitmap has them. Of x the lower half has the even elements', the upper one the odd
+// ones', both those of the first 16 elements in bits 15, 13, 11, ... and of the last ones in bits 14, 12, 10, ...
+__device__ __forceinline__ uint32_t in_order(uint32_t x) {
+  const uint32_t moved = (x >> 1 & 0x55550000u) | (x << 1 & ~0x55550000u);
+  return (__byte_perm(x, 0u, 0x1032) & 0xaaaa5555u) | (moved & ~0xaaaa5555u);
 }
 
 // Whether no 32 neighbours of a tile are all zeros: they would be in its middle.
