@@ -63,7 +63,8 @@ struct Coder {
 };
 
 // 32 elements' bits as a bitmap has them. Of x the lower half has the even elements', the upper one the odd
-// ones', both those of the first 16 elements in bits 15, 13, 11, ... and of the last ones in bits 14, 12, 10, ...
+// ones', both those of the first 16 elements in bits 15, 13, 11, ... and of the last ones in bits 14, 12, 10,
+// ...
 __device__ __forceinline__ uint32_t in_order(uint32_t x) {
   const uint32_t moved = (x >> 1 & 0x55550000u) | (x << 1 & ~0x55550000u);
   return (__byte_perm(x, 0u, 0x1032) & 0xaaaa5555u) | (moved & ~0xaaaa5555u);

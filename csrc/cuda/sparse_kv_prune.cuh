@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// The largest magnitudes of a token, whose values lie with two neighbouring lanes: vectors 2i + half of
-// eight channels. Ranks are counted bit by bit over bit planes: 32 values to an instruction or two.
+// The largest magnitudes of a token, half of whose values each of two neighbouring lanes has. Ranks are
+// counted bit by bit over bit planes: 32 values to an instruction or two.
 #pragma once
 #include <cuda_fp16.h>
 
