@@ -98,7 +98,6 @@ __global__ void __launch_bounds__(kThreads, kBlocksOf<Channels>)
     Pruning<kWords> pruning;
     if (args.keep > 0 && args.keep < Channels) {
       pruning.find(pairs, static_cast<int>(args.keep));
-      __syncwarp();  // they have been read
       pruning.drop_excess(block.x + token * Block::kStride,
                           [&](int word) { return Block::channel_of(word, half); });
     } else {

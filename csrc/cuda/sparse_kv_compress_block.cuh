@@ -15,8 +15,8 @@ struct CompressBlock {
   static constexpr int kParts = 2 * kCompressThreads / Channels;  // of a pair of key tiles, one per thread
   static constexpr int kEach =
       Channels < kCompressThreads ? 1 : Channels / kCompressThreads;  // tiles of a thread
-  alignas(16) uint16_t x[kTile * kStride];  // [64, Channels]; pack may read three rows more
-  uint32_t limits[kTile];                   // of tokens: the smallest magnitude that stays, in both halves
+  alignas(16) uint16_t x[(kTile + 3) * kStride];  // [64, Channels]; pack may read three rows more
+  uint32_t limits[kTile];  // of tokens: the smallest magnitude that stays, in both halves
   int sums[kCompressThreads / 32];
   int begin;
   union {
