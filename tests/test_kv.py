@@ -77,6 +77,7 @@ def assert_close(got: Tensor, want: Tensor, terms: Tensor) -> None:
         (1, 19, 256, 0.95),
         (2, 111, 128, 0.7),
         (1, 989, 64, 0.3),
+        (2, 70, 256, 0.0),  # 16 bits: more shared memory than a block has unasked
     ],
 )
 def test_compression_is_that_of_the_reference(
@@ -187,6 +188,23 @@ def test_gaps_in_tiles(bits: int, value: bool, device: str) -> None:
     for sparsity in (0.0, 0.6):
         got = compress(x.to(device), sparsity, bits, value)
         assert_same_container(got, ref.compress(x, kv.kept_values(sparsity, 128), bits, value))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("value", [False, True], ids=["key", "value"])
+@pytest.mark.parametrize("bits", [2, 4, 16])
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize(("dim", "sparsity"), [(128, 0.5), (128, 0.0), (256, 0.7), (256, 0.0)])
+def test_blocks_with_what_is_no_usual_number(
+    dim: int, sparsity: float, dtype: torch.dtype, bits: int, value: bool, device: str
+) -> None:
+    """They have a loop of their own, for all tiles of a block: the second and the last one here."""
+    x = cache(1, 200, dim, dtype)
+    x[0, 65, 3], x[0, 70, 9], x[0, 70, 99], x[0, 199, 60] = math.nan, math.inf, -math.inf, math.nan
+    x[0, 66, :4], x[0, 67, ::3], x[0, 69], x[0, 71, 5] = 0, 1.5, -0.25, torch.finfo(dtype).max
+    x = x.to(device)
+    got = compress(x, sparsity, bits, value)
+    assert_same_container(got, ref.compress(x, kv.kept_values(sparsity, dim), bits, value))
 
 
 @pytest.mark.parametrize("device", DEVICES)

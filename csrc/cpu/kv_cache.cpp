@@ -309,11 +309,13 @@ void append(const KvAppendArgs& args, int64_t sequence, int64_t head) {
     return static_cast<uint16_t*>(value ? c.recent_values : c.recent_keys) +
            (row * c.recent + recent_slot(c, position)) * c.channels;
   };
-  // The tokens of a page and the next, as far as they leave the ring, where they are before anything has
-  // moved, as bits.
+  // The tokens that a page is packed from, where they are before anything has moved, as bits: its own, and
+  // the next one's, as far as they leave the ring, where they share a fit that is made with this page.
   std::vector<uint16_t> x(static_cast<size_t>(2 * kPageTokens * c.channels));
-  const auto stage = [&](bool value, int64_t page) {
-    const int64_t first = c.sinks + page * kPageTokens, tokens = (page + 1 < now.pages ? 2 : 1) * kPageTokens;
+  const auto stage = [&](const Page& page, int64_t index) {
+    const bool value = page.is_value, is_fit = !value && page.format.kind == PageKind::kDense &&
+                                               page.bytes == page.with_scales && index + 1 < now.pages;
+    const int64_t first = c.sinks + index * kPageTokens, tokens = (is_fit ? 2 : 1) * kPageTokens;
     for (int64_t i = 0; i < tokens * c.channels; ++i) {
       const int64_t position = first + i / c.channels, d = i % c.channels;
       x[static_cast<size_t>(i)] =
@@ -323,8 +325,8 @@ void append(const KvAppendArgs& args, int64_t sequence, int64_t head) {
   };
   for (int64_t i = old.pages; i < now.pages; ++i) {
     const Page keys = key_page(c, sequence, i, head), values = value_page(c, sequence, i, head);
-    if (keys.bytes) pack_page(keys, stage(false, i), c.type);
-    if (values.bytes) pack_page(values, stage(true, i), c.type);
+    if (keys.bytes) pack_page(keys, stage(keys, i), c.type);
+    if (values.bytes) pack_page(values, stage(values, i), c.type);
   }
   for (int64_t index = 0; index < count; ++index) {
     const int64_t position = before + index;

@@ -19,25 +19,20 @@ struct PairScan {
   // Not a number: as an operand of minimum and maximum it yields to the other one.
   uint32_t lo = ~0u, hi = ~0u;
 
-  // The halves of the mask say which values are set.
-  __device__ __forceinline__ uint32_t add(uint32_t values) {
+  // The halves of the result say which values have a smaller magnitude than the limit, in whose halves that
+  // is the same, and are not set: all bits. None of them is a NaN of a half, of whatever type they are, so
+  // they compare, and stay what they are with a zero added, as halves do.
+  __device__ __forceinline__ uint32_t add(uint32_t values, uint32_t limit) {
     using P = Pair<Real16>;
-    const uint32_t mask = __hneu2_mask(bit_cast<P>(values), bit_cast<P>(0u)), others = values | ~mask;
+    const auto own = bit_cast<__half2>(values);
+    const uint32_t dropped = __hlt2_mask(__habs2(own), bit_cast<__half2>(limit));
+    uint32_t others;  // NaN for those. PTX ISA 9.7.4.1 (add)
+    asm("add.f16x2 %0, %1, %2;" : "=r"(others) : "r"(values), "r"(dropped));
     lo = bit_cast<uint32_t>(__hmin2(bit_cast<P>(lo), bit_cast<P>(others)));
     hi = bit_cast<uint32_t>(__hmax2(bit_cast<P>(hi), bit_cast<P>(others)));
-    return mask;
+    return dropped;
   }
 };
-
-// Whether one of a tile's values is NaN; the extremes tell of infinities.
-template <class Real16>
-__device__ __noinline__ bool has_nan(const uint16_t* from, int step) {
-  constexpr int kInfinity = std::is_same_v<Real16, Half> ? 0x7c00 : 0x7f80;
-  bool is_there = false;
-#pragma unroll 1
-  for (int i = 0; i < kTile; ++i) is_there |= (from[i * step] & 0x7fff) > kInfinity;
-  return is_there;
-}
 
 // round(x / scale) + zero, held in 0 … 2^bits - 1, without a division.
 template <class Real16>
@@ -67,15 +62,12 @@ struct Coder {
   }
 };
 
-// The halves' bits side by side: bit b of the lower half becomes bit 2b + 1, of the upper one bit 2b.
-__device__ __forceinline__ uint32_t interleave_halves(uint32_t x) {
-  x = __byte_perm(x, 0u, 0x1302);
-  const auto exchange = [&](int step, uint32_t moved) {
-    const uint32_t t = (x ^ x >> step) & moved;
-    x = x ^ t ^ t << step;
-  };
-  exchange(4, 0x00f000f0u), exchange(2, 0x0c0c0c0cu), exchange(1, 0x22222222u);
-  return x;
+// 32 elements' bits as a bitmap has them. Of x the lower half has the even elements', the upper one the odd
+// ones', both those of the first 16 elements in bits 15, 13, 11, ... and of the last ones in bits 14, 12, 10,
+// ...
+__device__ __forceinline__ uint32_t in_order(uint32_t x) {
+  const uint32_t moved = (x >> 1 & 0x55550000u) | (x << 1 & ~0x55550000u);
+  return (__byte_perm(x, 0u, 0x1032) & 0xaaaa5555u) | (moved & ~0xaaaa5555u);
 }
 
 // Whether no 32 neighbours of a tile are all zeros: they would be in its middle.

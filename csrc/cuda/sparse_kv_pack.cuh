@@ -106,7 +106,7 @@ struct SparsePacker {
 #pragma unroll
       for (int i = 0; i < kWords; i += 4)
         vector(i / 4) = make_uint4(pairs[i], pairs[i + 1], pairs[i + 2], pairs[i + 3]);
-      pruning.drop_excess(row, half);
+      pruning.drop_excess(row, [&](int word) { return (word / 4 * 2 + half) * 8 + word % 4 * 2; });
       lowest = pruning.cutoff, has_nans = pruning.has_largest;
     }
     if (has_nans) replace_nans(row, half);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// The largest magnitudes of a token, whose values lie with two neighbouring lanes: vectors 2i + half of
-// eight channels. Ranks are counted bit by bit over bit planes: 32 values to an instruction or two.
+// The largest magnitudes of a token, half of whose values each of two neighbouring lanes has. Ranks are
+// counted bit by bit over bit planes: 32 values to an instruction or two.
 #pragma once
 #include <cuda_fp16.h>
 
@@ -96,8 +96,19 @@ struct Pruning {
     }
   }
 
-  // The last ones of those that are equal become zero too, in row: the token's channels. By a whole warp.
-  __device__ __forceinline__ void drop_excess(uint16_t* row, int half) {
+  // Where nothing is to be found.
+  __device__ __forceinline__ void look_for_largest(const uint32_t (&pairs)[Words]) {
+    constexpr uint32_t kUpper = 0x7c007c00u;
+    uint32_t carries = 0;
+#pragma unroll
+    for (int i = 0; i < Words; ++i) carries |= (pairs[i] & kUpper) + 0x04000400u;
+    has_largest = (carries & kSigns) != 0;
+  }
+
+  // The last ones of those that are equal become zero too, in row: the token's channels, of which a word of
+  // this lane has one, channel_of(word), and the next. By a whole warp.
+  template <class ChannelOf>
+  __device__ __forceinline__ void drop_excess(uint16_t* row, ChannelOf&& channel_of) {
     if (cutoff == 0) excess = 0;  // zeros
     for (; __any_sync(~0u, excess > 0); --excess) {
       int last = -1, unit = 0;
@@ -106,8 +117,7 @@ struct Pruning {
       for (int u = 0; u < kUnits; ++u) {
         if (equal[u] == 0) continue;
         const int i = 31 - __clz((equal[u] | equal[u] >> 16) & 0xffffu), odd = equal[u] >> (16 + i) & 1;
-        const int word = 16 * u + i;
-        last = (word / 4 * 2 + half) * 8 + word % 4 * 2 + odd;
+        last = channel_of(16 * u + i) + odd;
         unit = u, bit = 1u << (16 * odd + i);
       }
       if (last <= __shfl_xor_sync(~0u, last, 1) || excess <= 0) continue;

@@ -40,9 +40,9 @@ def fuse_steps(model: torch.nn.Module) -> Fused:
     of each class and size are compared, and rotations are the same bit for bit. Where gradients are
     asked for, all is as before. Products become one where their weights are packed and of one type;
     those of q, k and v then lie one behind the other. What a decoder layer adds to the product of
-    o, and of down, is added before that is rounded, and norms of bfloat16 rows are part of the products
-    behind them, for up to eight tokens. The rotary embedding is a function of transformers' module,
-    so it is replaced for all models of that module.
+    o, and of down, is added before that is rounded, and norms of bfloat16 rows are part of the
+    products behind them, for up to eight tokens. The rotary embedding is a function of
+    transformers' module, so it is replaced for all models of that module.
     """
     agreed: dict[tuple[Any, ...], bool] = {}
     norms = gates = heads = 0
