@@ -60,7 +60,7 @@ cudaError_t launch_wgmma_packed(const GemmPackedArgs& args, cudaStream_t stream)
     most.m = args.routes.most_groups * args.routes.tile;
     for (const int mates : {2, 1}) consider(best, most, device.multiprocessors, args.routes.tile, mates, 1);
   } else {
-    for (const int tokens : {256, 128, 64})
+    for (const int tokens : {256, 128, 64, 32})
       for (const int mates : {2, 1})
         for (const int parts : {1, 2, 3, 4})
           consider(best, args, device.multiprocessors, tokens, mates, parts);
@@ -68,6 +68,7 @@ cudaError_t launch_wgmma_packed(const GemmPackedArgs& args, cudaStream_t stream)
   using namespace packed_wgmma;
   const bool half = args.type == Real::kFloat16;
   switch (best.tokens) {
+    case 32: return (half ? launch_f16_32 : launch_bf16_32)(args, best.schedule, device, stream);
     case 64: return (half ? launch_f16_64 : launch_bf16_64)(args, best.schedule, device, stream);
     case 128: return (half ? launch_f16_128 : launch_bf16_128)(args, best.schedule, device, stream);
     case 256: return (half ? launch_f16_256 : launch_bf16_256)(args, best.schedule, device, stream);

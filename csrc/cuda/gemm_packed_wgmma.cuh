@@ -43,73 +43,80 @@ __device__ __forceinline__ void multiply(const GemmPackedArgs& args, const Sched
     };
     const auto before = [&] { return (base == 0 ? P::kPlaces : base) - 1; };  // the slot
 
-    SlotWeights<P> weights, next;
-    mbarrier_wait(w.full(), w.turn);
-    weights.begin(strip_at(w.place));
-    weights.load(strip_at(w.place), 0);
+    // With sums of kParts times kSumTokens tokens.
+    const auto multiply_slots = [&]<int kParts>(std::integral_constant<int, kParts>) {
+      SlotWeights<P> weights, next;
+      mbarrier_wait(w.full(), w.turn);
+      weights.begin(strip_at(w.place));
+      weights.load(strip_at(w.place), 0);
 #pragma unroll 1
-    for (int slot = at.first_slot; slot < at.last_slot; ++slot) {
-      const uint64_t places = swizzled_rows(__shfl_sync(~0u, smem + base * P::kPlaceBytes, 0));
-      const int base_after = base + P::kSlotSteps < P::kPlaces ? base + P::kSlotSteps : 0;
-      const uint32_t turn_after = turn ^ (base_after == 0 ? 1 : 0);
-      uint32_t decoded = 0;
-      Ring<P::kSlots> after = w;  // the last slot is looked at twice
-      if (slot + 1 < at.last_slot) after.step();
-      const auto begin_next = [&] {
-        mbarrier_wait_together(after.full(), after.turn, ahead, decoded);
-        next.begin(strip_at(after.place));
-        next.load(strip_at(after.place), 0);
-        __syncwarp();
-        if (lane == 0) mbarrier_arrive(w.empty());
-        w.step();
-      };
+      for (int slot = at.first_slot; slot < at.last_slot; ++slot) {
+        const uint64_t places = swizzled_rows(__shfl_sync(~0u, smem + base * P::kPlaceBytes, 0));
+        const int base_after = base + P::kSlotSteps < P::kPlaces ? base + P::kSlotSteps : 0;
+        const uint32_t turn_after = turn ^ (base_after == 0 ? 1 : 0);
+        uint32_t decoded = 0;
+        Ring<P::kSlots> after = w;  // the last slot is looked at twice
+        if (slot + 1 < at.last_slot) after.step();
+        const auto begin_next = [&] {
+          mbarrier_wait_together(after.full(), after.turn, ahead, decoded);
+          next.begin(strip_at(after.place));
+          next.load(strip_at(after.place), 0);
+          __syncwarp();
+          if (lane == 0) mbarrier_arrive(w.empty());
+          w.step();
+        };
 #pragma unroll
-      for (int step = 0; step < P::kSlotSteps; ++step) {
-        const bool is_last = step + 1 == P::kSlotSteps;
-        // The next step's weights. The way to them is long, and what is decoded here may be so at any time.
-        if (!is_last)
-          weights.load(strip_at(w.place), step + 1);
-        else if (!kShort)
-          begin_next();
-        if (step + (kShort ? 1 : 2) == P::kSlotSteps) ahead = mbarrier_over(after.full(), after.turn);
+        for (int step = 0; step < P::kSlotSteps; ++step) {
+          const bool is_last = step + 1 == P::kSlotSteps;
+          // The next step's weights. The way to them is long, and what is decoded here may be so at any time.
+          if (!is_last)
+            weights.load(strip_at(w.place), step + 1);
+          else if (!kShort)
+            begin_next();
+          if (step + (kShort ? 1 : 2) == P::kSlotSteps) ahead = mbarrier_over(after.full(), after.turn);
 #pragma unroll
-        for (int first = 0; first < 4; first += P::kBatch) {  // fragments
-          auto& batch = a[(4 * step + first) / P::kBatch % 2];
+          for (int first = 0; first < 4; first += P::kBatch) {  // fragments
+            auto& batch = a[(4 * step + first) / P::kBatch % 2];
 #pragma unroll
-          for (int i = 0; i < P::kBatch; ++i)
-            weights.decode(batch[i], step, first + i,
-                           first + i == 0 && (step == 0 || P::Format::kGroup <= kTileCols));
-          decoded = batch[P::kBatch - 1][3];
-          if (first == 0 && step % P::kTogether == 0)
-            mbarrier_wait_together(barriers + barrier_of(base + step), turn, ready, decoded);
-          wgmma_fence();
+            for (int i = 0; i < P::kBatch; ++i)
+              weights.decode(batch[i], step, first + i,
+                             first + i == 0 && (step == 0 || P::Format::kGroup <= kTileCols));
+            decoded = batch[P::kBatch - 1][3];
+            if (first == 0 && step % P::kTogether == 0)
+              mbarrier_wait_together(barriers + barrier_of(base + step), turn, ready, decoded);
+            wgmma_fence();
 #pragma unroll
-          for (int i = 0; i < P::kBatch; ++i)
+            for (int i = 0; i < P::kBatch; ++i)
 #pragma unroll
-            for (int part = 0; part < P::kSums; ++part)
-              wgmma(sums[part], batch[i],
-                    places + (step * P::kPlaceBytes + part * P::kSumTokens * 128) / 16 + 2 * (first + i),
-                    T{});
-          wgmma_commit();
-          if (kShort && is_last && first + P::kBatch == 4) begin_next();
-          if (first == 0 && (step + 1) % P::kTogether == 0)
-            ready = mbarrier_over(barriers + barrier_of(is_last ? base_after : base + step + 1),
-                                  is_last ? turn_after : turn);
-          wgmma_wait<1>();
-          if (first == 0 && step % P::kTogether == 0) {  // all of the steps before are done
-            if (step > 0)
-              release(base + step - 1);
-            else if (slot > at.first_slot)
-              release(before());
+              for (int part = 0; part < kParts; ++part)
+                wgmma(sums[part], batch[i],
+                      places + (step * P::kPlaceBytes + part * P::kSumTokens * 128) / 16 + 2 * (first + i),
+                      T{});
+            wgmma_commit();
+            if (kShort && is_last && first + P::kBatch == 4) begin_next();
+            if (first == 0 && (step + 1) % P::kTogether == 0)
+              ready = mbarrier_over(barriers + barrier_of(is_last ? base_after : base + step + 1),
+                                    is_last ? turn_after : turn);
+            wgmma_wait<1>();
+            if (first == 0 && step % P::kTogether == 0) {  // all of the steps before are done
+              if (step > 0)
+                release(base + step - 1);
+              else if (slot > at.first_slot)
+                release(before());
+            }
           }
         }
+        weights = next;
+        base = base_after, turn = turn_after;
       }
-      weights = next;
-      base = base_after, turn = turn_after;
-    }
-    wgmma_wait<0>();
+      wgmma_wait<0>();
 #pragma unroll
-    for (auto& part : sums) sums_are_ready(part);
+      for (int part = 0; part < kParts; ++part) sums_are_ready(sums[part]);
+    };
+    if (P::tokens_multiplied(at.count(args.m, P::kTokens)) == P::kTokens)
+      multiply_slots(std::integral_constant<int, P::kSums>{});
+    else
+      multiply_slots(std::integral_constant<int, 1>{});
     __syncwarp();
     release(before());
 
@@ -191,7 +198,8 @@ template <class X, int Tokens>
 cudaError_t launch_type(const GemmPackedArgs& args, const Schedule& schedule, const Device& device,
                         cudaStream_t stream) {
   CUtensorMap x, y{};
-  cudaError_t status = describe_tiles(x, {args.x, args.m, 2 * args.k, 2 * args.k}, Tokens / schedule.mates);
+  const int box = Tokens / schedule.mates < 128 ? Tokens / schedule.mates : 128;
+  cudaError_t status = describe_tiles(x, {args.x, args.m, 2 * args.k, 2 * args.k}, box);
   if (status == cudaSuccess && args.n % 8 == 0 && args.routes.groups == nullptr)
     status = describe_tiles(y, {args.y, args.m, 2 * args.n, 2 * args.n}, kStoreTokens);
   if (status != cudaSuccess) return status;

@@ -23,9 +23,11 @@ struct Schedule {
   }
 };
 
+cudaError_t launch_bf16_32(const GemmPackedArgs&, const Schedule&, const Device&, cudaStream_t);
 cudaError_t launch_bf16_64(const GemmPackedArgs&, const Schedule&, const Device&, cudaStream_t);
 cudaError_t launch_bf16_128(const GemmPackedArgs&, const Schedule&, const Device&, cudaStream_t);
 cudaError_t launch_bf16_256(const GemmPackedArgs&, const Schedule&, const Device&, cudaStream_t);
+cudaError_t launch_f16_32(const GemmPackedArgs&, const Schedule&, const Device&, cudaStream_t);
 cudaError_t launch_f16_64(const GemmPackedArgs&, const Schedule&, const Device&, cudaStream_t);
 cudaError_t launch_f16_128(const GemmPackedArgs&, const Schedule&, const Device&, cudaStream_t);
 cudaError_t launch_f16_256(const GemmPackedArgs&, const Schedule&, const Device&, cudaStream_t);

@@ -24,9 +24,13 @@ struct Tile {
   static constexpr int kMultiplierRegisters = kWide ? 232 : 224, kCopierRegisters = kWide ? 40 : 56;
   // Fragments of 16 columns that are multiplied in one go; steps whose activations share a barrier.
   static constexpr int kBatch = Tokens == 256 && L::kLowBits != 8 ? 4 : 2;
-  static constexpr int kTogether = Tokens == 64 || (Tokens == 128 && L::kHighBits == 0) ? 2 : 1;
+  static constexpr int kTogether = Tokens <= 64 || (Tokens == 128 && L::kHighBits == 0) ? 2 : 1;
   static constexpr int kTokens = Tokens, kSumTokens = Tokens < 128 ? Tokens : 128;  // of one wgmma
   static constexpr int kSums = Tokens / kSumTokens;
+  // Of a tile that has `count`: a whole tile, or its first sums alone.
+  QG_HD static constexpr int tokens_multiplied(int count) {
+    return count > kSumTokens ? kTokens : kSumTokens;
+  }
   // Weights arrive in slots of whole records.
   static constexpr int kSlotSteps = L::kLowBits == 8 ? 2 : 4;
   static_assert(kSlotSteps * kTileCols % L::kSpan == 0);
@@ -126,6 +130,11 @@ struct Walk {
   __device__ __forceinline__ int first_row(int tokens) const {
     return routes.groups == nullptr ? token_tile * tokens : routes.groups[token_tile].first;
   }
+  // How many of a tile's tokens are there.
+  __device__ __forceinline__ int count(int64_t m, int tokens) const {
+    return routes.groups == nullptr ? static_cast<int>(min(m - int64_t{token_tile} * tokens, int64_t{tokens}))
+                                    : routes.groups[token_tile].count;
+  }
   __device__ __forceinline__ ExpertGroup group() const {
     return routes.groups == nullptr ? ExpertGroup{} : routes.groups[token_tile];
   }
@@ -142,18 +151,19 @@ __device__ __forceinline__ void copy_activations(const GemmPackedArgs& args, con
                                                  const CUtensorMap& x, uint32_t smem) {
   Ring<P::kFirstSlotBarrier> ring{smem + P::kBarriersAt};
   for (Walk at(s, args.routes, s.slots(P::kSlotSteps)); at.valid(); at.next()) {
-    const int share = P::kTokens / s.mates, row = at.first_row(P::kTokens) + at.mate * share;
+    const int tokens = P::tokens_multiplied(at.count(args.m, P::kTokens)), share = P::kTokens / s.mates;
+    const int first = at.mate * share, end = min(first + share, tokens), row = at.first_row(P::kTokens);
     const int blocks = ((1 << s.mates) - 1) << at.part * s.mates;
     const int last = 128 * at.last_slot * P::kSlotSteps;  // zeros behind k
-    const uint32_t to = smem + at.mate * share * 128;
 #pragma unroll 1
     for (int col = 128 * at.first_slot * P::kSlotSteps; col < last; col += 128 * P::kTogether, ring.step()) {
       mbarrier_wait(ring.empty(), ring.turn ^ 1);
-      mbarrier_arrive_expecting(ring.full(), P::kTogether * P::kPlaceBytes);
+      mbarrier_arrive_expecting(ring.full(), P::kTogether * tokens * 128);
 #pragma unroll
       for (int i = 0; i < P::kTogether; ++i)
-        copy_tile(to + (ring.place * P::kTogether + i) * P::kPlaceBytes, x, col + 128 * i, row, ring.full(),
-                  blocks);
+        for (int token = first; token < end; token += P::kSumTokens)
+          copy_tile(smem + (ring.place * P::kTogether + i) * P::kPlaceBytes + token * 128, x, col + 128 * i,
+                    row + token, ring.full(), blocks);
     }
   }
 }
