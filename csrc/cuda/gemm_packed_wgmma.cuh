@@ -133,14 +133,14 @@ __device__ __forceinline__ void multiply(const GemmPackedArgs& args, const Sched
   if (threadIdx.x % kGroupThreads == 0) wait_for_stores();
 }
 
-template <PackableFormat F, class X, int Tokens>
-__global__ void __launch_bounds__((Tile<F, X, Tokens>::kThreads), 1)
+template <PackableFormat F, class X, int Tokens, bool Ragged>
+__global__ void __launch_bounds__((Tile<F, X, Tokens, Ragged>::kThreads), 1)
     wgmma_kernel([[maybe_unused]] const __grid_constant__ GemmPackedArgs args,
                  [[maybe_unused]] const Schedule schedule,
                  [[maybe_unused]] const __grid_constant__ CUtensorMap x,
                  [[maybe_unused]] const __grid_constant__ CUtensorMap y) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  using P = Tile<F, X, Tokens>;
+  using P = Tile<F, X, Tokens, Ragged>;
   extern __shared__ __align__(128) uint8_t dynamic[];
   uint8_t* const memory = dynamic + (-shared_address(dynamic) & 1023);
   const uint32_t smem = shared_address(memory), barriers = smem + P::kBarriersAt;
@@ -181,31 +181,32 @@ __global__ void __launch_bounds__((Tile<F, X, Tokens>::kThreads), 1)
 #endif
 }
 
-template <PackableFormat F, class X, int Tokens>
+template <PackableFormat F, class X, int Tokens, bool Ragged>
 cudaError_t launch(const GemmPackedArgs& args, const Schedule& schedule, const CUtensorMap& x,
                    const CUtensorMap& y, const Device& device, cudaStream_t stream) {
-  const auto kernel = wgmma_kernel<F, X, Tokens>;
-  constexpr int kBytes = Tile<F, X, Tokens>::kBytes;
+  const auto kernel = wgmma_kernel<F, X, Tokens, Ragged>;
+  constexpr int kBytes = Tile<F, X, Tokens, Ragged>::kBytes;
   const cudaError_t status =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   if (status != cudaSuccess) return status;
-  const DependentLaunch launch(schedule.clusters * schedule.ranks(), Tile<F, X, Tokens>::kThreads, device,
-                               stream, kBytes, schedule.ranks());
+  const DependentLaunch launch(schedule.clusters * schedule.ranks(), Tile<F, X, Tokens, Ragged>::kThreads,
+                               device, stream, kBytes, schedule.ranks());
   return cudaLaunchKernelEx(&launch.config, kernel, args, schedule, x, y);
 }
 
-template <class X, int Tokens>
+template <class X, int Tokens, bool Ragged = false>
 cudaError_t launch_type(const GemmPackedArgs& args, const Schedule& schedule, const Device& device,
                         cudaStream_t stream) {
   CUtensorMap x, y{};
-  const int box = Tokens / schedule.mates < 128 ? Tokens / schedule.mates : 128;
+  const int share = Tokens / schedule.mates, box = Ragged && share > 128 ? 128 : share;
   cudaError_t status = describe_tiles(x, {args.x, args.m, 2 * args.k, 2 * args.k}, box);
   if (status == cudaSuccess && args.n % 8 == 0 && args.routes.groups == nullptr)
     status = describe_tiles(y, {args.y, args.m, 2 * args.n, 2 * args.n}, kStoreTokens);
   if (status != cudaSuccess) return status;
   status = cudaErrorNotSupported;
   BlockFormats::visit(args.qtype, [&]<class F>(F) {
-    if constexpr (PackableFormat<F>) status = launch<F, X, Tokens>(args, schedule, x, y, device, stream);
+    if constexpr (PackableFormat<F>)
+      status = launch<F, X, Tokens, Ragged>(args, schedule, x, y, device, stream);
   });
   return status;
 }

@@ -27,9 +27,11 @@ cudaError_t launch_bf16_32(const GemmPackedArgs&, const Schedule&, const Device&
 cudaError_t launch_bf16_64(const GemmPackedArgs&, const Schedule&, const Device&, cudaStream_t);
 cudaError_t launch_bf16_128(const GemmPackedArgs&, const Schedule&, const Device&, cudaStream_t);
 cudaError_t launch_bf16_256(const GemmPackedArgs&, const Schedule&, const Device&, cudaStream_t);
+cudaError_t launch_bf16_256_ragged(const GemmPackedArgs&, const Schedule&, const Device&, cudaStream_t);
 cudaError_t launch_f16_32(const GemmPackedArgs&, const Schedule&, const Device&, cudaStream_t);
 cudaError_t launch_f16_64(const GemmPackedArgs&, const Schedule&, const Device&, cudaStream_t);
 cudaError_t launch_f16_128(const GemmPackedArgs&, const Schedule&, const Device&, cudaStream_t);
 cudaError_t launch_f16_256(const GemmPackedArgs&, const Schedule&, const Device&, cudaStream_t);
+cudaError_t launch_f16_256_ragged(const GemmPackedArgs&, const Schedule&, const Device&, cudaStream_t);
 
 }  // namespace quantgemm::packed_wgmma

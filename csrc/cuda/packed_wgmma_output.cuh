@@ -61,7 +61,7 @@ struct Output {
     const bool routed = routes.groups != nullptr;
     first_row = int64_t{at.row_tile} * kRows + group * kGroupRows;
     y = static_cast<T*>(args.y) + (routed ? 0 : first_token * n) + first_row;
-    tokens = at.count(args.m, P::kTokens);
+    tokens = routed ? of.count : static_cast<int>(min(args.m - first_token, int64_t{P::kTokens}));
     const T* const biases = static_cast<const T*>(args.bias) + of.expert * n + first_row;
     rows = static_cast<int>(max(min(n - first_row, int64_t{kGroupRows}), int64_t{0}));
     const int own =
@@ -140,7 +140,7 @@ __device__ __forceinline__ void store_tile_sums(const Output<P>& output, const S
 #pragma unroll
   for (int part = 0; part < P::kSums; ++part) {
     const int first = part * P::kSumTokens;
-    if (first >= output.tokens) return;
+    if (part > 0 && P::tokens_multiplied(output.tokens) < P::kTokens) return;
     int32_t slot = -1;  // of one of the tokens that this warp stores
     float factors[P::kSumTokens / 32];
     if (output.routed()) {

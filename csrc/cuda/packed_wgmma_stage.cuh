@@ -12,7 +12,8 @@ namespace quantgemm::packed_wgmma {
 constexpr int kStrips = kRows / kStripRows, kGroupThreads = 128, kRowGroups = kRows / kGroupRows;
 constexpr int kSharedBytes = 232448;
 
-template <PackableFormat F, class X, int Tokens>
+// Ragged: tiles may have few tokens, of which the first sums are enough.
+template <PackableFormat F, class X, int Tokens, bool Ragged>
 struct Tile {
   using Format = F;
   using T = X;
@@ -27,9 +28,14 @@ struct Tile {
   static constexpr int kTogether = Tokens <= 64 || (Tokens == 128 && L::kHighBits == 0) ? 2 : 1;
   static constexpr int kTokens = Tokens, kSumTokens = Tokens < 128 ? Tokens : 128;  // of one wgmma
   static constexpr int kSums = Tokens / kSumTokens;
-  // Of a tile that has `count`: a whole tile, or its first sums alone.
+  static_assert(!Ragged || kSums > 1);
+  // Of a tile that has `count`.
   QG_HD static constexpr int tokens_multiplied(int count) {
-    return count > kSumTokens ? kTokens : kSumTokens;
+    return Ragged && count <= kSumTokens ? kSumTokens : kTokens;
+  }
+  // Calls that copy a mate's share of them.
+  QG_HD static constexpr int num_copies(int share) {
+    return !Ragged ? 1 : share > 0 ? share / kSumTokens : 0;
   }
   // Weights arrive in slots of whole records.
   static constexpr int kSlotSteps = L::kLowBits == 8 ? 2 : 4;
@@ -152,18 +158,20 @@ __device__ __forceinline__ void copy_activations(const GemmPackedArgs& args, con
   Ring<P::kFirstSlotBarrier> ring{smem + P::kBarriersAt};
   for (Walk at(s, args.routes, s.slots(P::kSlotSteps)); at.valid(); at.next()) {
     const int tokens = P::tokens_multiplied(at.count(args.m, P::kTokens)), share = P::kTokens / s.mates;
-    const int first = at.mate * share, end = min(first + share, tokens), row = at.first_row(P::kTokens);
+    const int copies = P::num_copies(min(share, tokens - at.mate * share));
+    const int row = at.first_row(P::kTokens) + at.mate * share;
     const int blocks = ((1 << s.mates) - 1) << at.part * s.mates;
     const int last = 128 * at.last_slot * P::kSlotSteps;  // zeros behind k
+    const uint32_t to = smem + at.mate * share * 128;
 #pragma unroll 1
     for (int col = 128 * at.first_slot * P::kSlotSteps; col < last; col += 128 * P::kTogether, ring.step()) {
       mbarrier_wait(ring.empty(), ring.turn ^ 1);
       mbarrier_arrive_expecting(ring.full(), P::kTogether * tokens * 128);
 #pragma unroll
       for (int i = 0; i < P::kTogether; ++i)
-        for (int token = first; token < end; token += P::kSumTokens)
-          copy_tile(smem + (ring.place * P::kTogether + i) * P::kPlaceBytes + token * 128, x, col + 128 * i,
-                    row + token, ring.full(), blocks);
+        for (int c = 0; c < copies; ++c)
+          copy_tile(to + (ring.place * P::kTogether + i) * P::kPlaceBytes + c * P::kSumTokens * 128, x,
+                    col + 128 * i, row + c * P::kSumTokens, ring.full(), blocks);
     }
   }
 }

@@ -85,10 +85,10 @@ struct SlotWeights {
   // NaN.
   static constexpr bool kPairs = std::is_same_v<typename P::T, BFloat16> && !F::kOffset &&
                                  !Fragment::kBytes && L::kLowBits == 4 && P::kTokens < 256;
-  // Halves hold any code, so scales and offsets that are halves make weights of halves, rounded once as well.
-  // A code reads 1024 + code · 2^at by its bits under an exponent; less that, it is exact.
+  // Scales and offsets that are halves, as those of a whole block are, make weights of halves, rounded once
+  // as well: a code reads 1024 + code · 2^at by its bits under an exponent, and less that it is exact.
   static constexpr bool kHalves =
-      std::is_same_v<typename P::T, Half> && !TwoLevelFormat<F> && !MiniFloats<F> && P::kTokens < 256;
+      std::is_same_v<typename P::T, Half> && F::kGroup == F::kElems && !MiniFloats<F> && P::kTokens < 256;
   float scale[2], start[2];
   uint32_t high_part[2], low_part[2];  // kHalves: of rows r and r + 8, the scale, and the offset, twice
 
