@@ -138,6 +138,7 @@ __global__ void __launch_bounds__((Tile<F, X, Tokens, Ragged>::kThreads), 1)
     wgmma_kernel([[maybe_unused]] const __grid_constant__ GemmPackedArgs args,
                  [[maybe_unused]] const Schedule schedule,
                  [[maybe_unused]] const __grid_constant__ CUtensorMap x,
+                 [[maybe_unused]] const __grid_constant__ CUtensorMap few,
                  [[maybe_unused]] const __grid_constant__ CUtensorMap y) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using P = Tile<F, X, Tokens, Ragged>;
@@ -171,7 +172,7 @@ __global__ void __launch_bounds__((Tile<F, X, Tokens, Ragged>::kThreads), 1)
   } else {
     shrink_registers<P::kCopierRegisters>();
     if (copier == 0)
-      copy_activations<P>(args, schedule, x, smem);
+      copy_activations<P>(args, schedule, x, few, smem);
     else if (copier >= 64)
       weights.copy_others();
     __syncwarp();
@@ -183,7 +184,7 @@ __global__ void __launch_bounds__((Tile<F, X, Tokens, Ragged>::kThreads), 1)
 
 template <PackableFormat F, class X, int Tokens, bool Ragged>
 cudaError_t launch(const GemmPackedArgs& args, const Schedule& schedule, const CUtensorMap& x,
-                   const CUtensorMap& y, const Device& device, cudaStream_t stream) {
+                   const CUtensorMap& few, const CUtensorMap& y, const Device& device, cudaStream_t stream) {
   const auto kernel = wgmma_kernel<F, X, Tokens, Ragged>;
   constexpr int kBytes = Tile<F, X, Tokens, Ragged>::kBytes;
   const cudaError_t status =
@@ -191,22 +192,25 @@ cudaError_t launch(const GemmPackedArgs& args, const Schedule& schedule, const C
   if (status != cudaSuccess) return status;
   const DependentLaunch launch(schedule.clusters * schedule.ranks(), Tile<F, X, Tokens, Ragged>::kThreads,
                                device, stream, kBytes, schedule.ranks());
-  return cudaLaunchKernelEx(&launch.config, kernel, args, schedule, x, y);
+  return cudaLaunchKernelEx(&launch.config, kernel, args, schedule, x, few, y);
 }
 
 template <class X, int Tokens, bool Ragged = false>
 cudaError_t launch_type(const GemmPackedArgs& args, const Schedule& schedule, const Device& device,
                         cudaStream_t stream) {
-  CUtensorMap x, y{};
-  const int share = Tokens / schedule.mates, box = Ragged && share > 128 ? 128 : share;
-  cudaError_t status = describe_tiles(x, {args.x, args.m, 2 * args.k, 2 * args.k}, box);
-  if (status == cudaSuccess && args.n % 8 == 0 && args.routes.groups == nullptr)
+  CUtensorMap x, few{}, y{};
+  const bool routed = args.routes.groups != nullptr;
+  const ByteMatrix rows{args.x, args.m, 2 * args.k, 2 * args.k};
+  cudaError_t status = describe_tiles(x, rows, Tokens / schedule.mates);
+  if (status == cudaSuccess && (routed || args.m % Tokens != 0))
+    status = describe_tiles(few, rows, kFewTokens);
+  if (status == cudaSuccess && args.n % 8 == 0 && !routed)
     status = describe_tiles(y, {args.y, args.m, 2 * args.n, 2 * args.n}, kStoreTokens);
   if (status != cudaSuccess) return status;
   status = cudaErrorNotSupported;
   BlockFormats::visit(args.qtype, [&]<class F>(F) {
     if constexpr (PackableFormat<F>)
-      status = launch<F, X, Tokens, Ragged>(args, schedule, x, y, device, stream);
+      status = launch<F, X, Tokens, Ragged>(args, schedule, x, few, y, device, stream);
   });
   return status;
 }

@@ -9,6 +9,7 @@ namespace quantgemm::packed_wgmma {
 constexpr int kGroupRows = 64, kRows = 128;  // of w in a tile
 constexpr int kTilesTogether = 8;
 constexpr int kStoreTokens = 32;  // at a time
+constexpr int kFewTokens = 32;    // of x, by a call, where a tile is not whole
 
 // Clusters take tiles in turn. Of a cluster's blocks, `mates` have the same tokens and rows of w that follow
 // each other; `parts` times so many share the columns of these tiles, and then there is one turn.

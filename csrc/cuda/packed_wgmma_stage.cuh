@@ -33,10 +33,6 @@ struct Tile {
   QG_HD static constexpr int tokens_multiplied(int count) {
     return Ragged && count <= kSumTokens ? kSumTokens : kTokens;
   }
-  // Calls that copy a mate's share of them.
-  QG_HD static constexpr int num_copies(int share) {
-    return !Ragged ? 1 : share > 0 ? share / kSumTokens : 0;
-  }
   // Weights arrive in slots of whole records.
   static constexpr int kSlotSteps = L::kLowBits == 8 ? 2 : 4;
   static_assert(kSlotSteps * kTileCols % L::kSpan == 0);
@@ -151,27 +147,33 @@ __device__ __forceinline__ void expect_copies(const CUtensorMap& map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 }
 
-// One thread copies activations.
+// One thread copies activations: of whole tiles a mate's share by one call, with `x`, of others the tokens
+// that are there, with `few`, since zeros behind the last token take longer than tokens do. What lies in
+// their places is multiplied, and not stored.
 template <class P>
 __device__ __forceinline__ void copy_activations(const GemmPackedArgs& args, const Schedule& s,
-                                                 const CUtensorMap& x, uint32_t smem) {
+                                                 const CUtensorMap& x, const CUtensorMap& few,
+                                                 uint32_t smem) {
   Ring<P::kFirstSlotBarrier> ring{smem + P::kBarriersAt};
   for (Walk at(s, args.routes, s.slots(P::kSlotSteps)); at.valid(); at.next()) {
-    const int tokens = P::tokens_multiplied(at.count(args.m, P::kTokens)), share = P::kTokens / s.mates;
-    const int copies = P::num_copies(min(share, tokens - at.mate * share));
-    const int row = at.first_row(P::kTokens) + at.mate * share;
+    const int there = (at.count(args.m, P::kTokens) + kFewTokens - 1) / kFewTokens * kFewTokens;
+    const bool whole = P::kTokens <= kFewTokens || there == P::kTokens;
+    const int tokens = whole ? P::kTokens : there, share = P::kTokens / s.mates;
+    const int first = at.mate * share, end = min(first + share, tokens), at_once = whole ? share : kFewTokens;
+    const int row = at.first_row(P::kTokens);
+    const CUtensorMap& map = whole ? x : few;
     const int blocks = ((1 << s.mates) - 1) << at.part * s.mates;
     const int last = 128 * at.last_slot * P::kSlotSteps;  // zeros behind k
-    const uint32_t to = smem + at.mate * share * 128;
 #pragma unroll 1
     for (int col = 128 * at.first_slot * P::kSlotSteps; col < last; col += 128 * P::kTogether, ring.step()) {
       mbarrier_wait(ring.empty(), ring.turn ^ 1);
       mbarrier_arrive_expecting(ring.full(), P::kTogether * tokens * 128);
 #pragma unroll
       for (int i = 0; i < P::kTogether; ++i)
-        for (int c = 0; c < copies; ++c)
-          copy_tile(to + (ring.place * P::kTogether + i) * P::kPlaceBytes + c * P::kSumTokens * 128, x,
-                    col + 128 * i, row + c * P::kSumTokens, ring.full(), blocks);
+#pragma unroll 1
+        for (int token = first; token < end; token += at_once)
+          copy_tile(smem + (ring.place * P::kTogether + i) * P::kPlaceBytes + token * 128, map, col + 128 * i,
+                    row + token, ring.full(), blocks);
     }
   }
 }
