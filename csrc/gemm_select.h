@@ -184,13 +184,14 @@ inline MoeChoice moe_choice_of(PackedAlgo algo, const PackedProblem& p, int64_t 
   const bool wide = p.type == Real::kFloat32;  // three columns to a token
   if (algo == PackedAlgo::kGemv) return {algo, wide ? 2 : 8};
   if (algo == PackedAlgo::kMma) return {algo, wide ? 10 : slots <= 12 * busy ? 16 : 32};
-  // Clocks of 64 columns of a tile, and on average half a tile to an expert is empty (docs/performance.md).
+  // Clocks of 64 columns of a tile; on average half a tile to an expert is empty, and a busy expert has one
+  // (docs/performance.md).
   const auto clocks = [&](int tile, double step) {
-    return (static_cast<double>(slots) / busy / tile + 0.5) * step;
+    return std::max(static_cast<double>(slots) / busy / tile + 0.5, 1.0) * step;
   };
-  int best = 64;
-  double least = clocks(64, 670);
-  for (const auto& [tile, step] : {std::pair{128, 830.0}, std::pair{256, 1170.0}})
+  int best = 32;
+  double least = clocks(32, 590);
+  for (const auto& [tile, step] : {std::pair{64, 670.0}, std::pair{128, 830.0}, std::pair{256, 1170.0}})
     if (clocks(tile, step) < least) best = tile, least = clocks(tile, step);
   return {algo, best};
 }

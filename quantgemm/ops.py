@@ -269,7 +269,7 @@ def gemm_packed(
     of its own, with ``wgmma``. Weights of one type that share x are one call: ``torch.cat`` of what
     `pack` made of each, where their rows are multiples of 64. algo: ``gemv``
     (weights are read once per 8 tokens), ``few`` (per 16; float16 and bfloat16 on compute
-    capability 9.0), ``mma`` (per 16 or 32), ``wgmma`` (per 64 to 256; where ``few`` is, weights are
+    capability 9.0), ``mma`` (per 16 or 32), ``wgmma`` (per 32 to 256; where ``few`` is, weights are
     rounded to x's dtype) or ``auto``; the CPU has ``auto`` alone. A row of y does not depend on the
     batch with ``gemv``, ``few`` and ``mma``; ``wgmma`` divides its work by the number of tokens,
     and gives the same bits for the same sizes.

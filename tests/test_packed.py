@@ -506,6 +506,9 @@ def test_tiles_of_wgmma(fmt: Format) -> None:
         (256, 2048, 2048),
         (600, 4224, 1024 + e),
         (2100, 2120, 512),
+        (17, 1001, 4096),
+        (32, 4096, 2048),
+        (280, 4096, 2048),
     ]
     for (m, n, k), dtype in itertools.product(sizes, (torch.float16, torch.bfloat16)):
         w, weights = random_weights(fmt, n, k, "cuda")
@@ -515,6 +518,23 @@ def test_tiles_of_wgmma(fmt: Format) -> None:
         assert_accurate(y, x, weights)
         again = ops.gemm_packed(x, packed, fmt.type_id, n, k, None, "wgmma")
         assert torch.equal(y, again)
+
+
+@pytest.mark.cuda
+@by_name
+def test_wgmma_rounds_weights_once(fmt: Format) -> None:
+    """Rows of x that pick a column each have its weights as halves."""
+    if "wgmma" not in algos("cuda", torch.float16):
+        pytest.skip("wgmma is of compute capability 9.0")
+    n, k = 200, max(fmt.block_elems, 256)
+    w, weights = random_weights(fmt, n, k, "cuda")
+    packed = ops.pack(w, fmt.type_id)
+    want = weights.T
+    largest = float(want.abs().max())
+    for m in (32, 64, 128, 256):
+        x = torch.eye(k, dtype=torch.float16, device="cuda")[:m]
+        y = ops.gemm_packed(x, packed, fmt.type_id, n, k, None, "wgmma").double()
+        assert_near(y, want[:m], 0.505 * 2.0**-10 * want[:m].abs() + 2.0**-15 * largest)
 
 
 @pytest.mark.cuda

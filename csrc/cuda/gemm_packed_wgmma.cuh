@@ -43,73 +43,80 @@ __device__ __forceinline__ void multiply(const GemmPackedArgs& args, const Sched
     };
     const auto before = [&] { return (base == 0 ? P::kPlaces : base) - 1; };  // the slot
 
-    SlotWeights<P> weights, next;
-    mbarrier_wait(w.full(), w.turn);
-    weights.begin(strip_at(w.place));
-    weights.load(strip_at(w.place), 0);
+    // With sums of kParts times kSumTokens tokens.
+    const auto multiply_slots = [&]<int kParts>(std::integral_constant<int, kParts>) {
+      SlotWeights<P> weights, next;
+      mbarrier_wait(w.full(), w.turn);
+      weights.begin(strip_at(w.place));
+      weights.load(strip_at(w.place), 0);
 #pragma unroll 1
-    for (int slot = at.first_slot; slot < at.last_slot; ++slot) {
-      const uint64_t places = swizzled_rows(__shfl_sync(~0u, smem + base * P::kPlaceBytes, 0));
-      const int base_after = base + P::kSlotSteps < P::kPlaces ? base + P::kSlotSteps : 0;
-      const uint32_t turn_after = turn ^ (base_after == 0 ? 1 : 0);
-      uint32_t decoded = 0;
-      Ring<P::kSlots> after = w;  // the last slot is looked at twice
-      if (slot + 1 < at.last_slot) after.step();
-      const auto begin_next = [&] {
-        mbarrier_wait_together(after.full(), after.turn, ahead, decoded);
-        next.begin(strip_at(after.place));
-        next.load(strip_at(after.place), 0);
-        __syncwarp();
-        if (lane == 0) mbarrier_arrive(w.empty());
-        w.step();
-      };
+      for (int slot = at.first_slot; slot < at.last_slot; ++slot) {
+        const uint64_t places = swizzled_rows(__shfl_sync(~0u, smem + base * P::kPlaceBytes, 0));
+        const int base_after = base + P::kSlotSteps < P::kPlaces ? base + P::kSlotSteps : 0;
+        const uint32_t turn_after = turn ^ (base_after == 0 ? 1 : 0);
+        uint32_t decoded = 0;
+        Ring<P::kSlots> after = w;  // the last slot is looked at twice
+        if (slot + 1 < at.last_slot) after.step();
+        const auto begin_next = [&] {
+          mbarrier_wait_together(after.full(), after.turn, ahead, decoded);
+          next.begin(strip_at(after.place));
+          next.load(strip_at(after.place), 0);
+          __syncwarp();
+          if (lane == 0) mbarrier_arrive(w.empty());
+          w.step();
+        };
 #pragma unroll
-      for (int step = 0; step < P::kSlotSteps; ++step) {
-        const bool is_last = step + 1 == P::kSlotSteps;
-        // The next step's weights. The way to them is long, and what is decoded here may be so at any time.
-        if (!is_last)
-          weights.load(strip_at(w.place), step + 1);
-        else if (!kShort)
-          begin_next();
-        if (step + (kShort ? 1 : 2) == P::kSlotSteps) ahead = mbarrier_over(after.full(), after.turn);
+        for (int step = 0; step < P::kSlotSteps; ++step) {
+          const bool is_last = step + 1 == P::kSlotSteps;
+          // The next step's weights. The way to them is long, and what is decoded here may be so at any time.
+          if (!is_last)
+            weights.load(strip_at(w.place), step + 1);
+          else if (!kShort)
+            begin_next();
+          if (step + (kShort ? 1 : 2) == P::kSlotSteps) ahead = mbarrier_over(after.full(), after.turn);
 #pragma unroll
-        for (int first = 0; first < 4; first += P::kBatch) {  // fragments
-          auto& batch = a[(4 * step + first) / P::kBatch % 2];
+          for (int first = 0; first < 4; first += P::kBatch) {  // fragments
+            auto& batch = a[(4 * step + first) / P::kBatch % 2];
 #pragma unroll
-          for (int i = 0; i < P::kBatch; ++i)
-            weights.decode(batch[i], step, first + i,
-                           first + i == 0 && (step == 0 || P::Format::kGroup <= kTileCols));
-          decoded = batch[P::kBatch - 1][3];
-          if (first == 0 && step % P::kTogether == 0)
-            mbarrier_wait_together(barriers + barrier_of(base + step), turn, ready, decoded);
-          wgmma_fence();
+            for (int i = 0; i < P::kBatch; ++i)
+              weights.decode(batch[i], step, first + i,
+                             first + i == 0 && (step == 0 || P::Format::kGroup <= kTileCols));
+            decoded = batch[P::kBatch - 1][3];
+            if (first == 0 && step % P::kTogether == 0)
+              mbarrier_wait_together(barriers + barrier_of(base + step), turn, ready, decoded);
+            wgmma_fence();
 #pragma unroll
-          for (int i = 0; i < P::kBatch; ++i)
+            for (int i = 0; i < P::kBatch; ++i)
 #pragma unroll
-            for (int part = 0; part < P::kSums; ++part)
-              wgmma(sums[part], batch[i],
-                    places + (step * P::kPlaceBytes + part * P::kSumTokens * 128) / 16 + 2 * (first + i),
-                    T{});
-          wgmma_commit();
-          if (kShort && is_last && first + P::kBatch == 4) begin_next();
-          if (first == 0 && (step + 1) % P::kTogether == 0)
-            ready = mbarrier_over(barriers + barrier_of(is_last ? base_after : base + step + 1),
-                                  is_last ? turn_after : turn);
-          wgmma_wait<1>();
-          if (first == 0 && step % P::kTogether == 0) {  // all of the steps before are done
-            if (step > 0)
-              release(base + step - 1);
-            else if (slot > at.first_slot)
-              release(before());
+              for (int part = 0; part < kParts; ++part)
+                wgmma(sums[part], batch[i],
+                      places + (step * P::kPlaceBytes + part * P::kSumTokens * 128) / 16 + 2 * (first + i),
+                      T{});
+            wgmma_commit();
+            if (kShort && is_last && first + P::kBatch == 4) begin_next();
+            if (first == 0 && (step + 1) % P::kTogether == 0)
+              ready = mbarrier_over(barriers + barrier_of(is_last ? base_after : base + step + 1),
+                                    is_last ? turn_after : turn);
+            wgmma_wait<1>();
+            if (first == 0 && step % P::kTogether == 0) {  // all of the steps before are done
+              if (step > 0)
+                release(base + step - 1);
+              else if (slot > at.first_slot)
+                release(before());
+            }
           }
         }
+        weights = next;
+        base = base_after, turn = turn_after;
       }
-      weights = next;
-      base = base_after, turn = turn_after;
-    }
-    wgmma_wait<0>();
+      wgmma_wait<0>();
 #pragma unroll
-    for (auto& part : sums) sums_are_ready(part);
+      for (int part = 0; part < kParts; ++part) sums_are_ready(sums[part]);
+    };
+    if (P::tokens_multiplied(at.count(args.m, P::kTokens)) == P::kTokens)
+      multiply_slots(std::integral_constant<int, P::kSums>{});
+    else
+      multiply_slots(std::integral_constant<int, 1>{});
     __syncwarp();
     release(before());
 
@@ -126,14 +133,15 @@ __device__ __forceinline__ void multiply(const GemmPackedArgs& args, const Sched
   if (threadIdx.x % kGroupThreads == 0) wait_for_stores();
 }
 
-template <PackableFormat F, class X, int Tokens>
-__global__ void __launch_bounds__((Tile<F, X, Tokens>::kThreads), 1)
+template <PackableFormat F, class X, int Tokens, bool Ragged>
+__global__ void __launch_bounds__((Tile<F, X, Tokens, Ragged>::kThreads), 1)
     wgmma_kernel([[maybe_unused]] const __grid_constant__ GemmPackedArgs args,
                  [[maybe_unused]] const Schedule schedule,
                  [[maybe_unused]] const __grid_constant__ CUtensorMap x,
+                 [[maybe_unused]] const __grid_constant__ CUtensorMap few,
                  [[maybe_unused]] const __grid_constant__ CUtensorMap y) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  using P = Tile<F, X, Tokens>;
+  using P = Tile<F, X, Tokens, Ragged>;
   extern __shared__ __align__(128) uint8_t dynamic[];
   uint8_t* const memory = dynamic + (-shared_address(dynamic) & 1023);
   const uint32_t smem = shared_address(memory), barriers = smem + P::kBarriersAt;
@@ -164,7 +172,7 @@ __global__ void __launch_bounds__((Tile<F, X, Tokens>::kThreads), 1)
   } else {
     shrink_registers<P::kCopierRegisters>();
     if (copier == 0)
-      copy_activations<P>(args, schedule, x, smem);
+      copy_activations<P>(args, schedule, x, few, smem);
     else if (copier >= 64)
       weights.copy_others();
     __syncwarp();
@@ -174,30 +182,35 @@ __global__ void __launch_bounds__((Tile<F, X, Tokens>::kThreads), 1)
 #endif
 }
 
-template <PackableFormat F, class X, int Tokens>
+template <PackableFormat F, class X, int Tokens, bool Ragged>
 cudaError_t launch(const GemmPackedArgs& args, const Schedule& schedule, const CUtensorMap& x,
-                   const CUtensorMap& y, const Device& device, cudaStream_t stream) {
-  const auto kernel = wgmma_kernel<F, X, Tokens>;
-  constexpr int kBytes = Tile<F, X, Tokens>::kBytes;
+                   const CUtensorMap& few, const CUtensorMap& y, const Device& device, cudaStream_t stream) {
+  const auto kernel = wgmma_kernel<F, X, Tokens, Ragged>;
+  constexpr int kBytes = Tile<F, X, Tokens, Ragged>::kBytes;
   const cudaError_t status =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   if (status != cudaSuccess) return status;
-  const DependentLaunch launch(schedule.clusters * schedule.ranks(), Tile<F, X, Tokens>::kThreads, device,
-                               stream, kBytes, schedule.ranks());
-  return cudaLaunchKernelEx(&launch.config, kernel, args, schedule, x, y);
+  const DependentLaunch launch(schedule.clusters * schedule.ranks(), Tile<F, X, Tokens, Ragged>::kThreads,
+                               device, stream, kBytes, schedule.ranks());
+  return cudaLaunchKernelEx(&launch.config, kernel, args, schedule, x, few, y);
 }
 
-template <class X, int Tokens>
+template <class X, int Tokens, bool Ragged = false>
 cudaError_t launch_type(const GemmPackedArgs& args, const Schedule& schedule, const Device& device,
                         cudaStream_t stream) {
-  CUtensorMap x, y{};
-  cudaError_t status = describe_tiles(x, {args.x, args.m, 2 * args.k, 2 * args.k}, Tokens / schedule.mates);
-  if (status == cudaSuccess && args.n % 8 == 0 && args.routes.groups == nullptr)
+  CUtensorMap x, few{}, y{};
+  const bool routed = args.routes.groups != nullptr;
+  const ByteMatrix rows{args.x, args.m, 2 * args.k, 2 * args.k};
+  cudaError_t status = describe_tiles(x, rows, Tokens / schedule.mates);
+  if (status == cudaSuccess && (routed || args.m % Tokens != 0))
+    status = describe_tiles(few, rows, kFewTokens);
+  if (status == cudaSuccess && args.n % 8 == 0 && !routed)
     status = describe_tiles(y, {args.y, args.m, 2 * args.n, 2 * args.n}, kStoreTokens);
   if (status != cudaSuccess) return status;
   status = cudaErrorNotSupported;
   BlockFormats::visit(args.qtype, [&]<class F>(F) {
-    if constexpr (PackableFormat<F>) status = launch<F, X, Tokens>(args, schedule, x, y, device, stream);
+    if constexpr (PackableFormat<F>)
+      status = launch<F, X, Tokens, Ragged>(args, schedule, x, few, y, device, stream);
   });
   return status;
 }

@@ -140,6 +140,7 @@ __device__ __forceinline__ void store_tile_sums(const Output<P>& output, const S
 #pragma unroll
   for (int part = 0; part < P::kSums; ++part) {
     const int first = part * P::kSumTokens;
+    if (part > 0 && P::tokens_multiplied(output.tokens) < P::kTokens) return;
     int32_t slot = -1;  // of one of the tokens that this warp stores
     float factors[P::kSumTokens / 32];
     if (output.routed()) {

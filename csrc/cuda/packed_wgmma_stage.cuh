@@ -12,7 +12,8 @@ namespace quantgemm::packed_wgmma {
 constexpr int kStrips = kRows / kStripRows, kGroupThreads = 128, kRowGroups = kRows / kGroupRows;
 constexpr int kSharedBytes = 232448;
 
-template <PackableFormat F, class X, int Tokens>
+// Ragged: tiles may have few tokens, of which the first sums are enough.
+template <PackableFormat F, class X, int Tokens, bool Ragged>
 struct Tile {
   using Format = F;
   using T = X;
@@ -24,9 +25,14 @@ struct Tile {
   static constexpr int kMultiplierRegisters = kWide ? 232 : 224, kCopierRegisters = kWide ? 40 : 56;
   // Fragments of 16 columns that are multiplied in one go; steps whose activations share a barrier.
   static constexpr int kBatch = Tokens == 256 && L::kLowBits != 8 ? 4 : 2;
-  static constexpr int kTogether = Tokens == 64 || (Tokens == 128 && L::kHighBits == 0) ? 2 : 1;
+  static constexpr int kTogether = Tokens <= 64 || (Tokens == 128 && L::kHighBits == 0) ? 2 : 1;
   static constexpr int kTokens = Tokens, kSumTokens = Tokens < 128 ? Tokens : 128;  // of one wgmma
   static constexpr int kSums = Tokens / kSumTokens;
+  static_assert(!Ragged || kSums > 1);
+  // Of a tile that has `count`.
+  QG_HD static constexpr int tokens_multiplied(int count) {
+    return Ragged && count <= kSumTokens ? kSumTokens : kTokens;
+  }
   // Weights arrive in slots of whole records.
   static constexpr int kSlotSteps = L::kLowBits == 8 ? 2 : 4;
   static_assert(kSlotSteps * kTileCols % L::kSpan == 0);
@@ -126,6 +132,11 @@ struct Walk {
   __device__ __forceinline__ int first_row(int tokens) const {
     return routes.groups == nullptr ? token_tile * tokens : routes.groups[token_tile].first;
   }
+  // How many of a tile's tokens are there.
+  __device__ __forceinline__ int count(int64_t m, int tokens) const {
+    return routes.groups == nullptr ? static_cast<int>(min(m - int64_t{token_tile} * tokens, int64_t{tokens}))
+                                    : routes.groups[token_tile].count;
+  }
   __device__ __forceinline__ ExpertGroup group() const {
     return routes.groups == nullptr ? ExpertGroup{} : routes.groups[token_tile];
   }
@@ -136,24 +147,33 @@ __device__ __forceinline__ void expect_copies(const CUtensorMap& map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 }
 
-// One thread copies activations.
+// One thread copies activations: of whole tiles a mate's share by one call, with `x`, of others the tokens
+// that are there, with `few`, since zeros behind the last token take longer than tokens do. What lies in
+// their places is multiplied, and not stored.
 template <class P>
 __device__ __forceinline__ void copy_activations(const GemmPackedArgs& args, const Schedule& s,
-                                                 const CUtensorMap& x, uint32_t smem) {
+                                                 const CUtensorMap& x, const CUtensorMap& few,
+                                                 uint32_t smem) {
   Ring<P::kFirstSlotBarrier> ring{smem + P::kBarriersAt};
   for (Walk at(s, args.routes, s.slots(P::kSlotSteps)); at.valid(); at.next()) {
-    const int share = P::kTokens / s.mates, row = at.first_row(P::kTokens) + at.mate * share;
+    const int there = (at.count(args.m, P::kTokens) + kFewTokens - 1) / kFewTokens * kFewTokens;
+    const bool whole = P::kTokens <= kFewTokens || there == P::kTokens;
+    const int tokens = whole ? P::kTokens : there, share = P::kTokens / s.mates;
+    const int first = at.mate * share, end = min(first + share, tokens), at_once = whole ? share : kFewTokens;
+    const int row = at.first_row(P::kTokens);
+    const CUtensorMap& map = whole ? x : few;
     const int blocks = ((1 << s.mates) - 1) << at.part * s.mates;
     const int last = 128 * at.last_slot * P::kSlotSteps;  // zeros behind k
-    const uint32_t to = smem + at.mate * share * 128;
 #pragma unroll 1
     for (int col = 128 * at.first_slot * P::kSlotSteps; col < last; col += 128 * P::kTogether, ring.step()) {
       mbarrier_wait(ring.empty(), ring.turn ^ 1);
-      mbarrier_arrive_expecting(ring.full(), P::kTogether * P::kPlaceBytes);
+      mbarrier_arrive_expecting(ring.full(), P::kTogether * tokens * 128);
 #pragma unroll
       for (int i = 0; i < P::kTogether; ++i)
-        copy_tile(to + (ring.place * P::kTogether + i) * P::kPlaceBytes, x, col + 128 * i, row, ring.full(),
-                  blocks);
+#pragma unroll 1
+        for (int token = first; token < end; token += at_once)
+          copy_tile(smem + (ring.place * P::kTogether + i) * P::kPlaceBytes + token * 128, map, col + 128 * i,
+                    row + token, ring.full(), blocks);
     }
   }
 }

@@ -41,7 +41,8 @@ __device__ __forceinline__ void load_shared_now(uint32_t* words, uint32_t addres
   }
 }
 
-// Both halves, bfloat16: a · b + c and a · b, rounded once. PTX ISA 9.7.4.4 (fma), 9.7.4.3 (mul).
+// Both parts of a pair: a · b + c, a · b and a + b, rounded once. PTX ISA 9.7.4.4 (fma), 9.7.4.3 (mul) and
+// 9.7.4.1 (add).
 __device__ __forceinline__ uint32_t fma_pairs(uint32_t a, uint32_t b, uint32_t c) {
   uint32_t d;
   asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
@@ -50,6 +51,21 @@ __device__ __forceinline__ uint32_t fma_pairs(uint32_t a, uint32_t b, uint32_t c
 __device__ __forceinline__ uint32_t multiply_pairs(uint32_t a, uint32_t b) {
   uint32_t d;
   asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+  return d;
+}
+__device__ __forceinline__ uint32_t fma_halves(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t d;
+  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+}
+__device__ __forceinline__ uint32_t multiply_halves(uint32_t a, uint32_t b) {
+  uint32_t d;
+  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+  return d;
+}
+__device__ __forceinline__ uint32_t add_halves(uint32_t a, uint32_t b) {
+  uint32_t d;
+  asm("add.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
   return d;
 }
 
@@ -69,8 +85,12 @@ struct SlotWeights {
   // NaN.
   static constexpr bool kPairs = std::is_same_v<typename P::T, BFloat16> && !F::kOffset &&
                                  !Fragment::kBytes && L::kLowBits == 4 && P::kTokens < 256;
+  // Scales and offsets that are halves, as those of a whole block are, make weights of halves, rounded once
+  // as well: a code reads 1024 + code · 2^at by its bits under an exponent, and less that it is exact.
+  static constexpr bool kHalves =
+      std::is_same_v<typename P::T, Half> && F::kGroup == F::kElems && !MiniFloats<F> && P::kTokens < 256;
   float scale[2], start[2];
-  uint32_t high_part[2], low_part[2];
+  uint32_t high_part[2], low_part[2];  // kHalves: of rows r and r + 8, the scale, and the offset, twice
 
   template <int First = 0>
   __device__ __forceinline__ void load_heads(const uint8_t* strip) {
@@ -111,6 +131,10 @@ struct SlotWeights {
           const float rest = affine.scale - __uint_as_float(high_part[half] & 0xffff0000u);
           low_part[half] = pack_pair(rest, rest, BFloat16{});
         }
+        if constexpr (kHalves) {
+          high_part[half] = pack_pair(affine.scale, affine.scale, Half{});
+          low_part[half] = pack_pair(affine.offset, affine.offset, Half{});
+        }
         scale[half] = affine.scale;
         start[half] = __fmaf_rn(-kBias, affine.scale, affine.offset);
       }
@@ -123,12 +147,57 @@ struct SlotWeights {
         a[j] = fma_pairs(codes[j], high_part[j % 2], multiply_pairs(codes[j], low_part[j % 2]));
       return;
     }
+    if constexpr (kHalves) {
+      uint32_t codes[4];
+      halves_of_fragment(codes, step, s);
+#pragma unroll
+      for (int j = 0; j < 4; ++j)
+        a[j] = F::kOffset ? fma_halves(codes[j], high_part[j % 2], low_part[j % 2])
+                          : multiply_halves(codes[j], high_part[j % 2]);
+      return;
+    }
     float codes[4][2];
     codes_of_fragment(codes, step, s);
 #pragma unroll
     for (int j = 0; j < 4; ++j)
       a[j] = pack_pair(__fmaf_rn(codes[j][0], scale[j % 2], start[j % 2]),
                        __fmaf_rn(codes[j][1], scale[j % 2], start[j % 2]), typename P::T{});
+  }
+  // Codes of row r are in the lowest bits of a half, those of row r + 8 above them, where they come from.
+  template <int Row>
+  static __device__ __forceinline__ uint32_t code_of_half(uint32_t pair) {
+    constexpr int kAt = Fragment::kBytes ? 0 : L::kLowBits * Row;
+    constexpr int kZero = Fragment::kBytes ? 128 : kZeroOf<F>;
+    static_assert(kAt + L::kBits <= 10 && kZero << kAt < 1024);
+    constexpr uint32_t kTwice = 0x00010001u, kFactor = (15 - kAt) << 10;    // 2^−at
+    constexpr uint32_t kTaken = 0x8000u | (25 - kAt) << 10 | kZero << kAt;  // −(1024 · 2^−at + zero)
+    return kAt == 0 ? add_halves(pair, kTaken * kTwice) : fma_halves(pair, kFactor * kTwice, kTaken * kTwice);
+  }
+  __device__ __forceinline__ void halves_of_fragment(uint32_t (&codes)[4], int step, int s) {
+    constexpr uint32_t k1024 = 0x64006400u;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      if constexpr (Fragment::kBytes) {
+        uint32_t quad;  // of columns + 0, + 8, + 1, + 9
+        if constexpr (L::kBits == 8)
+          quad = batch.low[step][2 * s + j % 2];
+        else
+          quad = F::levels((batch.low[step][s] >> (4 * (j % 2))) & 0x0f0f0f0fu);
+        codes[j] = __byte_perm(quad ^ 0x80808080u, k1024, j < 2 ? 0x7250 : 0x7351);
+      } else {
+        using Low = PackedField<L::kLowBits>;
+        const int at = L::kLowBits * (j % 2);
+        codes[j] = masked_or(shift_right(batch.low[step][Low::word(s, j)], Low::bit(s, j) - at),
+                             Low::kMask << at, k1024);
+        if constexpr (L::kHighBits > 0) {
+          using High = PackedField<L::kHighBits>;
+          const int to = at + L::kLowBits;
+          codes[j] = masked_or(shift_right(batch.high[step][High::word(s, j)], High::bit(s, j) - to),
+                               High::kMask << to, codes[j]);
+        }
+      }
+      codes[j] = j % 2 == 0 ? code_of_half<0>(codes[j]) : code_of_half<1>(codes[j]);
+    }
   }
   __device__ __forceinline__ void codes_of_fragment(float (&codes)[4][2], int step, int s) {
     if constexpr (Fragment::kBytes) {

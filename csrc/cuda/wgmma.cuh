@@ -33,6 +33,26 @@ __device__ __forceinline__ uint64_t swizzled_rows(uint32_t address) {
 
 // d[64, columns] += a[64, 16] · b[columns, 16]ᵀ. Each warp has 16 rows, with fragments as in mma_16x8x16:
 // d[4 t + …] belongs to columns 8 t ….
+#define QG_NAMES "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+#define QG_SUMS                                                                                   \
+  "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), \
+      "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15])
+__device__ __forceinline__ void wgmma(float (&d)[16], const uint32_t (&a)[4], uint64_t b, Half) {
+  asm volatile(
+      "{ .reg .pred add; setp.ne.b32 add, 1, 0; wgmma.mma_async.sync.aligned.m64n32k16.f32.f16.f16 {" QG_NAMES
+      "}, {%16, %17, %18, %19}, %20, add, 1, 1, 0; }"
+      : QG_SUMS
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+__device__ __forceinline__ void wgmma(float (&d)[16], const uint32_t (&a)[4], uint64_t b, BFloat16) {
+  asm volatile(
+      "{ .reg .pred add; setp.ne.b32 add, 1, 0; wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 "
+      "{" QG_NAMES "}, {%16, %17, %18, %19}, %20, add, 1, 1, 0; }"
+      : QG_SUMS
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+#undef QG_NAMES
+#undef QG_SUMS
 #define QG_NAMES                                                           \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
   "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"

@@ -1,0 +1,9 @@
+// SPDX-License-Identifier: MIT
+#include "gemm_packed_wgmma.cuh"
+
+namespace quantgemm::packed_wgmma {
+cudaError_t launch_bf16_32(const GemmPackedArgs& args, const Schedule& schedule, const Device& device,
+                           cudaStream_t stream) {
+  return launch_type<BFloat16, 32>(args, schedule, device, stream);
+}
+}  // namespace quantgemm::packed_wgmma
