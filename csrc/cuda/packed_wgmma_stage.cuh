@@ -147,8 +147,8 @@ __device__ __forceinline__ void expect_copies(const CUtensorMap& map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 }
 
-// One thread copies activations: of whole tiles a mate's share by one call, with `x`, of others the tokens
-// that are there, with `few`, since zeros behind the last token take longer than tokens do. What lies in
+// One thread copies activations: a mate's share by one call, with `x`, or, where much of a tile is not there,
+// the tokens that are, with `few`, since zeros behind the last token take longer than tokens do. What lies in
 // their places is multiplied, and not stored.
 template <class P>
 __device__ __forceinline__ void copy_activations(const GemmPackedArgs& args, const Schedule& s,
@@ -157,7 +157,7 @@ __device__ __forceinline__ void copy_activations(const GemmPackedArgs& args, con
   Ring<P::kFirstSlotBarrier> ring{smem + P::kBarriersAt};
   for (Walk at(s, args.routes, s.slots(P::kSlotSteps)); at.valid(); at.next()) {
     const int there = (at.count(args.m, P::kTokens) + kFewTokens - 1) / kFewTokens * kFewTokens;
-    const bool whole = P::kTokens <= kFewTokens || there == P::kTokens;
+    const bool whole = P::kTokens <= kFewTokens || 8 * there > 5 * P::kTokens;
     const int tokens = whole ? P::kTokens : there, share = P::kTokens / s.mates;
     const int first = at.mate * share, end = min(first + share, tokens), at_once = whole ? share : kFewTokens;
     const int row = at.first_row(P::kTokens);
