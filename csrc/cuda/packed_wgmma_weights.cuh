@@ -125,8 +125,9 @@ struct SlotWeights {
     if (fresh || col % F::kGroup == 0) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const Affine affine = affines[half].get(batch, col, half);
+        Affine affine = affines[half].get(batch, col, half);
         if constexpr (kPairs) {
+          affine.scale *= 1 << kDown;
           high_part[half] = pack_pair(affine.scale, affine.scale, BFloat16{});
           const float rest = affine.scale - __uint_as_float(high_part[half] & 0xffff0000u);
           low_part[half] = pack_pair(rest, rest, BFloat16{});
@@ -141,7 +142,7 @@ struct SlotWeights {
     }
     if constexpr (kPairs) {
       uint32_t codes[4];
-      PackedFragment<F, BFloat16, true>::make(batch, step, s, codes);
+      small_codes(codes, step, s);
 #pragma unroll
       for (int j = 0; j < 4; ++j)
         a[j] = fma_pairs(codes[j], high_part[j % 2], multiply_pairs(codes[j], low_part[j % 2]));
@@ -162,6 +163,28 @@ struct SlotWeights {
     for (int j = 0; j < 4; ++j)
       a[j] = pack_pair(__fmaf_rn(codes[j][0], scale[j % 2], start[j % 2]),
                        __fmaf_rn(codes[j][1], scale[j % 2], start[j % 2]), typename P::T{});
+  }
+  // kPairs: code · 2^−kDown, exact. A field within the low byte of a half, at bit b of it, is as bfloat16 a
+  // number of 2^(b − 133), so it needs no shift. PTX ISA 9.7.4.4 (fma), which keeps such small numbers.
+  static constexpr int kDown = L::kHighBits > 0 ? 6 + L::kLowBits : 6;  // then no factor is above 2^127
+  template <int Shift>  // of the code's bits
+  static __device__ __forceinline__ uint32_t add_field(uint32_t word, uint32_t mask, int bit, uint32_t added) {
+    const int at = bit % 8;
+    return fma_pairs((word >> (bit - at)) & mask << at, (260 - kDown + Shift - at) * 0x00800080u, added);
+  }
+  __device__ __forceinline__ void small_codes(uint32_t (&codes)[4], int step, int s) {
+    using Low = PackedField<L::kLowBits>;
+    constexpr uint32_t kTaken =
+        (__builtin_bit_cast(uint32_t, -static_cast<float>(kZeroOf<F>) / (1 << kDown)) >> 16) * 0x00010001u;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      codes[j] = add_field<0>(batch.low[step][Low::word(s, j)], Low::kMask, Low::bit(s, j), kTaken);
+      if constexpr (L::kHighBits > 0) {
+        using High = PackedField<L::kHighBits>;
+        codes[j] = add_field<L::kLowBits>(batch.high[step][High::word(s, j)], High::kMask, High::bit(s, j),
+                                          codes[j]);
+      }
+    }
   }
   // Codes of row r are in the lowest bits of a half, those of row r + 8 above them, where they come from.
   template <int Row>
