@@ -27,6 +27,7 @@ __device__ __forceinline__ void multiply(const GemmPackedArgs& args, const Sched
   uint32_t turn = 0, ready = 0, ahead = 0;  // the next activations are, the next slot is
   Ring<P::kSlots> w{barriers + 16 * P::kFirstSlotBarrier};
   uint8_t* const out = memory + P::kOutAt + group * P::kOutBytes;
+  const uint32_t scales = smem + P::kScalesAt + threadIdx.x / 32 * P::kScaleBytes;
   const auto strip_at = [&](int place) {
     return memory + P::kSlotsAt + place * P::kSlotBytes + strip_of_tile * P::kStripBytes;
   };
@@ -49,8 +50,8 @@ __device__ __forceinline__ void multiply(const GemmPackedArgs& args, const Sched
     const auto multiply_slots = [&]<int kParts>(std::integral_constant<int, kParts>) {
       SlotWeights<P> weights, next;
       mbarrier_wait(w.full(), w.turn);
-      weights.begin(strip_at(w.place));
-      weights.load(strip_at(w.place), 0);
+      weights.begin(strip_at(w.place), scales);
+      weights.load(strip_at(w.place), scales, 0);
 #pragma unroll 1
       for (int slot = at.first_slot; slot < at.last_slot; ++slot) {
         const uint64_t places = swizzled_rows(__shfl_sync(~0u, smem + base * P::kPlaceBytes, 0));
@@ -61,8 +62,8 @@ __device__ __forceinline__ void multiply(const GemmPackedArgs& args, const Sched
         if (slot + 1 < at.last_slot) after.step();
         const auto begin_next = [&] {
           mbarrier_wait_together(after.full(), after.turn, ahead, decoded);
-          next.begin(strip_at(after.place));
-          next.load(strip_at(after.place), 0);
+          next.begin(strip_at(after.place), scales);
+          next.load(strip_at(after.place), scales, 0);
           __syncwarp();
           if (lane == 0) mbarrier_arrive(w.empty());
           w.step();
@@ -72,7 +73,7 @@ __device__ __forceinline__ void multiply(const GemmPackedArgs& args, const Sched
           const bool is_last = step + 1 == P::kSlotSteps;
           // The next step's weights. The way to them is long, and what is decoded here may be so at any time.
           if (!is_last)
-            weights.load(strip_at(w.place), step + 1);
+            weights.load(strip_at(w.place), scales, step + 1);
           else if (!kShort)
             begin_next();
           if (step + (kShort ? 1 : 2) == P::kSlotSteps) ahead = mbarrier_over(after.full(), after.turn);

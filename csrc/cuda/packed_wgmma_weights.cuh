@@ -41,6 +41,11 @@ __device__ __forceinline__ void load_shared_now(uint32_t* words, uint32_t addres
   }
 }
 
+__device__ __forceinline__ void store_shared(uint32_t address, uint4 v) {
+  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+               : "memory");
+}
+
 // Both parts of a pair: a · b + c, a · b and a + b, rounded once. PTX ISA 9.7.4.4 (fma), 9.7.4.3 (mul) and
 // 9.7.4.1 (add).
 __device__ __forceinline__ uint32_t fma_pairs(uint32_t a, uint32_t b, uint32_t c) {
@@ -51,6 +56,16 @@ __device__ __forceinline__ uint32_t fma_pairs(uint32_t a, uint32_t b, uint32_t c
 __device__ __forceinline__ uint32_t multiply_pairs(uint32_t a, uint32_t b) {
   uint32_t d;
   asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+  return d;
+}
+// A half of a pair twice, which products read as it lies.
+template <int Half>
+__device__ __forceinline__ uint32_t twice(uint32_t pair) {
+  uint32_t d;
+  if constexpr (Half == 0)
+    asm("{ .reg .b16 low, high; mov.b32 {low, high}, %1; mov.b32 %0, {low, low}; }" : "=r"(d) : "r"(pair));
+  else
+    asm("{ .reg .b16 low, high; mov.b32 {low, high}, %1; mov.b32 %0, {high, high}; }" : "=r"(d) : "r"(pair));
   return d;
 }
 __device__ __forceinline__ uint32_t fma_halves(uint32_t a, uint32_t b, uint32_t c) {
@@ -83,34 +98,88 @@ struct SlotWeights {
   // conversions to and from float32 run at half the rate of arithmetic, which 256 tokens hide. At most 0.504
   // units off, and rounded once where scales are halves and codes have four bits. An infinite scale makes
   // NaN.
-  static constexpr bool kPairs = std::is_same_v<typename P::T, BFloat16> && !F::kOffset &&
-                                 !Fragment::kBytes && L::kLowBits == 4 && P::kTokens < 256;
+  static constexpr bool kPairs = P::kPairs;
   // Scales and offsets that are halves, as those of a whole block are, make weights of halves, rounded once
   // as well: a code reads 1024 + code · 2^at by its bits under an exponent, and less that it is exact.
-  static constexpr bool kHalves =
-      std::is_same_v<typename P::T, Half> && F::kGroup == F::kElems && !MiniFloats<F> && P::kTokens < 256;
+  static constexpr bool kHalves = P::kHalves;
+  // kShares: the four lanes of a row would make the same scales. Each makes those of one step, and leaves
+  // them to the others: of a step and a row [group][row r, row r + 8][value].
+  static constexpr int kWords = P::kShares ? P::kStepWords : 1, kValues = kPairs ? 1 : 2;
+  uint32_t shared_words[P::kSlotSteps][kWords];
   float scale[2], start[2];
-  uint32_t high_part[2], low_part[2];  // kHalves: of rows r and r + 8, the scale, and the offset, twice
+  uint32_t high_part[2], low_part[2];  // of rows r and r + 8, the scale, and the offset, twice
 
   template <int First = 0>
-  __device__ __forceinline__ void load_heads(const uint8_t* strip) {
+  __device__ __forceinline__ void load_heads(const uint8_t* strip, int record = 0) {
     if constexpr (First < L::kRecordBytes) {
       constexpr int kSize = L::piece_bytes(First);
       const uint8_t* piece = strip + P::kHeadsAt + P::kSlotRecords * kStripRows * First +
-                             static_cast<int>(L::row_in_piece(0, threadIdx.x % 32 / 4, First));
+                             static_cast<int>(L::row_in_piece(record, threadIdx.x % 32 / 4, First));
 #pragma unroll
-      for (int i = 0; i < P::kSlotRecords; ++i)
+      for (int i = 0; i < (P::kShares ? 1 : P::kSlotRecords); ++i)
         load_shared<kSize / 2>(batch.heads[i] + First / 2, piece + i * kStripRows * kSize);
-      load_heads<First + kSize>(strip);
+      load_heads<First + kSize>(strip, record);
     }
   }
-  // `step` and `s` are constants where these are used.
-  __device__ __forceinline__ void begin(const uint8_t* strip) {
-    load_heads(strip);
-    affines[0].prepare(batch, 0);
-    affines[1].prepare(batch, 1);
+  // `step` and `s` are constants where these are used. `shared` is the warp's place for scales.
+  __device__ __forceinline__ void begin(const uint8_t* strip, [[maybe_unused]] uint32_t shared) {
+    if constexpr (P::kShares) {
+      share_scales(strip, shared);
+    } else {
+      load_heads(strip);
+      affines[0].prepare(batch, 0);
+      affines[1].prepare(batch, 1);
+    }
   }
-  __device__ __forceinline__ void load(const uint8_t* strip, int step) {
+  // Two parts of a scale, bfloat16, the lower one above.
+  static __device__ __forceinline__ uint32_t two_parts(float scale) {
+    scale *= 1 << kDown;
+    const float high = __uint_as_float(pack_pair(scale, scale, BFloat16{}) & 0xffff0000u);
+    return pack_pair(high, scale - high, BFloat16{});
+  }
+  // A byte for each group of step `own`, of all of them.
+  static __device__ __forceinline__ uint32_t codes_of_step(const uint32_t* codes, int own) {
+    if constexpr (kTileCols / F::kGroup == 2) return (own < 2 ? codes[0] : codes[1]) >> own % 2 * 16;
+    const uint32_t low = own == 0 ? codes[0] : codes[1], high = own == 2 ? codes[2] : codes[3];
+    return own < 2 ? low : high;
+  }
+  __device__ __forceinline__ void share_scales(const uint8_t* strip, uint32_t shared) {
+    const int own = threadIdx.x % 4;
+    load_heads(strip, TwoLevelFormat<F> ? 0 : own);
+    uint32_t words[kWords];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      auto& affine_of = affines[half];
+      affine_of.prepare(batch, half);
+      if constexpr (TwoLevelFormat<F>) {
+        affine_of.scales[0] = codes_of_step(affine_of.scales, own);
+        if constexpr (F::kOffset) affine_of.offsets[0] = codes_of_step(affine_of.offsets, own);
+      }
+#pragma unroll
+      for (int group = 0; group < kTileCols / F::kGroup; ++group) {
+        const Affine affine = affine_of.get(batch, group * F::kGroup, half);
+        uint32_t* const to = words + (2 * group + half) * kValues;
+        if constexpr (kPairs)
+          *to = two_parts(affine.scale);
+        else
+          to[0] = __float_as_uint(affine.scale), to[1] = __float_as_uint(start_of(affine));
+      }
+    }
+    __syncwarp();  // those of the slot before have been read
+#pragma unroll
+    for (int w = 0; w < kWords; w += 4)
+      store_shared(scales_at(shared, own) + w / 4 * 128,
+                   make_uint4(words[w], words[w + 1], words[w + 2], words[w + 3]));
+    __syncwarp();
+  }
+  static __device__ __forceinline__ float start_of(const Affine& affine) {
+    return __fmaf_rn(-kBias, affine.scale, affine.offset);
+  }
+  static __device__ __forceinline__ uint32_t scales_at(uint32_t shared, int step) {
+    return shared + step * (kWords / 4 * 128) + threadIdx.x % 32 / 4 * 16;
+  }
+  __device__ __forceinline__ void load(const uint8_t* strip, [[maybe_unused]] uint32_t shared, int step) {
+    if constexpr (P::kShares) load_shared_now<kWords, 128>(shared_words[step], scales_at(shared, step));
     const int lane = threadIdx.x % 32;
     const uint32_t address = shared_address(strip) + step * L::kLowTile;
     load_shared_now<L::kLowBits, L::kLowBits == 8 ? 512 : 16>(
@@ -125,19 +194,19 @@ struct SlotWeights {
     if (fresh || col % F::kGroup == 0) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        Affine affine = affines[half].get(batch, col, half);
-        if constexpr (kPairs) {
-          affine.scale *= 1 << kDown;
-          high_part[half] = pack_pair(affine.scale, affine.scale, BFloat16{});
-          const float rest = affine.scale - __uint_as_float(high_part[half] & 0xffff0000u);
-          low_part[half] = pack_pair(rest, rest, BFloat16{});
+        if constexpr (P::kShares) {
+          const uint32_t* const words = shared_words[step] + (16 * s / F::kGroup * 2 + half) * kValues;
+          high_part[half] = twice<0>(words[0]), low_part[half] = twice<1>(words[0]);
+          scale[half] = __uint_as_float(words[0]), start[half] = __uint_as_float(words[kValues - 1]);
+          continue;
         }
+        const Affine affine = affines[half].get(batch, col, half);
         if constexpr (kHalves) {
           high_part[half] = pack_pair(affine.scale, affine.scale, Half{});
           low_part[half] = pack_pair(affine.offset, affine.offset, Half{});
         }
         scale[half] = affine.scale;
-        start[half] = __fmaf_rn(-kBias, affine.scale, affine.offset);
+        start[half] = start_of(affine);
       }
     }
     if constexpr (kPairs) {
