@@ -98,8 +98,9 @@ __device__ __forceinline__ void multiply(const GemmPackedArgs& args, const Sched
             wgmma_commit();
             if (kShort && is_last && first + P::kBatch == 4) begin_next();
             if (first == 0 && (step + 1) % P::kTogether == 0)
-              ready = mbarrier_over(barriers + (is_last ? barrier_of(base_after, 0) : barrier_of(base, step + 1)),
-                                    is_last ? turn_after : turn);
+              ready =
+                  mbarrier_over(barriers + (is_last ? barrier_of(base_after, 0) : barrier_of(base, step + 1)),
+                                is_last ? turn_after : turn);
             wgmma_wait<1>();
             if (first == 0 && step % P::kTogether == 0) {  // all of the steps before are done
               if (step > 0)

@@ -34,12 +34,13 @@ struct Tile {
     return Ragged && count <= kSumTokens ? kSumTokens : kTokens;
   }
   // How weights are made (packed_wgmma_weights.cuh): in bfloat16 or in halves, else in float32.
-  static constexpr bool kPairs = std::is_same_v<X, BFloat16> && !F::kOffset && L::kLowBits == 4 &&
-                                 !PackedFragment<F, X, false>::kBytes && Tokens < 256;
+  static constexpr bool kPairs = std::is_same_v<X, BFloat16> && !F::kOffset && !MiniFloats<F> &&
+                                 (PackedFragment<F, X, false>::kBytes || L::kLowBits == 4) &&
+                                 (L::kSpan == kTileCols || TwoLevelFormat<F>) && Tokens < 256;
   static constexpr bool kHalves =
       std::is_same_v<X, Half> && F::kGroup == F::kElems && !MiniFloats<F> && Tokens < 256;
   // Weights arrive in slots of whole records.
-  static constexpr int kSlotSteps = L::kLowBits == 8 ? 2 : 4;
+  static constexpr int kSlotSteps = L::kLowBits == 8 && !(kPairs && Tokens <= 64) ? 2 : 4;
   static_assert(kSlotSteps * kTileCols % L::kSpan == 0);
   static constexpr int kSlotRecords = kSlotSteps * kTileCols / L::kSpan;
   // A strip in a slot is like a strip of packed.h: low bits, high bits, pieces of heads.
@@ -65,8 +66,8 @@ struct Tile {
   static constexpr int kFit = (kRoom - kStrips * kScaleBytes) / kSlotBytes, kSlots = kFit < 6 ? kFit : 6;
   static_assert(kSlots >= 2);
   static constexpr int kScalesAt = kSlotsAt + kSlots * kSlotBytes;
-  static constexpr int kBarriersAt = kScalesAt + kStrips * kScaleBytes, kFirstSlotBarrier = kPlaces / kTogether,
-                       kBarriers = kFirstSlotBarrier + kSlots;
+  static constexpr int kBarriersAt = kScalesAt + kStrips * kScaleBytes,
+                       kFirstSlotBarrier = kPlaces / kTogether, kBarriers = kFirstSlotBarrier + kSlots;
   static constexpr int kBytes = 1024 + kBarriersAt + 16 * kBarriers;
   static_assert(kBytes <= kSharedBytes && kPlaces * kPlaceBytes >= Tokens * kRows * 4);  // sums go there
 };

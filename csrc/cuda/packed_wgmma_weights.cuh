@@ -42,7 +42,8 @@ __device__ __forceinline__ void load_shared_now(uint32_t* words, uint32_t addres
 }
 
 __device__ __forceinline__ void store_shared(uint32_t address, uint4 v) {
-  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v.x), "r"(v.y), "r"(v.z),
+               "r"(v.w)
                : "memory");
 }
 
@@ -93,6 +94,8 @@ struct SlotWeights {
   using Fragment = PackedFragment<F, BFloat16, false>;
   static constexpr float kBias = !Fragment::kBytes ? Fragment::kBias : Fragment::kSmall ? 192 : 32768 + 128;
   PackedBatch<F> batch;
+  // Low bits of a step; of two steps at a time where there are places for no more.
+  __device__ __forceinline__ auto& low_of(int step) { return batch.low[step % PackedBatch<F>::kTiles]; }
   BatchAffines<F> affines[2];
   // Without offsets and where bfloat16 holds codes: code · scale in bfloat16, of a scale in two parts. The
   // conversions to and from float32 run at half the rate of arithmetic, which 256 tokens hide. At most 0.504
@@ -139,12 +142,13 @@ struct SlotWeights {
   }
   // A byte for each group of step `own`, of all of them.
   static __device__ __forceinline__ uint32_t codes_of_step(const uint32_t* codes, int own) {
+    static_assert(F::kGroup == 16 || F::kGroup == 32);
     if constexpr (kTileCols / F::kGroup == 2) return (own < 2 ? codes[0] : codes[1]) >> own % 2 * 16;
     const uint32_t low = own == 0 ? codes[0] : codes[1], high = own == 2 ? codes[2] : codes[3];
     return own < 2 ? low : high;
   }
   __device__ __forceinline__ void share_scales(const uint8_t* strip, uint32_t shared) {
-    const int own = threadIdx.x % 4;
+    const int own = threadIdx.x % P::kSlotSteps;
     load_heads(strip, TwoLevelFormat<F> ? 0 : own);
     uint32_t words[kWords];
 #pragma unroll
@@ -183,7 +187,7 @@ struct SlotWeights {
     const int lane = threadIdx.x % 32;
     const uint32_t address = shared_address(strip) + step * L::kLowTile;
     load_shared_now<L::kLowBits, L::kLowBits == 8 ? 512 : 16>(
-        batch.low[step], address + static_cast<uint32_t>(PackedField<L::kLowBits>::at(lane, 0)));
+        low_of(step), address + static_cast<uint32_t>(PackedField<L::kLowBits>::at(lane, 0)));
     if constexpr (L::kHighBits > 0)
       load_shared_now<L::kHighBits>(batch.high[step], shared_address(strip) + P::kHighAt +
                                                           step * L::kHighTile + lane * 4 * L::kHighBits);
@@ -233,21 +237,39 @@ struct SlotWeights {
       a[j] = pack_pair(__fmaf_rn(codes[j][0], scale[j % 2], start[j % 2]),
                        __fmaf_rn(codes[j][1], scale[j % 2], start[j % 2]), typename P::T{});
   }
+  // Of row r or r + 8, of columns + 0, + 8, + 1, + 9.
+  __device__ __forceinline__ uint32_t signed_bytes(int step, int s, int half) {
+    if constexpr (L::kBits == 8)
+      return low_of(step)[2 * s + half];
+    else
+      return F::levels((low_of(step)[s] >> (4 * half)) & 0x0f0f0f0fu);
+  }
   // kPairs: code · 2^−kDown, exact. A field within the low byte of a half, at bit b of it, is as bfloat16 a
   // number of 2^(b − 133), so it needs no shift. PTX ISA 9.7.4.4 (fma), which keeps such small numbers.
   static constexpr int kDown = L::kHighBits > 0 ? 6 + L::kLowBits : 6;  // then no factor is above 2^127
-  template <int Shift>  // of the code's bits
-  static __device__ __forceinline__ uint32_t add_field(uint32_t word, uint32_t mask, int bit, uint32_t added) {
+  template <int Shift>                                                  // of the code's bits
+  static __device__ __forceinline__ uint32_t add_field(uint32_t word, uint32_t mask, int bit,
+                                                       uint32_t added) {
     const int at = bit % 8;
     return fma_pairs((word >> (bit - at)) & mask << at, (260 - kDown + Shift - at) * 0x00800080u, added);
   }
   __device__ __forceinline__ void small_codes(uint32_t (&codes)[4], int step, int s) {
+    if constexpr (Fragment::kBytes) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const uint32_t quad = signed_bytes(step, s, half) ^ 0x80808080u;
+        constexpr uint32_t k128 = 0xc000c000u, kFactor = 0x7f007f00u;  // −128 · 2^−6, and 2^127
+        codes[half] = fma_pairs(quad & 0x00ff00ffu, kFactor, k128);
+        codes[half + 2] = fma_pairs(__byte_perm(quad, 0, 0x4341), kFactor, k128);
+      }
+      return;
+    }
     using Low = PackedField<L::kLowBits>;
     constexpr uint32_t kTaken =
         (__builtin_bit_cast(uint32_t, -static_cast<float>(kZeroOf<F>) / (1 << kDown)) >> 16) * 0x00010001u;
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      codes[j] = add_field<0>(batch.low[step][Low::word(s, j)], Low::kMask, Low::bit(s, j), kTaken);
+      codes[j] = add_field<0>(low_of(step)[Low::word(s, j)], Low::kMask, Low::bit(s, j), kTaken);
       if constexpr (L::kHighBits > 0) {
         using High = PackedField<L::kHighBits>;
         codes[j] = add_field<L::kLowBits>(batch.high[step][High::word(s, j)], High::kMask, High::bit(s, j),
@@ -270,16 +292,12 @@ struct SlotWeights {
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       if constexpr (Fragment::kBytes) {
-        uint32_t quad;  // of columns + 0, + 8, + 1, + 9
-        if constexpr (L::kBits == 8)
-          quad = batch.low[step][2 * s + j % 2];
-        else
-          quad = F::levels((batch.low[step][s] >> (4 * (j % 2))) & 0x0f0f0f0fu);
+        const uint32_t quad = signed_bytes(step, s, j % 2);
         codes[j] = __byte_perm(quad ^ 0x80808080u, k1024, j < 2 ? 0x7250 : 0x7351);
       } else {
         using Low = PackedField<L::kLowBits>;
         const int at = L::kLowBits * (j % 2);
-        codes[j] = masked_or(shift_right(batch.low[step][Low::word(s, j)], Low::bit(s, j) - at),
+        codes[j] = masked_or(shift_right(low_of(step)[Low::word(s, j)], Low::bit(s, j) - at),
                              Low::kMask << at, k1024);
         if constexpr (L::kHighBits > 0) {
           using High = PackedField<L::kHighBits>;
@@ -295,12 +313,8 @@ struct SlotWeights {
     if constexpr (Fragment::kBytes) {
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
-        const int half = i / 4, byte = i % 4;  // of columns + 0, + 8, + 1, + 9
-        uint32_t quad;
-        if constexpr (L::kBits == 8)
-          quad = batch.low[step][2 * s + half];
-        else
-          quad = F::levels((batch.low[step][s] >> (4 * half)) & 0x0f0f0f0fu);
+        const int half = i / 4, byte = i % 4;
+        uint32_t quad = signed_bytes(step, s, half);
         quad = Fragment::kSmall ? (quad & 0x7f7f7f7fu) ^ 0x40404040u : quad ^ 0x80808080u;
         codes[half + byte % 2 * 2][byte / 2] =
             __uint_as_float(Fragment::kSmall ? __byte_perm(quad, 0x43000000u, 0x7044 | byte << 8)
@@ -309,7 +323,7 @@ struct SlotWeights {
     } else if constexpr (L::kLowBits == 4) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        uint32_t quad = (batch.low[step][s] >> (4 * half)) & 0x0f0f0f0fu;  // of columns as above
+        uint32_t quad = (low_of(step)[s] >> (4 * half)) & 0x0f0f0f0fu;  // of columns as above
         if constexpr (L::kHighBits > 0) {
           using High = PackedField<L::kHighBits>;
 #pragma unroll
