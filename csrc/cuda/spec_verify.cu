@@ -258,9 +258,15 @@ __device__ __noinline__ void write_probs(const VerifyArgs& args, Team team, RowV
         point >= 0 ? (i == point ? 1.0f : 0.0f) : probability(row.at(i), law);
 }
 
+// The most threads of a block, by which the compiler shares out registers. With the 96 that 640 leave to
+// each, a block of 16-bit logits finds a place where one block still reads strips; but two of them do not
+// fit.
+template <class T, bool Logits, int Ahead>
+constexpr int kMostThreads = Logits && Ahead > 1 && sizeof(T) == 2 ? 640 : kThreads;
+
 // Logits: of the target or the draft, else all are probabilities. grid (sequences, blocks of a team)
 template <class T, bool Logits, int Ahead>
-__global__ void __launch_bounds__(kThreads, Ahead > 1 ? 1 : 2)
+__global__ void __launch_bounds__(kMostThreads<T, Logits, Ahead>, Ahead > 1 ? 1 : 2)
     spec_verify_kernel(const __grid_constant__ VerifyArgs args, TeamShape shape,
                        const __grid_constant__ RowScratch scratch) {
   __shared__ Shared shared;
