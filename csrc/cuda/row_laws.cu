@@ -22,7 +22,7 @@ __global__ void __launch_bounds__(kLawThreads, 2)
   if (wave.first != 0 && !is_reached<T>(args, scratch, wave, info, state_of(scratch, info.sequence))) return;
   const bool keeps = scratch.has_kept && !info.is_draft;
   Kept* const kept = keeps ? scratch.kept + info.slot * kMaxKept : nullptr;
-  const LawAndToken found = law_of_row<kLawThreads, false>(
+  const LawAndToken found = law_of_row<kLawThreads, false, false>(
       keys_of_slot(scratch, info.slot), view_of<T>(args, info), info.parameters, nullptr, kept);
   if (threadIdx.x != 0) return;
   scratch.laws[info.slot] = found.law;

@@ -2,6 +2,7 @@
 // The law of a row of logits with its truncation, by one block, and what can be had of it on the way: a
 // token drawn from it, or a list of what it keeps. A launch runs this once: short code, rolled loops.
 #pragma once
+#include "dependent_launch.cuh"
 #include "row_few.cuh"
 #include "row_kept.cuh"
 #include "row_strips.cuh"
@@ -119,29 +120,59 @@ __device__ __noinline__ Joined sum_again(RowKeys keys, RowView<T> row, float slo
   return join_strips(strips_of_lane(keys.strips, row.length, thread % 32), slope);
 }
 
+// The strips of a row whose law comes from a list: sum.y and the size of law.scale mean nothing.
+__device__ __forceinline__ Joined join_maxima(const StripPair& strips, float slope) {
+  const float2(&own)[2] = strips.own;
+  const bool bad = __any_sync(~0u, signbit(own[0].y) || signbit(own[1].y));
+  const float max = value_of_key(__reduce_max_sync(~0u, key_of(fmaxf(own[0].x, own[1].x))));
+  const float scale = max != minus_infinity() ? 1.0f : 0.0f;
+  return {{max, scale}, {scale != 0.0f ? max : 0.0f, slope, bad ? -scale : scale, minus_infinity()}};
+}
+
 // From that, by a block: to draw with the fraction, which is there behind the first barrier, or for the list
-// `kept`, if it is not null. Not inlined: the shared memory is its own, so that it is known to be that.
-template <int Threads, bool Draws, class T>
+// `kept`, if it is not null. Follows: what has been kept is there behind the wait for the previous kernel, and
+// all that can be done before is. Not inlined: the shared memory is its own, so that it is known to be that.
+template <int Threads, bool Draws, bool Follows, class T>
 __device__ __noinline__ LawAndToken law_of_row(RowKeys keys, RowView<T> row, Parameters s,
                                                const uint64_t* fraction, Kept* kept) {
   LawShared& shared = law_shared();
   const int num_groups = (row.length + kGroup - 1) / kGroup;
-  const bool truncates = s.truncates();
-  // All loads in one round trip, of most vocabularies.
+  const bool truncates = s.truncates(), sums = needs_sums(s.top_k, row.length);
   const int thread = static_cast<int>(threadIdx.x);
-  const StripPair strips = strips_of_lane(keys.strips, row.length, thread % 32);
-  uint4 lane_keys[2] = {};
-  uint32_t group_keys[2] = {};
-#pragma unroll
-  for (int j = 0; truncates && j < 2; ++j) {
-    lane_keys[j] = Selection<Threads, T>::lane_keys_at(keys.lanes, (thread + j * Threads) * 8, row.length);
-    if (thread + j * Threads < num_groups) group_keys[j] = keys.groups[thread + j * Threads];
+  const auto clear = [&] {
+    if (thread < kBins) shared.bins[thread] = 0;
+    if (thread == 0) shared.count = 0, shared.num_listed = 0;
+    clear_few(shared);
+    __syncthreads();
+  };
+  // All loads in one round trip, of most vocabularies: where they are, and how many of two.
+  const int lane = thread % 32, strip = strip_length(row.length);
+  const auto loads = [](bool first, bool second) { return first ? 1 + second : 0; };
+  const float2* own_strips = keys.strips + lane;
+  const uint32_t* own_groups = keys.groups + thread;
+  const uint16_t* own_lanes = keys.lanes + thread * 8;
+  int num_strips = loads(lane * strip < row.length, (lane + 32) * strip < row.length);
+  int num_own = loads(truncates && thread < num_groups, thread + Threads < num_groups);
+  int num_vectors = loads(truncates && thread * 8 < lanes_of<T>(row.length),
+                          (thread + Threads) * 8 < lanes_of<T>(row.length));
+  if constexpr (Follows) {
+    clear();
+    keep_here(own_strips), keep_here(own_groups), keep_here(own_lanes);
+    keep_here(num_strips), keep_here(num_own), keep_here(num_vectors);
+    wait_for_previous_kernel();
+    let_next_kernel_start();
   }
-  if (thread < kBins) shared.bins[thread] = 0;
-  if (thread == 0) shared.count = 0, shared.num_listed = 0;
-  clear_few(shared);
-  __syncthreads();  // while the loads are under way
-  Joined joined = join_strips(strips, s.slope);
+  StripPair strips;
+  uint4 lane_keys[2];
+  uint32_t group_keys[2];
+#pragma unroll
+  for (int j = 0; j < 2; ++j) {
+    strips.own[j] = j < num_strips ? own_strips[32 * j] : float2{minus_infinity(), 0.0f};
+    group_keys[j] = j < num_own ? own_groups[j * Threads] : 0;
+    lane_keys[j] = j < num_vectors ? *reinterpret_cast<const uint4*>(own_lanes + j * Threads * 8) : uint4{};
+  }
+  if constexpr (!Follows) clear();  // while the loads are under way
+  Joined joined = sums ? join_strips(strips, s.slope) : join_maxima(strips, s.slope);
   if (!truncates || joined.sum.x == minus_infinity()) return {joined.law, kNotDrawn, 0};
   Selection<Threads, T> select{row, num_groups, joined.sum.x, s.slope, shared};
   const uint32_t top = key_of(joined.sum.x) + 1, lowest = key_of(minus_infinity()) + 1;
@@ -154,7 +185,7 @@ __device__ __noinline__ LawAndToken law_of_row(RowKeys keys, RowView<T> row, Par
   }
   __syncthreads();
   const uint32_t bound = s.top_k > 0 ? select.bound_of_top_k(top, s.top_k) : 0;
-  if (bound <= lowest && !needs_sums(s.top_k, row.length)) joined = sum_again<Threads>(keys, row, s.slope);
+  if (bound <= lowest && !sums) joined = sum_again<Threads>(keys, row, s.slope);
   const bool listed =
       bound >= lowest && select.gather_few(keys.lanes, lane_keys[0], lane_keys[1], bound, top);
   const bool few = listed && shared.count <= kFew;

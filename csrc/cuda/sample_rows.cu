@@ -126,10 +126,16 @@ struct Known {
 };
 
 // The end of a row, by a block: its token and what else is asked for. `ended` is there behind a barrier.
-template <class T, int Warps>
+// Follows: reads what is kept of the row behind a wait for the previous kernel, of which nobody has waited yet.
+template <bool Follows, class T, int Warps>
 __device__ __forceinline__ void end_row(const VerifyArgs& args, EndShared<T, Warps>& shared,
                                         const RowKeys& keys, const Known& known, int64_t b) {
   const Parameters& s = known.parameters;
+  const bool truncates = known.rows.drafts >= 0 && !s.greedy && s.truncates();
+  if (Follows && !truncates) {
+    wait_for_previous_kernel();
+    let_next_kernel_start();
+  }
   Team team(TeamShape::of(1, Warps, args.vocab));
   team.task = b, team.rank = 0;
   uint32_t status = known.status;
@@ -139,8 +145,9 @@ __device__ __forceinline__ void end_row(const VerifyArgs& args, EndShared<T, War
   bool all_know = true, is_point = false;
   if (known.rows.drafts >= 0) {
     const RowView<T> row = target_row<T>(args, known.rows.first);
-    if (!s.greedy && s.truncates()) {
-      const LawAndToken found = law_of_row<32 * Warps, true>(keys, row, s, &shared.fraction, nullptr);
+    if (truncates) {
+      const LawAndToken found =
+          law_of_row<32 * Warps, true, Follows>(keys, row, s, &shared.fraction, nullptr);
       law = found.law, token = found.drawn.token, value = found.drawn.value;
     } else {
       law = join_strips(strips_of_lane(keys.strips, row.length, team.lane), s.slope).law;
@@ -280,7 +287,7 @@ __global__ void __launch_bounds__(kStripThreads, Places)
     const RowKeys keys{reinterpret_cast<float2*>(inbox_bytes),
                        reinterpret_cast<const uint32_t*>(inbox_bytes + inbox.group_keys()),
                        reinterpret_cast<const uint16_t*>(inbox_bytes + Inbox::kLaneKeys)};
-    end_row(args, shared, keys, known, b);
+    end_row<false>(args, shared, keys, known, b);
   }
   if (args.probs != nullptr && reader.rows.drafts >= 0)
     write_row(args, shared.ended, reader.row, b, team.rank, team.ranks);
@@ -311,9 +318,7 @@ __global__ void __launch_bounds__(kLawThreads, 2)
   const int64_t b = blockIdx.x;
   const Known known(args, b);
   if (threadIdx.x / 32 == kLawThreads / 32 - 1) find_noise(args, shared, b);
-  wait_for_previous_kernel();
-  let_next_kernel_start();
-  end_row(args, shared, keys_of_slot(scratch, b), known, b);
+  end_row<true>(args, shared, keys_of_slot(scratch, b), known, b);
   if (args.probs == nullptr || known.rows.drafts < 0) return;
   __syncthreads();
   write_part(args, shared.ended, target_row<T>(args, known.rows.first), b, 0, kLawThreads);
