@@ -16,11 +16,12 @@ __device__ __forceinline__ void clear_few(LawShared& shared) {
 
 // The list from the largest value down, the lowest token first on ties; and in the order of the tokens.
 template <int Threads>
-__device__ __forceinline__ void rank_few(LawShared& shared) {
+__device__ __forceinline__ void rank_few(LawShared& shared, float max, float slope) {
   constexpr int kSharing = 4;  // lanes that rank a value
   static_assert(Threads == kSharing * kFew);
   const uint32_t i = threadIdx.x / kSharing, part = threadIdx.x % kSharing;
   const uint32_t key = shared.key[i], token = shared.token[i];
+  const uint64_t mass = to_fixed(relative_weight(value_of_key(key), max, slope));
   uint32_t before = 0, above = 0;
 #pragma unroll
   for (uint32_t j = 0; j < kFew / (4 * kSharing); ++j) {
@@ -38,7 +39,7 @@ __device__ __forceinline__ void rank_few(LawShared& shared) {
   for (int step = 1; step < kSharing; step *= 2) places += __shfl_xor_sync(~0u, places, step);
   if (part != 0 || key == 0) return;
   before = places >> 16, above = places & 0xffff;
-  shared.few.key[above] = key, shared.few.mass[above] = shared.mass[i];
+  shared.few.key[above] = key, shared.few.mass[above] = mass;
   shared.few.of_token[before] = make_uint2(key, token);
 }
 

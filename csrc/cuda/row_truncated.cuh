@@ -17,6 +17,10 @@ __device__ __noinline__ Selected select_from_list(uint32_t top, float max, Param
   constexpr int kSharing = Threads / 64;  // lanes that rank a key, so that 64 of them are one turn
   const uint32_t size = shared.count, lane = threadIdx.x % 32;
 #pragma unroll 1
+  for (uint32_t i = threadIdx.x; i < size; i += Threads)
+    shared.mass[i] = to_fixed(relative_weight(value_of_key(shared.key[i]), max, s.slope));
+  __syncthreads();
+#pragma unroll 1
   for (uint32_t first = threadIdx.x / 32 * (32 / kSharing); first < size; first += 64) {
     const uint32_t i = first + lane / kSharing, key = i < size ? shared.key[i] : ~0u;
     const uint32_t token = i < size ? shared.token[i] : 0;
@@ -191,7 +195,7 @@ __device__ __noinline__ LawAndToken law_of_row(RowKeys keys, RowView<T> row, Par
   const bool few = listed && shared.count <= kFew;
   Selected selected;
   if (few) {
-    rank_few<Threads>(shared);
+    rank_few<Threads>(shared, joined.sum.x, s.slope);
     __syncthreads();
     selected = select_few(shared, top, joined.sum.x, s);
   } else if (listed) {
