@@ -372,10 +372,10 @@ __device__ __noinline__ Selected select_out_of_line(RowView<T> row, float2 sum, 
   return select_slowly(select, row, sum, s, bound);
 }
 
-// A token drawn and its value; -1: nothing has weight.
+// A token drawn and its probability; -1: nothing has weight.
 struct Drawn {
   int token;
-  float value;
+  float p;
 };
 constexpr Drawn kNotDrawn = {-1, 0.0f};
 

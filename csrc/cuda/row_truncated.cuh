@@ -93,10 +93,11 @@ __device__ __noinline__ Drawn draw_from_list(RowLaw law, uint64_t fraction) {
   const uint64_t mass = lane < each && at < size ? shared.mass[at] : 0;
   const uint32_t beyond = __ballot_sync(~0u, inclusive_prefix(mass, static_cast<int>(lane)) > rest);
   const uint32_t i = shared.listed[first + static_cast<uint32_t>(__ffs(beyond)) - 1];
-  return {static_cast<int>(shared.token[i]), value_of_key(shared.key[i])};
+  return {static_cast<int>(shared.token[i]), softmax_probability(value_of_key(shared.key[i]), law)};
 }
 
-// A row's law; a token, if one was wanted and is cheap, else -1; how many tokens it keeps are listed.
+// A row's law; a token, if one was wanted and is cheap, else -1; how many tokens it keeps are listed. Where a token
+// has been drawn, the first warp alone may know it and its law, and the others that there is one.
 struct LawAndToken {
   RowLaw law;
   Drawn drawn;
@@ -192,11 +193,17 @@ __device__ __noinline__ LawAndToken law_of_row(RowKeys keys, RowView<T> row, Par
   if (bound <= lowest && !sums) joined = sum_again<Threads>(keys, row, s.slope);
   const bool listed =
       bound >= lowest && select.gather_few(keys.lanes, lane_keys[0], lane_keys[1], bound, top);
-  const bool few = listed && shared.count <= kFew;
+  const bool few = listed && bound > lowest && shared.count <= kFew;
   Selected selected;
+  FewWeights weights;
+  uint64_t noise = 0;
   if (few) {
     rank_few<Threads>(shared, joined.sum.x, s.slope);
     __syncthreads();
+    if constexpr (Draws) {
+      if (thread >= 32) return {joined.law, {0, 0.0f}, 0};  // one warp's answer is enough
+      weights = few_weights(shared, joined.sum.x, s.slope), noise = *fraction;
+    }
     selected = select_few(shared, top, joined.sum.x, s);
   } else if (listed) {
     selected = select_from_list<Threads>(top, joined.sum.x, s);
@@ -211,7 +218,7 @@ __device__ __noinline__ LawAndToken law_of_row(RowKeys keys, RowView<T> row, Par
   RowLaw plain = law;
   plain.scale = fabsf(law.scale);
   if constexpr (Draws) {
-    if (few) return {law, draw_few(shared, plain, *fraction), 0};
+    if (few) return {law, draw_few(weights, low, plain.scale, noise), 0};
     return {law, listed ? draw_from_list<Threads>(plain, *fraction) : kNotDrawn, 0};
   } else {
     static_assert(Threads >= kMaxKept);

@@ -141,14 +141,14 @@ __device__ __forceinline__ void end_row(const VerifyArgs& args, EndShared<T, War
   uint32_t status = known.status;
   RowLaw law{};
   int token = -1;
-  float value = 0.0f, logprob = 0.0f;  // of the token
+  float p = 0.0f, logprob = 0.0f;  // of the token
   bool all_know = true, is_point = false;
   if (known.rows.drafts >= 0) {
     const RowView<T> row = target_row<T>(args, known.rows.first);
     if (truncates) {
       const LawAndToken found =
           law_of_row<32 * Warps, true, Follows>(keys, row, s, &shared.fraction, nullptr);
-      law = found.law, token = found.drawn.token, value = found.drawn.value;
+      law = found.law, token = found.drawn.token, p = found.drawn.p;
     } else {
       law = join_strips(strips_of_lane(keys.strips, row.length, team.lane), s.slope).law;
     }
@@ -172,7 +172,7 @@ __device__ __forceinline__ void end_row(const VerifyArgs& args, EndShared<T, War
         if (pieces.total != 0)
           token = find_draw<T>(shared.team, team, shared.weights, pieces, draw(fraction, pieces.total));
       }
-      if (token >= 0) value = row.at(token);
+      if (token >= 0) p = probability(row.at(token), law);
       is_largest = all_know = token == kNowhere;
     }
     if (!s.greedy) status |= shared.noise_status;
@@ -182,7 +182,7 @@ __device__ __forceinline__ void end_row(const VerifyArgs& args, EndShared<T, War
       if (s.greedy) law = {top, 0.0f, 1.0f, top}, is_point = true;
       if (!s.greedy || top == minus_infinity()) status |= kNoMass;
     } else if (token >= 0) {
-      logprob = logf(probability(value, law));
+      logprob = logf(p);
     }
   }
   if (team.lane == 0 && (all_know ? team.warp == 0 : token >= 0)) {
