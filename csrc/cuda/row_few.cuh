@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 // The end of a truncated row where at most 64 values reach the bound, as usual: they are ranked once, by all
-// threads; then each warp (or only the first, that draws) finds the cutoff and the token, by prefix sums over two values per lane.
+// threads; then each warp (or only the first, that draws) finds the cutoff and the token, by prefix sums over
+// two values per lane.
 #pragma once
 #include "row_cutoff.cuh"
 
@@ -76,8 +77,8 @@ __device__ __forceinline__ Selected select_few(const LawShared& shared, uint32_t
   return out;
 }
 
-// Two neighbours per lane in the order of the tokens, with their weights relative to the largest value: these are
-// found before the law is known.
+// Two neighbours per lane in the order of the tokens, with their weights relative to the largest value: these
+// are found before the law is known.
 struct FewWeights {
   uint4 own;  // two keys with their tokens
   float first, second;
@@ -90,8 +91,8 @@ __device__ __forceinline__ FewWeights few_weights(const LawShared& shared, float
   return out;
 }
 
-// A token of that list by its law, by a warp. low: the key of the cutoff. The largest value is in the list, so
-// there is always something to draw.
+// A token of that list by its law, by a warp. low: the key of the cutoff. The largest value is in the list,
+// so there is always something to draw.
 __device__ __forceinline__ Drawn draw_few(const FewWeights& few, uint32_t low, float scale,
                                           uint64_t fraction) {
   const int lane = static_cast<int>(threadIdx.x) % 32;

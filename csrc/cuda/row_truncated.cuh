@@ -95,8 +95,8 @@ __device__ __noinline__ Drawn draw_from_list(RowLaw law, uint64_t fraction) {
   return {static_cast<int>(shared.token[i]), softmax_probability(value_of_key(shared.key[i]), law)};
 }
 
-// A row's law; a token, if one was wanted and is cheap, else -1; how many tokens it keeps are listed. Where a token
-// has been drawn, the first warp alone may know it and its law, and the others that there is one.
+// A row's law; a token, if one was wanted and is cheap, else -1; how many tokens it keeps are listed. Where a
+// token has been drawn, the first warp alone may know it and its law, and the others that there is one.
 struct LawAndToken {
   RowLaw law;
   Drawn drawn;
@@ -133,8 +133,8 @@ __device__ __forceinline__ Joined join_maxima(const StripPair& strips, float slo
   return {{max, scale}, {scale != 0.0f ? max : 0.0f, slope, bad ? -scale : scale, minus_infinity()}};
 }
 
-// What a thread has of the strips and keys, all in one round trip for most vocabularies. With `before` between
-// where they are and asking for them: a wait, as a rule.
+// What a thread has of the strips and keys, all in one round trip for most vocabularies. With `before`
+// between where they are and asking for them: a wait, as a rule.
 template <int Threads, class T>
 struct OwnKeys {
   StripPair strips;
