@@ -224,9 +224,12 @@ __device__ __forceinline__ void keep_here(P*& pointer) {
   asm volatile("" : "+l"(pointer));
 }
 
+__device__ __forceinline__ void keep_here(int& number) { asm volatile("" : "+r"(number)); }
+
 // Two strips of a lane, `step` apart.
 struct StripPair {
   float2 own[2];
+  StripPair() = default;
   __device__ __forceinline__ StripPair(const float2* strips, int row_length, int first, int step) {
     const int length = strip_length(row_length);
 #pragma unroll
