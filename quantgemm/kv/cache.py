@@ -254,7 +254,13 @@ class SparseKVCache:
 
     def count(self, tokens: int) -> None:
         """The host's part of `advance`: for a CUDA graph that has done the other one again."""
-        self._most = [most + tokens for most in self._most]
+        self._changed({i: most + tokens for i, most in enumerate(self._most)})
+
+    def _changed(self, most: dict[int, int]) -> None:
+        """Lengths are others now: these sequences are no longer than so many tokens."""
+        for sequence, tokens in most.items():
+            self._most[sequence] = tokens
+        self._behind = None
 
     def attend(
         self, layer: int, query: Tensor, scale: float | None = None, appended: int = 0
@@ -262,7 +268,7 @@ class SparseKVCache:
         """`sparse_kv_attention` over the tokens so far; scale is ``1/sqrt(head_dim)`` if None.
 
         appended: tokens that the layer was given and `advance` has not been told of, which are
-        attended to as well. Their lengths are computed once for all layers from 0 on.
+        attended to as well. The lengths with them are computed once for all layers.
         """
         lens = self.lens
         if appended:
@@ -299,7 +305,7 @@ class SparseKVCache:
         if self.means is not None:
             self.means.copy_(self.means[:, :, index])
         self.lens.copy_(self.lens[index])
-        self._most = [self._most[i] for i in order]
+        self._changed({i: self._most[source] for i, source in enumerate(order)})
 
     def fork(self, source: int, target: int) -> None:
         """The sequence `target` becomes a copy of `source`."""
@@ -310,7 +316,7 @@ class SparseKVCache:
         if self.means is not None:
             self.means[:, :, target] = self.means[:, :, source]
         self.lens[target] = self.lens[source]
-        self._most[target] = self._most[source]
+        self._changed({target: self._most[source]})
 
     def crop(self, sequence: int, tokens: int) -> None:
         """Forgets all but the first `tokens`, as rejected drafts want it; waits for the GPU.
@@ -335,7 +341,7 @@ class SparseKVCache:
                 values = values.transpose(1, 2).flatten(2, 3)  # [layers, heads, tokens, head_dim]
                 recent[:, sequence, :, slots] = values[:, :, : len(positions)].to(recent.dtype)
         self.lens[sequence] = tokens
-        self._most[sequence] = tokens
+        self._changed({sequence: tokens})
 
     def _num_pages(self, tokens: int) -> int:
         rest = max(0, tokens - self.sinks)
@@ -351,7 +357,7 @@ class SparseKVCache:
     def reset(self, sequence: int) -> None:
         """Empties a sequence, so that another one can begin in its place."""
         self.lens[sequence] = 0
-        self._most[sequence] = 0
+        self._changed({sequence: 0})
         if self.means is not None:
             self.means[:, :, sequence] = 0
 
