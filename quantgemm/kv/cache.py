@@ -172,23 +172,8 @@ class SparseKVCache:
         self._check_room(layer, keys)
         if self.means is not None and keys.dim() == 4 and keys.shape[2] > 1:
             self._measure(self.means[layer], keys, values, counts)
-        torch.ops.quantgemm.sparse_kv_append(
-            keys,
-            values,
-            self.key_pages[layer],
-            self.value_pages[layer],
-            self.page_table,
-            self.recent_keys[layer],
-            self.recent_values[layer],
-            self.lens,
-            None if self.means is None else self.means[layer],
-            counts,
-            self.sinks,
-            self.window,
-            self.key_format,
-            self.value_format,
-            self.keep,
-        )
+        here = self._arguments(layer, self.lens, counts)
+        torch.ops.quantgemm.sparse_kv_append(keys, values, *here)
 
     def append_rotated(
         self, layer: int, query: Tensor, keys: Tensor, values: Tensor, cos: Tensor, sin: Tensor
@@ -203,19 +188,22 @@ class SparseKVCache:
             self.append(layer, keys, values)
             return query
         self._check_room(layer, keys)
+        here = self._arguments(layer, self.lens)
         return torch.ops.quantgemm.sparse_kv_append_rotated(  # type: ignore[no-any-return]
-            query,
-            keys,
-            values,
-            cos,
-            sin,
+            query, keys, values, cos, sin, *here
+        )
+
+    def _arguments(self, layer: int, lens: Tensor, *more: Tensor | None) -> tuple[Any, ...]:
+        """The cache as ops take it; more: what an op wants behind the means."""
+        return (
             self.key_pages[layer],
             self.value_pages[layer],
             self.page_table,
             self.recent_keys[layer],
             self.recent_values[layer],
-            self.lens,
-            None,
+            lens,
+            None if self.means is None else self.means[layer],
+            *more,
             self.sinks,
             self.window,
             self.key_format,
@@ -275,22 +263,8 @@ class SparseKVCache:
             if self._behind is None or self._behind[0] != appended:
                 self._behind = appended, self.lens + appended
             lens = self._behind[1]
-        return sparse_kv_attention(
-            query,
-            self.key_pages[layer],
-            self.value_pages[layer],
-            self.page_table,
-            self.recent_keys[layer],
-            self.recent_values[layer],
-            lens,
-            None if self.means is None else self.means[layer],
-            self.sinks,
-            self.window,
-            self.key_format,
-            self.value_format,
-            self.keep,
-            self.head_dim**-0.5 if scale is None else scale,
-        )
+        scale = self.head_dim**-0.5 if scale is None else scale
+        return sparse_kv_attention(*(query, *self._arguments(layer, lens), scale))
 
     def reorder(self, order: Sequence[int]) -> None:
         """Sequence i becomes what sequence ``order[i]`` was, as beam search wants it; copies."""
