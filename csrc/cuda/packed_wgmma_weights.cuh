@@ -47,16 +47,33 @@ __device__ __forceinline__ void store_shared(uint32_t address, uint4 v) {
                : "memory");
 }
 
-// Both parts of a pair: a · b + c, a · b and a + b, rounded once. PTX ISA 9.7.4.4 (fma), 9.7.4.3 (mul) and
-// 9.7.4.1 (add).
-__device__ __forceinline__ uint32_t fma_pairs(uint32_t a, uint32_t b, uint32_t c) {
+// Both parts of a pair of T, bfloat16 or halves: a · b + c, a · b and a + b, rounded once. PTX ISA 9.7.4.4
+// (fma), 9.7.4.3 (mul) and 9.7.4.1 (add).
+template <class T>
+__device__ __forceinline__ uint32_t fma_pair(uint32_t a, uint32_t b, uint32_t c) {
   uint32_t d;
-  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  if constexpr (std::is_same_v<T, Half>)
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  else
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
   return d;
 }
-__device__ __forceinline__ uint32_t multiply_pairs(uint32_t a, uint32_t b) {
+template <class T>
+__device__ __forceinline__ uint32_t multiply_pair(uint32_t a, uint32_t b) {
   uint32_t d;
-  asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+  if constexpr (std::is_same_v<T, Half>)
+    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+  else
+    asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+  return d;
+}
+template <class T>
+__device__ __forceinline__ uint32_t add_pair(uint32_t a, uint32_t b) {
+  uint32_t d;
+  if constexpr (std::is_same_v<T, Half>)
+    asm("add.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+  else
+    asm("add.rn.bf16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
   return d;
 }
 // A half of a pair twice, which products read as it lies.
@@ -67,21 +84,6 @@ __device__ __forceinline__ uint32_t twice(uint32_t pair) {
     asm("{ .reg .b16 low, high; mov.b32 {low, high}, %1; mov.b32 %0, {low, low}; }" : "=r"(d) : "r"(pair));
   else
     asm("{ .reg .b16 low, high; mov.b32 {low, high}, %1; mov.b32 %0, {high, high}; }" : "=r"(d) : "r"(pair));
-  return d;
-}
-__device__ __forceinline__ uint32_t fma_halves(uint32_t a, uint32_t b, uint32_t c) {
-  uint32_t d;
-  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
-  return d;
-}
-__device__ __forceinline__ uint32_t multiply_halves(uint32_t a, uint32_t b) {
-  uint32_t d;
-  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
-  return d;
-}
-__device__ __forceinline__ uint32_t add_halves(uint32_t a, uint32_t b) {
-  uint32_t d;
-  asm("add.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
   return d;
 }
 
@@ -218,7 +220,8 @@ struct SlotWeights {
       small_codes(codes, step, s);
 #pragma unroll
       for (int j = 0; j < 4; ++j)
-        a[j] = fma_pairs(codes[j], high_part[j % 2], multiply_pairs(codes[j], low_part[j % 2]));
+        a[j] = fma_pair<BFloat16>(codes[j], high_part[j % 2],
+                                  multiply_pair<BFloat16>(codes[j], low_part[j % 2]));
       return;
     }
     if constexpr (kHalves) {
@@ -226,8 +229,8 @@ struct SlotWeights {
       halves_of_fragment(codes, step, s);
 #pragma unroll
       for (int j = 0; j < 4; ++j)
-        a[j] = F::kOffset ? fma_halves(codes[j], high_part[j % 2], low_part[j % 2])
-                          : multiply_halves(codes[j], high_part[j % 2]);
+        a[j] = F::kOffset ? fma_pair<Half>(codes[j], high_part[j % 2], low_part[j % 2])
+                          : multiply_pair<Half>(codes[j], high_part[j % 2]);
       return;
     }
     float codes[4][2];
@@ -251,7 +254,8 @@ struct SlotWeights {
   static __device__ __forceinline__ uint32_t add_field(uint32_t word, uint32_t mask, int bit,
                                                        uint32_t added) {
     const int at = bit % 8;
-    return fma_pairs((word >> (bit - at)) & mask << at, (260 - kDown + Shift - at) * 0x00800080u, added);
+    return fma_pair<BFloat16>((word >> (bit - at)) & mask << at, (260 - kDown + Shift - at) * 0x00800080u,
+                              added);
   }
   __device__ __forceinline__ void small_codes(uint32_t (&codes)[4], int step, int s) {
     if constexpr (Fragment::kBytes) {
@@ -259,8 +263,8 @@ struct SlotWeights {
       for (int half = 0; half < 2; ++half) {
         const uint32_t quad = signed_bytes(step, s, half) ^ 0x80808080u;
         constexpr uint32_t k128 = 0xc000c000u, kFactor = 0x7f007f00u;  // −128 · 2^−6, and 2^127
-        codes[half] = fma_pairs(quad & 0x00ff00ffu, kFactor, k128);
-        codes[half + 2] = fma_pairs(__byte_perm(quad, 0, 0x4341), kFactor, k128);
+        codes[half] = fma_pair<BFloat16>(quad & 0x00ff00ffu, kFactor, k128);
+        codes[half + 2] = fma_pair<BFloat16>(__byte_perm(quad, 0, 0x4341), kFactor, k128);
       }
       return;
     }
@@ -285,7 +289,8 @@ struct SlotWeights {
     static_assert(kAt + L::kBits <= 10 && kZero << kAt < 1024);
     constexpr uint32_t kTwice = 0x00010001u, kFactor = (15 - kAt) << 10;    // 2^−at
     constexpr uint32_t kTaken = 0x8000u | (25 - kAt) << 10 | kZero << kAt;  // −(1024 · 2^−at + zero)
-    return kAt == 0 ? add_halves(pair, kTaken * kTwice) : fma_halves(pair, kFactor * kTwice, kTaken * kTwice);
+    return kAt == 0 ? add_pair<Half>(pair, kTaken * kTwice)
+                    : fma_pair<Half>(pair, kFactor * kTwice, kTaken * kTwice);
   }
   __device__ __forceinline__ void halves_of_fragment(uint32_t (&codes)[4], int step, int s) {
     constexpr uint32_t k1024 = 0x64006400u;
