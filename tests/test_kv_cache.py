@@ -910,6 +910,38 @@ def test_fork_and_crop(form: str, window: int, device: str) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    ("change", "arguments"),
+    [
+        ("advance", [1]),
+        ("reorder", [[1, 0]]),
+        ("fork", [1, 0]),
+        ("crop", [0, 3]),
+        ("reset", [0]),
+    ],
+)
+def test_lengths_behind_appended_tokens(change: str, arguments: list[Any], device: str) -> None:
+    """They are new ones behind whatever changes lengths, with any layer first."""
+    cache = SparseKVCache(2, 1, 64, max_tokens=64, batch=2, device=device)
+    k, v = (x.to(device) for x in tokens_of(2, 1, 20, 64))
+    counts = torch.tensor([20, 9], device=device)
+    for layer in (0, 1):
+        cache.append(layer, k, v, counts)
+    cache.advance(20, counts)
+    query = torch.randn(2, 1, 64, generator=torch.Generator().manual_seed(1)).half().to(device)
+    for step in range(2):
+        cache.append(1, k[:, :, :1], v[:, :, :1])
+        got = cache.attend(1, query, appended=1)
+        cache.lens += 1
+        want = cache.attend(1, query)
+        cache.lens -= 1
+        for a, b in zip(got, want, strict=True):
+            assert_same(a, b)
+        if step == 0:
+            getattr(cache, change)(*arguments)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("form", FORMATS)
 def test_nan_reaches_the_output_of_its_head(form: str, device: str) -> None:
     k, v = tokens_of(1, 2, 300, 64)

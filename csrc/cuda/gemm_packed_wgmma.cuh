@@ -2,7 +2,7 @@
 // y[m, n] = x · wᵀ + bias for many tokens, w packed, on sm_90a. A warpgroup has 64 rows of w: its lanes
 // decode their own fragments from shared memory, once for all tokens of a tile, and wgmma takes them from
 // registers; while it multiplies a step of 64 columns the next one is decoded. One warp copies activations,
-// blocks of a cluster that share tokens each a part for all of them; another copies weights. Where y has few
+// blocks of a cluster that share tokens each a part for all of them; two copy weights. Where y has few
 // tiles, blocks of a cluster share a tile's columns and add their sums up in the end. With experts
 // (expert_routes.cuh), whose rows of x lie side by side by now, a group is a tile of tokens.
 // Limit: the tensor cores, from 128 tokens on.
@@ -21,46 +21,49 @@ __device__ __forceinline__ void multiply(const GemmPackedArgs& args, const Sched
   const uint32_t smem = shared_address(memory);
   const int lane = threadIdx.x % 32, strip_of_tile = threadIdx.x / 32 % kStrips;
   const int group = threadIdx.x / kGroupThreads;
-  // Steps of a slot have places side by side, `base` is the first one's.
+  // Steps of a slot have places side by side, `base` is the first one's, `last_base` that of the slot before.
   const uint32_t barriers = smem + P::kBarriersAt;
-  int base = 0;
+  uint32_t base = 0, last_base = 0;
   uint32_t turn = 0, ready = 0, ahead = 0;  // the next activations are, the next slot is
   Ring<P::kSlots> w{barriers + 16 * P::kFirstSlotBarrier};
   uint8_t* const out = memory + P::kOutAt + group * P::kOutBytes;
+  const uint32_t scales = smem + P::kScalesAt + threadIdx.x / 32 * P::kScaleBytes;
   const auto strip_at = [&](int place) {
     return memory + P::kSlotsAt + place * P::kSlotBytes + strip_of_tile * P::kStripBytes;
   };
   constexpr bool kShort = P::kSlotSteps == 2;  // then the next slot is asked for as late as can be
-  const auto barrier_of = [](int place) { return 16 * (place / P::kTogether); };
+  // So that steps are constants beside `base`.
+  const auto barrier_of = [](uint32_t base, int step) {
+    return base * (16 / P::kTogether) + 16 * (step / P::kTogether);
+  };
 
   for (Walk at(s, args.routes, s.slots(P::kSlotSteps)); at.valid(); at.next()) {
     Sums<P> sums = {};
     uint32_t a[2][P::kBatch][4];
     // Places that have been multiplied, to the blocks that copy there.
     const uint32_t released = address_in(barriers + 8, at.part * s.mates + lane % s.mates);
-    const auto release = [&](int place) {
-      if (lane < s.mates) mbarrier_arrive_there(released + barrier_of(place));
+    const auto release = [&](uint32_t base, int step) {
+      if (lane < s.mates) mbarrier_arrive_there(released + barrier_of(base, step));
     };
-    const auto before = [&] { return (base == 0 ? P::kPlaces : base) - 1; };  // the slot
 
     // With sums of kParts times kSumTokens tokens.
     const auto multiply_slots = [&]<int kParts>(std::integral_constant<int, kParts>) {
       SlotWeights<P> weights, next;
       mbarrier_wait(w.full(), w.turn);
-      weights.begin(strip_at(w.place));
-      weights.load(strip_at(w.place), 0);
+      weights.begin(strip_at(w.place), scales);
+      weights.load(strip_at(w.place), scales, 0);
 #pragma unroll 1
       for (int slot = at.first_slot; slot < at.last_slot; ++slot) {
         const uint64_t places = swizzled_rows(__shfl_sync(~0u, smem + base * P::kPlaceBytes, 0));
-        const int base_after = base + P::kSlotSteps < P::kPlaces ? base + P::kSlotSteps : 0;
+        const uint32_t base_after = base + P::kSlotSteps < P::kPlaces ? base + P::kSlotSteps : 0;
         const uint32_t turn_after = turn ^ (base_after == 0 ? 1 : 0);
         uint32_t decoded = 0;
         Ring<P::kSlots> after = w;  // the last slot is looked at twice
         if (slot + 1 < at.last_slot) after.step();
         const auto begin_next = [&] {
           mbarrier_wait_together(after.full(), after.turn, ahead, decoded);
-          next.begin(strip_at(after.place));
-          next.load(strip_at(after.place), 0);
+          next.begin(strip_at(after.place), scales);
+          next.load(strip_at(after.place), scales, 0);
           __syncwarp();
           if (lane == 0) mbarrier_arrive(w.empty());
           w.step();
@@ -70,7 +73,7 @@ __device__ __forceinline__ void multiply(const GemmPackedArgs& args, const Sched
           const bool is_last = step + 1 == P::kSlotSteps;
           // The next step's weights. The way to them is long, and what is decoded here may be so at any time.
           if (!is_last)
-            weights.load(strip_at(w.place), step + 1);
+            weights.load(strip_at(w.place), scales, step + 1);
           else if (!kShort)
             begin_next();
           if (step + (kShort ? 1 : 2) == P::kSlotSteps) ahead = mbarrier_over(after.full(), after.turn);
@@ -83,7 +86,7 @@ __device__ __forceinline__ void multiply(const GemmPackedArgs& args, const Sched
                              first + i == 0 && (step == 0 || P::Format::kGroup <= kTileCols));
             decoded = batch[P::kBatch - 1][3];
             if (first == 0 && step % P::kTogether == 0)
-              mbarrier_wait_together(barriers + barrier_of(base + step), turn, ready, decoded);
+              mbarrier_wait_together(barriers + barrier_of(base, step), turn, ready, decoded);
             wgmma_fence();
 #pragma unroll
             for (int i = 0; i < P::kBatch; ++i)
@@ -95,19 +98,20 @@ __device__ __forceinline__ void multiply(const GemmPackedArgs& args, const Sched
             wgmma_commit();
             if (kShort && is_last && first + P::kBatch == 4) begin_next();
             if (first == 0 && (step + 1) % P::kTogether == 0)
-              ready = mbarrier_over(barriers + barrier_of(is_last ? base_after : base + step + 1),
-                                    is_last ? turn_after : turn);
+              ready =
+                  mbarrier_over(barriers + (is_last ? barrier_of(base_after, 0) : barrier_of(base, step + 1)),
+                                is_last ? turn_after : turn);
             wgmma_wait<1>();
             if (first == 0 && step % P::kTogether == 0) {  // all of the steps before are done
               if (step > 0)
-                release(base + step - 1);
+                release(base, step - 1);
               else if (slot > at.first_slot)
-                release(before());
+                release(last_base, P::kSlotSteps - 1);
             }
           }
         }
         weights = next;
-        base = base_after, turn = turn_after;
+        last_base = base, base = base_after, turn = turn_after;
       }
       wgmma_wait<0>();
 #pragma unroll
@@ -118,7 +122,7 @@ __device__ __forceinline__ void multiply(const GemmPackedArgs& args, const Sched
     else
       multiply_slots(std::integral_constant<int, 1>{});
     __syncwarp();
-    release(before());
+    release(last_base, P::kSlotSteps - 1);
 
     const Output<P> output(args, y, at, out);
     if (s.parts > 1) {

@@ -33,8 +33,14 @@ struct Tile {
   QG_HD static constexpr int tokens_multiplied(int count) {
     return Ragged && count <= kSumTokens ? kSumTokens : kTokens;
   }
+  // How weights are made (packed_wgmma_weights.cuh): in bfloat16 or in halves, else in float32.
+  static constexpr bool kPairs = std::is_same_v<X, BFloat16> && !F::kOffset && !MiniFloats<F> &&
+                                 (PackedFragment<F, X, false>::kBytes || L::kLowBits == 4) &&
+                                 (L::kSpan == kTileCols || TwoLevelFormat<F>) && Tokens < 256;
+  static constexpr bool kHalves =
+      std::is_same_v<X, Half> && F::kGroup == F::kElems && !MiniFloats<F> && Tokens < 256;
   // Weights arrive in slots of whole records.
-  static constexpr int kSlotSteps = L::kLowBits == 8 ? 2 : 4;
+  static constexpr int kSlotSteps = L::kLowBits == 8 && !(kPairs && Tokens <= 64) ? 2 : 4;
   static_assert(kSlotSteps * kTileCols % L::kSpan == 0);
   static constexpr int kSlotRecords = kSlotSteps * kTileCols / L::kSpan;
   // A strip in a slot is like a strip of packed.h: low bits, high bits, pieces of heads.
@@ -43,17 +49,25 @@ struct Tile {
   static constexpr int kSlotBytes = kStrips * kStripBytes;
   static_assert(kStripBytes % 16 == 0);
   // Shared memory: activations [place][token][64], swizzled; y on its way out [row group][token][64 rows],
-  // the same; slots.
+  // the same; slots; scales.
   static constexpr int kPlaces = Tokens == 256 ? 4 : Tokens == 128 && L::kLowBits == 8 ? 6 : 8;
   static_assert(kPlaces % kSlotSteps == 0 && kSlotSteps % kTogether == 0);
   static constexpr int kPlaceBytes = Tokens * 128;
   static constexpr int kOutAt = kPlaces * kPlaceBytes, kOutBytes = 16384;  // or 64 sums
   static constexpr int kSlotsAt = kOutAt + kRowGroups * kOutBytes;
-  static constexpr int kFit = (kSharedBytes - 1024 - 256 - kSlotsAt) / kSlotBytes,
-                       kSlots = kFit < 6 ? kFit : 6;
+  // Whether the lanes of a row share their scales, of which there are so many words for a step and two rows.
+  static constexpr int kRoom = kSharedBytes - 1024 - 256 - kSlotsAt;
+  static constexpr int kStepWords = kTileCols / F::kGroup * (kPairs ? 2 : 4);
+  static constexpr bool kShares =
+      kPairs || (Tokens < 256 && kSlotSteps == 4 && kStepWords > 0 && !kHalves &&
+                 (L::kSpan == kTileCols || TwoLevelFormat<F>) &&
+                 kRoom >= 2 * kSlotBytes + kStrips * 32 * kSlotSteps * kStepWords);
+  static constexpr int kScaleBytes = kShares ? 32 * kSlotSteps * kStepWords : 0;  // of a strip
+  static constexpr int kFit = (kRoom - kStrips * kScaleBytes) / kSlotBytes, kSlots = kFit < 6 ? kFit : 6;
   static_assert(kSlots >= 2);
-  static constexpr int kBarriersAt = kSlotsAt + kSlots * kSlotBytes, kFirstSlotBarrier = kPlaces / kTogether,
-                       kBarriers = kFirstSlotBarrier + kSlots;
+  static constexpr int kScalesAt = kSlotsAt + kSlots * kSlotBytes;
+  static constexpr int kBarriersAt = kScalesAt + kStrips * kScaleBytes,
+                       kFirstSlotBarrier = kPlaces / kTogether, kBarriers = kFirstSlotBarrier + kSlots;
   static constexpr int kBytes = 1024 + kBarriersAt + 16 * kBarriers;
   static_assert(kBytes <= kSharedBytes && kPlaces * kPlaceBytes >= Tokens * kRows * 4);  // sums go there
 };

@@ -157,9 +157,9 @@ struct Selection {
     return vectors;
   }
 
-  // The same as gather for few values from `low` up, by the keys of the row's lanes; true if the list has
-  // them all. Before, shared.count and num_listed are 0. keys, next: of the first two rounds, asked for
-  // early.
+  // The same as gather for few values from `low` up, by the keys of the row's lanes, but without their
+  // masses; true if the list has them all. Before, shared.count and num_listed are 0. keys, next: of the
+  // first two rounds, asked for early.
   __device__ __forceinline__ bool gather_few(const uint16_t* lane_keys, uint4 keys, uint4 next, uint32_t low,
                                              uint32_t high) {
     constexpr int kPer = kPerVector<T>;
@@ -175,15 +175,17 @@ struct Selection {
         if (pairs[j] >> 16 >= least) wanted |= 2u << 2 * j;
       }
       if (wanted == 0) continue;
-      uint32_t vectors = vectors_that_reach(low, first / 32);
-      // All of this thread's lanes have the same.
-      uint32_t at = atomicAdd(&shared.num_listed, __popc(wanted) * __popc(vectors));
+      const uint32_t vectors = vectors_that_reach(low, first / 32);
+      // All of this thread's lanes have the same. What does not fit is not wanted any more.
+      const uint32_t more = __popc(wanted) * __popc(vectors);
+      uint32_t at = atomicAdd(&shared.num_listed, more);
+      if (at + more > kMaxVectors) continue;
 #pragma unroll 1
-      for (; vectors; vectors &= vectors - 1) {
-        const int vector = first / 32 * kChunkVectors + __ffs(vectors) - 1;
-#pragma unroll 1
-        for (uint32_t rest = wanted; rest; rest &= rest - 1, ++at)
-          if (at < kMaxVectors) shared.vectors[at] = vector * 32 + first % 32 + __ffs(rest) - 1;
+      for (; wanted; wanted &= wanted - 1) {  // once, as a rule
+        const uint32_t lane = first / 32 * (kChunkVectors * 32) + first % 32 + __ffs(wanted) - 1;
+#pragma unroll
+        for (int v = 0; v < kChunkVectors; ++v)
+          if (vectors >> v & 1) shared.vectors[at++] = lane + v * 32;
       }
     }
     __syncthreads();
@@ -213,7 +215,8 @@ struct Selection {
         float x = v[0];
 #pragma unroll
         for (int e = 1; e < kPer; ++e) x = at == e ? v[e] : x;
-        keep(key_of(clean_logit(x)), begin + at);
+        const uint32_t place = atomicAdd(&shared.count, 1u);
+        if (place < kCapacity) shared.key[place] = key_of(clean_logit(x)), shared.token[place] = begin + at;
       }
     }
     __syncthreads();
@@ -369,10 +372,10 @@ __device__ __noinline__ Selected select_out_of_line(RowView<T> row, float2 sum, 
   return select_slowly(select, row, sum, s, bound);
 }
 
-// A token drawn and its value; -1: nothing has weight.
+// A token drawn and its probability; -1: nothing has weight.
 struct Drawn {
   int token;
-  float value;
+  float p;
 };
 constexpr Drawn kNotDrawn = {-1, 0.0f};
 

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 // The end of a truncated row where at most 64 values reach the bound, as usual: they are ranked once, by all
-// threads; then each warp finds the cutoff and the token for itself, by prefix sums over two values per lane.
+// threads; then each warp (or only the first, that draws) finds the cutoff and the token, by prefix sums over
+// two values per lane.
 #pragma once
 #include "row_cutoff.cuh"
 
@@ -16,11 +17,12 @@ __device__ __forceinline__ void clear_few(LawShared& shared) {
 
 // The list from the largest value down, the lowest token first on ties; and in the order of the tokens.
 template <int Threads>
-__device__ __forceinline__ void rank_few(LawShared& shared) {
+__device__ __forceinline__ void rank_few(LawShared& shared, float max, float slope) {
   constexpr int kSharing = 4;  // lanes that rank a value
   static_assert(Threads == kSharing * kFew);
   const uint32_t i = threadIdx.x / kSharing, part = threadIdx.x % kSharing;
   const uint32_t key = shared.key[i], token = shared.token[i];
+  const uint64_t mass = to_fixed(relative_weight(value_of_key(key), max, slope));
   uint32_t before = 0, above = 0;
 #pragma unroll
   for (uint32_t j = 0; j < kFew / (4 * kSharing); ++j) {
@@ -38,7 +40,7 @@ __device__ __forceinline__ void rank_few(LawShared& shared) {
   for (int step = 1; step < kSharing; step *= 2) places += __shfl_xor_sync(~0u, places, step);
   if (part != 0 || key == 0) return;
   before = places >> 16, above = places & 0xffff;
-  shared.few.key[above] = key, shared.few.mass[above] = shared.mass[i];
+  shared.few.key[above] = key, shared.few.mass[above] = mass;
   shared.few.of_token[before] = make_uint2(key, token);
 }
 
@@ -75,19 +77,36 @@ __device__ __forceinline__ Selected select_few(const LawShared& shared, uint32_t
   return out;
 }
 
-// A token of that list by its law, in the order of the tokens.
-__device__ __forceinline__ Drawn draw_few(const LawShared& shared, const RowLaw& law, uint64_t fraction) {
+// Two neighbours per lane in the order of the tokens, with their weights relative to the largest value: these
+// are found before the law is known.
+struct FewWeights {
+  uint4 own;  // two keys with their tokens
+  float first, second;
+};
+__device__ __forceinline__ FewWeights few_weights(const LawShared& shared, float max, float slope) {
+  FewWeights out;
+  out.own = reinterpret_cast<const uint4*>(shared.few.of_token)[threadIdx.x % 32];
+  out.first = relative_weight(clean_logit(value_of_key(out.own.x)), max, slope);
+  out.second = relative_weight(clean_logit(value_of_key(out.own.z)), max, slope);
+  return out;
+}
+
+// A token of that list by its law, by a warp. low: the key of the cutoff. The largest value is in the list,
+// so there is always something to draw.
+__device__ __forceinline__ Drawn draw_few(const FewWeights& few, uint32_t low, float scale,
+                                          uint64_t fraction) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
-  const uint4 own = reinterpret_cast<const uint4*>(shared.few.of_token)[lane];  // two keys with their tokens
-  const uint64_t first = to_fixed(softmax_probability(value_of_key(own.x), law));
-  const uint64_t both = first + to_fixed(softmax_probability(value_of_key(own.z), law));
-  const uint64_t prefix = inclusive_prefix(both, lane), total = __shfl_sync(~0u, prefix, 31);
-  if (total == 0) return kNotDrawn;
-  const uint64_t rest = draw(fraction, total);
+  const auto p_of = [&](uint32_t key, float weight) {  // as softmax_probability has it
+    return key >= low ? fminf(multiply(weight, scale), 1.0f) : 0.0f;
+  };
+  const float first_p = p_of(few.own.x, few.first), second_p = p_of(few.own.z, few.second);
+  const uint64_t first = to_fixed(first_p), both = first + to_fixed(second_p);
+  const uint64_t prefix = inclusive_prefix(both, lane);
+  const uint64_t rest = draw(fraction, __shfl_sync(~0u, prefix, 31));
   const int which = __ffs(__ballot_sync(~0u, prefix > rest)) - 1;
   const bool is_first = rest < prefix - both + first;
-  const uint32_t token = __shfl_sync(~0u, is_first ? own.y : own.w, which);
-  return {static_cast<int>(token), value_of_key(__shfl_sync(~0u, is_first ? own.x : own.z, which))};
+  const uint32_t token = __shfl_sync(~0u, is_first ? few.own.y : few.own.w, which);
+  return {static_cast<int>(token), __shfl_sync(~0u, is_first ? first_p : second_p, which)};
 }
 
 }  // namespace quantgemm

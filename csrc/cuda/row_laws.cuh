@@ -180,10 +180,14 @@ __device__ __forceinline__ void load_group(float (&v)[8], const RowView<T>& row,
   }
 }
 
-// Sum and maximum of 64-bit numbers in a warp.
+// Sum and maximum of 64-bit numbers in a warp. The sum by three reductions of 27, 27 and 10 bits, none of
+// which waits for another: 32 numbers of 27 bits do not overflow.
 __device__ __forceinline__ uint64_t warp_sum(uint64_t x) {
-  for (int step = 16; step; step /= 2) x += __shfl_xor_sync(~0u, x, step);
-  return x;
+  constexpr uint32_t kPart = (1u << 27) - 1;
+  const uint32_t low = __reduce_add_sync(~0u, static_cast<uint32_t>(x) & kPart);
+  const uint32_t middle = __reduce_add_sync(~0u, static_cast<uint32_t>(x >> 27) & kPart);
+  const uint32_t high = __reduce_add_sync(~0u, static_cast<uint32_t>(x >> 54));
+  return low + (uint64_t{middle} << 27) + (uint64_t{high} << 54);
 }
 __device__ __forceinline__ uint64_t warp_max(uint64_t x) {
   for (int step = 16; step; step /= 2) {
@@ -220,9 +224,12 @@ __device__ __forceinline__ void keep_here(P*& pointer) {
   asm volatile("" : "+l"(pointer));
 }
 
+__device__ __forceinline__ void keep_here(int& number) { asm volatile("" : "+r"(number)); }
+
 // Two strips of a lane, `step` apart.
 struct StripPair {
   float2 own[2];
+  StripPair() = default;
   __device__ __forceinline__ StripPair(const float2* strips, int row_length, int first, int step) {
     const int length = strip_length(row_length);
 #pragma unroll

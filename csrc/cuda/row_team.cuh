@@ -49,7 +49,9 @@ __device__ __forceinline__ void prepare(Shared& shared, const Team& team) {
 }
 
 // Every warp's number to every block. Between blocks by stores that count themselves where they arrive
-// (st.async, sm_90): a cluster's barrier would wait for all other memory traffic as well.
+// (st.async, sm_90): a cluster's barrier would wait for all other memory traffic as well. What arrives lies
+// in the block's own shared memory: to acquire it for the cluster would empty the L1, in which find_draw
+// finds its piece of the row.
 template <int Warps>
 __device__ __forceinline__ void tell(SharedOf<Warps>& shared, Team& team, uint64_t number, uint32_t bits) {
   team.turn = (team.turn + 1) & 3;
@@ -72,7 +74,7 @@ __device__ __forceinline__ void tell(SharedOf<Warps>& shared, Team& team, uint64
     const uint32_t parity = team.turn == 3 || team.turn == 0;
     for (uint32_t done = 0; !done;)
       asm volatile(
-          "{ .reg .pred done; mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%1], %2;"
+          "{ .reg .pred done; mbarrier.try_wait.parity.shared::cta.b64 done, [%1], %2;"
           " selp.u32 %0, 1, 0, done; }"
           : "=r"(done)
           : "r"(shared_address(&arrivals)), "r"(parity)
@@ -135,32 +137,47 @@ __device__ __forceinline__ Pieces weigh(SharedOf<Warps>& shared, Team& team, con
   return out;
 }
 
-// The value of a group where the prefix sum of the weights exceeds `rest`, by a warp; -1 if it is not
-// there. A group lies in order lane by lane, as one run of 8 values each or as two of 4.
+// Prefix sums of a group's weights over the lanes of a warp. A group lies in order lane by lane, as one run
+// of 8 values each or as two of 4.
 template <class T>
-__device__ __forceinline__ int find_in_group(const float (&r)[8], uint64_t rest, int lane) {
-  constexpr int kRun = sizeof(T) == 4 ? 4 : 8;
+struct LanePrefix {
+  static constexpr int kRun = sizeof(T) == 4 ? 4 : 8, kRuns = 8 / kRun;
+  uint64_t upto[kRuns];  // from the group's first value up to the last of the lane's run
+
+  // own: all of the lane's weights
+  __device__ __forceinline__ LanePrefix(const float (&r)[8], uint64_t own, int lane) {
+    if constexpr (kRuns == 1) {
+      upto[0] = inclusive_prefix(own, lane);
+    } else {
+      uint64_t first = 0;
 #pragma unroll
-  for (int first = 0; first < 8; first += kRun) {
-    uint64_t w[kRun], own = 0;
+      for (int e = 0; e < kRun; ++e) first += to_fixed(r[e]);
+      upto[0] = inclusive_prefix(first, lane);
+      upto[1] = inclusive_prefix(own - first, lane) + __shfl_sync(~0u, upto[0], 31);
+    }
+  }
+
+  // The value where the prefix sum exceeds `rest`; -1 if it is not there.
+  __device__ __forceinline__ int find(const float (&r)[8], uint64_t rest, int lane) const {
 #pragma unroll
-    for (int e = 0; e < kRun; ++e) own += w[e] = to_fixed(r[first + e]);
-    const uint64_t prefix = inclusive_prefix(own, lane);
-    const uint32_t beyond = __ballot_sync(~0u, prefix > rest);
-    if (beyond) {
-      uint64_t before = prefix - own;
-      int e = 0;
+    for (int run = 0; run < kRuns; ++run) {
+      const uint32_t beyond = __ballot_sync(~0u, upto[run] > rest);
+      if (beyond == 0) continue;
+      uint64_t w[kRun], own = 0;
+#pragma unroll
+      for (int e = 0; e < kRun; ++e) own += w[e] = to_fixed(r[run * kRun + e]);
+      uint64_t before = upto[run] - own;
+      int e = run * kRun;
 #pragma unroll
       for (int j = 0; j < kRun - 1; ++j) {
         before += w[j];
-        if (before <= rest) e = j + 1;
+        if (before <= rest) e = run * kRun + j + 1;
       }
-      return __shfl_sync(~0u, index_in_group<T>(lane, first + e), __ffs(beyond) - 1);
+      return __shfl_sync(~0u, index_in_group<T>(lane, e), __ffs(beyond) - 1);
     }
-    rest -= __shfl_sync(~0u, prefix, 31);
+    return -1;
   }
-  return -1;
-}
+};
 
 constexpr int kElsewhere = -1, kNowhere = -2;
 
@@ -174,7 +191,7 @@ __device__ __forceinline__ int find_in_part(SharedOf<Warps>& shared, const Team&
   for (int turn = 0;; turn ^= 1) {
     const int end = begin + length < weights.p.length ? begin + length : weights.p.length;
     length = round_up((length + Warps - 1) / Warps);
-    float r[8];
+    float r[8] = {};
     bool bad = false;  // whoever summed the row has told
     uint64_t part = 0;
 #pragma unroll 1
@@ -182,23 +199,29 @@ __device__ __forceinline__ int find_in_part(SharedOf<Warps>& shared, const Team&
       weights.group(r, g, team.lane, bad);
       part += fixed_sum(r);
     }
-    part = warp_sum(part);
-    if (team.lane == 0) shared.parts[turn][team.warp] = part;
+    // What can be known of a warp's one group before the barrier.
+    const LanePrefix<T> prefix(r, part, team.lane);
+    const bool is_last = length <= kGroup;
+    part = is_last ? prefix.upto[LanePrefix<T>::kRuns - 1] : warp_sum(part);
+    if (team.lane == 31) shared.parts[turn][team.warp] = part;
     __syncthreads();
     const uint64_t own = team.lane < Warps ? shared.parts[turn][team.lane] : 0;
-    const uint64_t prefix = inclusive_prefix(own, team.lane);
     if (of != 0) {
-      const uint64_t total = __shfl_sync(~0u, prefix, 31);
+      const uint64_t total = warp_sum(own);
       if (total == 0) return kNowhere;
       rest = static_cast<uint64_t>(static_cast<double>(rest) / static_cast<double>(of) *
                                    static_cast<double>(total));
       rest = rest < total ? rest : total - 1, of = 0;
     }
-    const int which = __ffs(__ballot_sync(~0u, prefix > rest)) - 1;
-    rest -= __shfl_sync(~0u, prefix - own, which);
+    if (is_last) {
+      // Of a warp behind the token, what is left wraps around, beyond all sums.
+      const int at = prefix.find(r, rest - warp_sum(team.lane < team.warp ? own : 0), team.lane);
+      return at >= 0 ? begin + team.warp * length + at : kElsewhere;
+    }
+    const uint64_t upto = inclusive_prefix(own, team.lane);
+    const int which = __ffs(__ballot_sync(~0u, upto > rest)) - 1;
+    rest -= __shfl_sync(~0u, upto - own, which);
     begin += which * length;
-    if (length > kGroup) continue;
-    return team.warp == which ? begin + find_in_group<T>(r, rest, team.lane) : kElsewhere;
   }
 }
 

@@ -16,6 +16,10 @@ __device__ __noinline__ Selected select_from_list(uint32_t top, float max, Param
   constexpr int kSharing = Threads / 64;  // lanes that rank a key, so that 64 of them are one turn
   const uint32_t size = shared.count, lane = threadIdx.x % 32;
 #pragma unroll 1
+  for (uint32_t i = threadIdx.x; i < size; i += Threads)
+    shared.mass[i] = to_fixed(relative_weight(value_of_key(shared.key[i]), max, s.slope));
+  __syncthreads();
+#pragma unroll 1
   for (uint32_t first = threadIdx.x / 32 * (32 / kSharing); first < size; first += 64) {
     const uint32_t i = first + lane / kSharing, key = i < size ? shared.key[i] : ~0u;
     const uint32_t token = i < size ? shared.token[i] : 0;
@@ -88,10 +92,11 @@ __device__ __noinline__ Drawn draw_from_list(RowLaw law, uint64_t fraction) {
   const uint64_t mass = lane < each && at < size ? shared.mass[at] : 0;
   const uint32_t beyond = __ballot_sync(~0u, inclusive_prefix(mass, static_cast<int>(lane)) > rest);
   const uint32_t i = shared.listed[first + static_cast<uint32_t>(__ffs(beyond)) - 1];
-  return {static_cast<int>(shared.token[i]), value_of_key(shared.key[i])};
+  return {static_cast<int>(shared.token[i]), softmax_probability(value_of_key(shared.key[i]), law)};
 }
 
-// A row's law; a token, if one was wanted and is cheap, else -1; how many tokens it keeps are listed.
+// A row's law; a token, if one was wanted and is cheap, else -1; how many tokens it keeps are listed. Where a
+// token has been drawn, the first warp alone may know it and its law, and the others that there is one.
 struct LawAndToken {
   RowLaw law;
   Drawn drawn;
@@ -119,49 +124,94 @@ __device__ __noinline__ Joined sum_again(RowKeys keys, RowView<T> row, float slo
   return join_strips(strips_of_lane(keys.strips, row.length, thread % 32), slope);
 }
 
-// From that, by a block: to draw with the fraction, which is there behind the first barrier, or for the list
-// `kept`, if it is not null. Not inlined: the shared memory is its own, so that it is known to be that.
-template <int Threads, bool Draws, class T>
-__device__ __noinline__ LawAndToken law_of_row(RowKeys keys, RowView<T> row, Parameters s,
-                                               const uint64_t* fraction, Kept* kept) {
-  LawShared& shared = law_shared();
-  const int num_groups = (row.length + kGroup - 1) / kGroup;
-  const bool truncates = s.truncates();
-  // All loads in one round trip, of most vocabularies.
-  const int thread = static_cast<int>(threadIdx.x);
-  const StripPair strips = strips_of_lane(keys.strips, row.length, thread % 32);
-  uint4 lane_keys[2] = {};
-  uint32_t group_keys[2] = {};
+// The strips of a row whose law comes from a list: sum.y and the size of law.scale mean nothing.
+__device__ __forceinline__ Joined join_maxima(const StripPair& strips, float slope) {
+  const float2(&own)[2] = strips.own;
+  const bool bad = __any_sync(~0u, signbit(own[0].y) || signbit(own[1].y));
+  const float max = value_of_key(__reduce_max_sync(~0u, key_of(fmaxf(own[0].x, own[1].x))));
+  const float scale = max != minus_infinity() ? 1.0f : 0.0f;
+  return {{max, scale}, {scale != 0.0f ? max : 0.0f, slope, bad ? -scale : scale, minus_infinity()}};
+}
+
+// What a thread has of the strips and keys, all in one round trip for most vocabularies. With `before`
+// between where they are and asking for them: a wait, as a rule.
+template <int Threads, class T>
+struct OwnKeys {
+  StripPair strips;
+  uint4 lanes[2];  // eight keys each
+  uint32_t groups[2];
+
+  OwnKeys() = default;
+  template <class Before>
+  __device__ __forceinline__ OwnKeys(const RowKeys& keys, int row_length, bool truncates, Before before) {
+    const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, strip = strip_length(row_length);
+    const int num_groups = (row_length + kGroup - 1) / kGroup;
+    const auto loads = [](bool first, bool second) { return first ? 1 + second : 0; };
+    const float2* own_strips = keys.strips + lane;
+    const uint32_t* own_groups = keys.groups + thread;
+    const uint16_t* own_lanes = keys.lanes + thread * 8;
+    int num_strips = loads(lane * strip < row_length, (lane + 32) * strip < row_length);
+    int num_own = loads(truncates && thread < num_groups, thread + Threads < num_groups);
+    int num_vectors = loads(truncates && thread * 8 < lanes_of<T>(row_length),
+                            (thread + Threads) * 8 < lanes_of<T>(row_length));
+    keep_here(own_strips), keep_here(own_groups), keep_here(own_lanes);
+    keep_here(num_strips), keep_here(num_own), keep_here(num_vectors);
+    before();
 #pragma unroll
-  for (int j = 0; truncates && j < 2; ++j) {
-    lane_keys[j] = Selection<Threads, T>::lane_keys_at(keys.lanes, (thread + j * Threads) * 8, row.length);
-    if (thread + j * Threads < num_groups) group_keys[j] = keys.groups[thread + j * Threads];
+    for (int j = 0; j < 2; ++j) {
+      strips.own[j] = j < num_strips ? own_strips[32 * j] : float2{minus_infinity(), 0.0f};
+      groups[j] = j < num_own ? own_groups[j * Threads] : 0;
+      lanes[j] = j < num_vectors ? *reinterpret_cast<const uint4*>(own_lanes + j * Threads * 8) : uint4{};
+    }
   }
+};
+
+// Before law_of_row, by its block; needs nothing of the row.
+__device__ __forceinline__ void clear_for_law() {
+  LawShared& shared = law_shared();
+  const int thread = static_cast<int>(threadIdx.x);
   if (thread < kBins) shared.bins[thread] = 0;
   if (thread == 0) shared.count = 0, shared.num_listed = 0;
   clear_few(shared);
-  __syncthreads();  // while the loads are under way
-  Joined joined = join_strips(strips, s.slope);
+  __syncthreads();
+}
+
+// From that, by a block: to draw with the fraction, which is there behind the first barrier, or for the list
+// `kept`, if it is not null. Not inlined: the shared memory is its own, so that it is known to be that.
+template <int Threads, bool Draws, class T>
+__device__ __noinline__ LawAndToken law_of_row(RowKeys keys, OwnKeys<Threads, T> own, RowView<T> row,
+                                               Parameters s, const uint64_t* fraction, Kept* kept) {
+  LawShared& shared = law_shared();
+  const int num_groups = (row.length + kGroup - 1) / kGroup;
+  const bool truncates = s.truncates(), sums = needs_sums(s.top_k, row.length);
+  const int thread = static_cast<int>(threadIdx.x);
+  Joined joined = sums ? join_strips(own.strips, s.slope) : join_maxima(own.strips, s.slope);
   if (!truncates || joined.sum.x == minus_infinity()) return {joined.law, kNotDrawn, 0};
   Selection<Threads, T> select{row, num_groups, joined.sum.x, s.slope, shared};
   const uint32_t top = key_of(joined.sum.x) + 1, lowest = key_of(minus_infinity()) + 1;
 #pragma unroll 1
   for (int g = thread; g < (num_groups + 7) / 8 * 8; g += Threads) {  // behind the last ones 0
-    shared.group_keys[g] = group_keys[0];
-    select.count_group(group_keys[0], top, select.kFirstShift);
-    group_keys[0] = group_keys[1];
-    group_keys[1] = g + 2 * Threads < num_groups ? keys.groups[g + 2 * Threads] : 0;
+    shared.group_keys[g] = own.groups[0];
+    select.count_group(own.groups[0], top, select.kFirstShift);
+    own.groups[0] = own.groups[1];
+    own.groups[1] = g + 2 * Threads < num_groups ? keys.groups[g + 2 * Threads] : 0;
   }
   __syncthreads();
   const uint32_t bound = s.top_k > 0 ? select.bound_of_top_k(top, s.top_k) : 0;
-  if (bound <= lowest && !needs_sums(s.top_k, row.length)) joined = sum_again<Threads>(keys, row, s.slope);
+  if (bound <= lowest && !sums) joined = sum_again<Threads>(keys, row, s.slope);
   const bool listed =
-      bound >= lowest && select.gather_few(keys.lanes, lane_keys[0], lane_keys[1], bound, top);
-  const bool few = listed && shared.count <= kFew;
+      bound >= lowest && select.gather_few(keys.lanes, own.lanes[0], own.lanes[1], bound, top);
+  const bool few = listed && bound > lowest && shared.count <= kFew;
   Selected selected;
+  FewWeights weights;
+  uint64_t noise = 0;
   if (few) {
-    rank_few<Threads>(shared);
+    rank_few<Threads>(shared, joined.sum.x, s.slope);
     __syncthreads();
+    if constexpr (Draws) {
+      if (thread >= 32) return {joined.law, {0, 0.0f}, 0};  // one warp's answer is enough
+      weights = few_weights(shared, joined.sum.x, s.slope), noise = *fraction;
+    }
     selected = select_few(shared, top, joined.sum.x, s);
   } else if (listed) {
     selected = select_from_list<Threads>(top, joined.sum.x, s);
@@ -176,7 +226,7 @@ __device__ __noinline__ LawAndToken law_of_row(RowKeys keys, RowView<T> row, Par
   RowLaw plain = law;
   plain.scale = fabsf(law.scale);
   if constexpr (Draws) {
-    if (few) return {law, draw_few(shared, plain, *fraction), 0};
+    if (few) return {law, draw_few(weights, low, plain.scale, noise), 0};
     return {law, listed ? draw_from_list<Threads>(plain, *fraction) : kNotDrawn, 0};
   } else {
     static_assert(Threads >= kMaxKept);

@@ -131,10 +131,16 @@ struct Weights {
       for (int e = 0; e < 8; ++e) r[e] = other.values[e];
       return;
     }
+    // Both rows in one round trip: behind a branch the compiler would wait for p first.
+    const bool has_q = q.data != nullptr;
     float y[8];
-    load_vectors(r, p, begin, lane);
-    if (q.data != nullptr) {
-      load_vectors(y, q, begin, lane);
+    Vectors<T> of_p = {}, of_q = {};
+    of_p.load_now(p, begin, lane, true);
+    of_q.load_now(q, begin, lane, has_q);
+    of_p.keep_here(), of_q.keep_here();
+    of_p.unpack(r);
+    if (has_q) {
+      of_q.unpack(y);
       finish<true>(r, y, p_law, q_law, begin, lane, bad);
     } else {
       finish<false>(r, y, p_law, q_law, begin, lane, bad);

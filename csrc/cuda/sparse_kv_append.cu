@@ -241,8 +241,12 @@ template <class Real16, int Channels, PageKind Kind>
 __global__ void __launch_bounds__(kThreadsOf<Kind>, kBlocks<Channels, Kind>)
     append_kernel(KvAppendRotatedArgs args, int pages, unsigned first_side, unsigned both_sides) {
   extern __shared__ uint4 room[];  // PackRoom
-  wait_for_previous_kernel();
-  let_next_kernel_start();
+  // Values in a launch of their own: that of the keys has waited for all before it. This one ends no sooner.
+  const bool is_second = first_side == 1;
+  if (!is_second) {
+    wait_for_previous_kernel();
+    let_next_kernel_start();
+  }
   const unsigned sequence = blockIdx.z >> both_sides, side = first_side + (blockIdx.z & both_sides);
   if (args.rotary.cos != nullptr && blockIdx.x + 1 == gridDim.x)
     rotate_queries<Real16, Channels>(args.rotary, sequence, side);
@@ -250,6 +254,7 @@ __global__ void __launch_bounds__(kThreadsOf<Kind>, kBlocks<Channels, Kind>)
     append<Real16, Channels, false, Kind>(args, room, pages, sequence);
   else
     append<Real16, Channels, true, Kind>(args, room, pages, sequence);
+  if (is_second) wait_for_previous_kernel();
 }
 
 }  // namespace

@@ -44,6 +44,7 @@ struct Stop {
   uint32_t noise_status[2][32];
   int64_t tokens[32];
   float p_tokens[32];
+  uint64_t fraction;  // of the token where it stops
   uint32_t status;
   bool greedy, has_draft, bad;
   uint32_t num_kept;  // tokens of the row in a list, from which to draw; 0: there is none
@@ -152,7 +153,7 @@ __device__ __forceinline__ void find_stop(const VerifyArgs& args, const RowScrat
         stop.num_kept = listed ? table.num_kept[team.lane] : 0;
         if (here < 32) stop.status |= status;
         if (here < 32 && judges) {
-          stop.status |= stop.noise_status[1][team.lane];
+          stop.status |= stop.noise_status[1][team.lane], stop.fraction = stop.fractions[1][team.lane];
           stop.open_row(scratch, row, v.p_law, v.q_law, args.target_to_draft);
         }
       }
@@ -195,7 +196,6 @@ __device__ __forceinline__ Ending end_sampled(const VerifyArgs& args, const RowS
                                               Shared& shared, Stop<T, Logits, Ahead>& stop, Team& team,
                                               uint32_t& status) {
   auto& weights = stop.weights;
-  const auto noise = [&] { return stop.fractions[1][stop.accepted % 32]; };
   Ending out;
   if (Logits && stop.num_kept > 0) {
     out.token = kElsewhere, out.law = weights.p_law;
@@ -206,7 +206,7 @@ __device__ __forceinline__ Ending end_sampled(const VerifyArgs& args, const RowS
     KeptToken found;
 #pragma unroll 1
     for (bool takes = stop.has_draft;; takes = false) {
-      found = draw_from_kept<kThreads>(kept_shared, weights, kept, stop.num_kept, takes, noise());
+      found = draw_from_kept<kThreads>(kept_shared, weights, kept, stop.num_kept, takes, stop.fraction);
       if (found.token >= 0 || !takes) break;
       status |= kEmptyResidual;
     }
@@ -220,12 +220,12 @@ __device__ __forceinline__ Ending end_sampled(const VerifyArgs& args, const RowS
       if (Logits && !has_draft) {
         const int64_t slot = team.task * (args.max_drafts + 1) + stop.accepted;
         const float2* const strips = scratch.strips + slot * kMaxStrips;
-        out.token = find_by_strips<T>(shared, team, weights, weights.p_law, strips, noise());
+        out.token = find_by_strips<T>(shared, team, weights, weights.p_law, strips, stop.fraction);
       }
       if (out.token == kNowhere) {
         const Pieces pieces = weigh(shared, team, weights, status);
         if (pieces.total != 0)
-          out.token = find_draw<T>(shared, team, weights, pieces, draw(noise(), pieces.total));
+          out.token = find_draw<T>(shared, team, weights, pieces, draw(stop.fraction, pieces.total));
       }
       if (out.token != kNowhere || !has_draft) break;
       status |= kEmptyResidual;
@@ -258,9 +258,15 @@ __device__ __noinline__ void write_probs(const VerifyArgs& args, Team team, RowV
         point >= 0 ? (i == point ? 1.0f : 0.0f) : probability(row.at(i), law);
 }
 
+// The most threads of a block, by which the compiler shares out registers. With the 96 that 640 leave to
+// each, a block of 16-bit logits finds a place where one block still reads strips; but two of them do not
+// fit.
+template <class T, bool Logits, int Ahead>
+constexpr int kMostThreads = Logits && Ahead > 1 && sizeof(T) == 2 ? 640 : kThreads;
+
 // Logits: of the target or the draft, else all are probabilities. grid (sequences, blocks of a team)
 template <class T, bool Logits, int Ahead>
-__global__ void __launch_bounds__(kThreads, Ahead > 1 ? 1 : 2)
+__global__ void __launch_bounds__(kMostThreads<T, Logits, Ahead>, Ahead > 1 ? 1 : 2)
     spec_verify_kernel(const __grid_constant__ VerifyArgs args, TeamShape shape,
                        const __grid_constant__ RowScratch scratch) {
   __shared__ Shared shared;
@@ -271,8 +277,10 @@ __global__ void __launch_bounds__(kThreads, Ahead > 1 ? 1 : 2)
   team.arrive();
   if (!Logits || !needs_laws(args)) wait_for_previous_kernel();
   if constexpr (!Logits) let_next_kernel_start();
+  // Where strips are waited for there is time to meet before; it also empties the L1.
+  if constexpr (Logits) team.wait();
   find_stop(args, scratch, stop, table, team);
-  team.wait();
+  if constexpr (!Logits) team.wait();
   const int64_t b = team.task, columns = args.max_drafts + 1;
   uint32_t status = stop.status;
   int64_t accepted = stop.accepted;

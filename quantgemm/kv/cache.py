@@ -172,23 +172,8 @@ class SparseKVCache:
         self._check_room(layer, keys)
         if self.means is not None and keys.dim() == 4 and keys.shape[2] > 1:
             self._measure(self.means[layer], keys, values, counts)
-        torch.ops.quantgemm.sparse_kv_append(
-            keys,
-            values,
-            self.key_pages[layer],
-            self.value_pages[layer],
-            self.page_table,
-            self.recent_keys[layer],
-            self.recent_values[layer],
-            self.lens,
-            None if self.means is None else self.means[layer],
-            counts,
-            self.sinks,
-            self.window,
-            self.key_format,
-            self.value_format,
-            self.keep,
-        )
+        here = self._arguments(layer, self.lens, counts)
+        torch.ops.quantgemm.sparse_kv_append(keys, values, *here)
 
     def append_rotated(
         self, layer: int, query: Tensor, keys: Tensor, values: Tensor, cos: Tensor, sin: Tensor
@@ -203,19 +188,22 @@ class SparseKVCache:
             self.append(layer, keys, values)
             return query
         self._check_room(layer, keys)
+        here = self._arguments(layer, self.lens)
         return torch.ops.quantgemm.sparse_kv_append_rotated(  # type: ignore[no-any-return]
-            query,
-            keys,
-            values,
-            cos,
-            sin,
+            query, keys, values, cos, sin, *here
+        )
+
+    def _arguments(self, layer: int, lens: Tensor, *more: Tensor | None) -> tuple[Any, ...]:
+        """The cache as ops take it; more: what an op wants behind the means."""
+        return (
             self.key_pages[layer],
             self.value_pages[layer],
             self.page_table,
             self.recent_keys[layer],
             self.recent_values[layer],
-            self.lens,
-            None,
+            lens,
+            None if self.means is None else self.means[layer],
+            *more,
             self.sinks,
             self.window,
             self.key_format,
@@ -254,7 +242,13 @@ class SparseKVCache:
 
     def count(self, tokens: int) -> None:
         """The host's part of `advance`: for a CUDA graph that has done the other one again."""
-        self._most = [most + tokens for most in self._most]
+        self._changed({i: most + tokens for i, most in enumerate(self._most)})
+
+    def _changed(self, most: dict[int, int]) -> None:
+        """Lengths are others now: these sequences are no longer than so many tokens."""
+        for sequence, tokens in most.items():
+            self._most[sequence] = tokens
+        self._behind = None
 
     def attend(
         self, layer: int, query: Tensor, scale: float | None = None, appended: int = 0
@@ -262,29 +256,15 @@ class SparseKVCache:
         """`sparse_kv_attention` over the tokens so far; scale is ``1/sqrt(head_dim)`` if None.
 
         appended: tokens that the layer was given and `advance` has not been told of, which are
-        attended to as well. Their lengths are computed once for all layers from 0 on.
+        attended to as well. The lengths with them are computed once for all layers.
         """
         lens = self.lens
         if appended:
             if self._behind is None or self._behind[0] != appended:
                 self._behind = appended, self.lens + appended
             lens = self._behind[1]
-        return sparse_kv_attention(
-            query,
-            self.key_pages[layer],
-            self.value_pages[layer],
-            self.page_table,
-            self.recent_keys[layer],
-            self.recent_values[layer],
-            lens,
-            None if self.means is None else self.means[layer],
-            self.sinks,
-            self.window,
-            self.key_format,
-            self.value_format,
-            self.keep,
-            self.head_dim**-0.5 if scale is None else scale,
-        )
+        scale = self.head_dim**-0.5 if scale is None else scale
+        return sparse_kv_attention(*(query, *self._arguments(layer, lens), scale))
 
     def reorder(self, order: Sequence[int]) -> None:
         """Sequence i becomes what sequence ``order[i]`` was, as beam search wants it; copies."""
@@ -299,7 +279,7 @@ class SparseKVCache:
         if self.means is not None:
             self.means.copy_(self.means[:, :, index])
         self.lens.copy_(self.lens[index])
-        self._most = [self._most[i] for i in order]
+        self._changed({i: self._most[source] for i, source in enumerate(order)})
 
     def fork(self, source: int, target: int) -> None:
         """The sequence `target` becomes a copy of `source`."""
@@ -310,7 +290,7 @@ class SparseKVCache:
         if self.means is not None:
             self.means[:, :, target] = self.means[:, :, source]
         self.lens[target] = self.lens[source]
-        self._most[target] = self._most[source]
+        self._changed({target: self._most[source]})
 
     def crop(self, sequence: int, tokens: int) -> None:
         """Forgets all but the first `tokens`, as rejected drafts want it; waits for the GPU.
@@ -335,7 +315,7 @@ class SparseKVCache:
                 values = values.transpose(1, 2).flatten(2, 3)  # [layers, heads, tokens, head_dim]
                 recent[:, sequence, :, slots] = values[:, :, : len(positions)].to(recent.dtype)
         self.lens[sequence] = tokens
-        self._most[sequence] = tokens
+        self._changed({sequence: tokens})
 
     def _num_pages(self, tokens: int) -> int:
         rest = max(0, tokens - self.sinks)
@@ -351,7 +331,7 @@ class SparseKVCache:
     def reset(self, sequence: int) -> None:
         """Empties a sequence, so that another one can begin in its place."""
         self.lens[sequence] = 0
-        self._most[sequence] = 0
+        self._changed({sequence: 0})
         if self.means is not None:
             self.means[:, :, sequence] = 0
 
