@@ -26,7 +26,8 @@ __global__ void __launch_bounds__(kLawThreads, 2)
   const RowView<T> row = view_of<T>(args, info);
   const OwnKeys<kLawThreads, T> own(keys, row.length, info.parameters.truncates(), [] {});
   clear_for_law();  // while they are under way
-  const LawAndToken found = law_of_row<kLawThreads, false>(keys, own, row, info.parameters, nullptr, kept);
+  const LawAndToken found =
+      law_of_row<kLawThreads, false>(keys, own, row, info.parameters, nullptr, kept);
   if (threadIdx.x != 0) return;
   scratch.laws[info.slot] = found.law;
   if (keeps) scratch.num_kept[info.slot] = found.num_kept;
