@@ -157,9 +157,9 @@ struct Selection {
     return vectors;
   }
 
-  // The same as gather for few values from `low` up, by the keys of the row's lanes, but without their masses;
-  // true if the list has them all. Before, shared.count and num_listed are 0. keys, next: of the first two rounds, asked for
-  // early.
+  // The same as gather for few values from `low` up, by the keys of the row's lanes, but without their
+  // masses; true if the list has them all. Before, shared.count and num_listed are 0. keys, next: of the
+  // first two rounds, asked for early.
   __device__ __forceinline__ bool gather_few(const uint16_t* lane_keys, uint4 keys, uint4 next, uint32_t low,
                                              uint32_t high) {
     constexpr int kPer = kPerVector<T>;

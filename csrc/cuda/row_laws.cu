@@ -22,12 +22,8 @@ __global__ void __launch_bounds__(kLawThreads, 2)
   if (wave.first != 0 && !is_reached<T>(args, scratch, wave, info, state_of(scratch, info.sequence))) return;
   const bool keeps = scratch.has_kept && !info.is_draft;
   Kept* const kept = keeps ? scratch.kept + info.slot * kMaxKept : nullptr;
-  const RowKeys keys = keys_of_slot(scratch, info.slot);
-  const RowView<T> row = view_of<T>(args, info);
-  const OwnKeys<kLawThreads, T> own(keys, row.length, info.parameters.truncates(), [] {});
-  clear_for_law();  // while they are under way
-  const LawAndToken found =
-      law_of_row<kLawThreads, false>(keys, own, row, info.parameters, nullptr, kept);
+  const LawAndToken found = law_of_row<kLawThreads, false, false>(
+      keys_of_slot(scratch, info.slot), view_of<T>(args, info), info.parameters, nullptr, kept);
   if (threadIdx.x != 0) return;
   scratch.laws[info.slot] = found.law;
   if (keeps) scratch.num_kept[info.slot] = found.num_kept;

@@ -180,8 +180,8 @@ __device__ __forceinline__ void load_group(float (&v)[8], const RowView<T>& row,
   }
 }
 
-// Sum and maximum of 64-bit numbers in a warp. The sum by three reductions of 27, 27 and 10 bits, none of which
-// waits for another: 32 numbers of 27 bits do not overflow.
+// Sum and maximum of 64-bit numbers in a warp. The sum by three reductions of 27, 27 and 10 bits, none of
+// which waits for another: 32 numbers of 27 bits do not overflow.
 __device__ __forceinline__ uint64_t warp_sum(uint64_t x) {
   constexpr uint32_t kPart = (1u << 27) - 1;
   const uint32_t low = __reduce_add_sync(~0u, static_cast<uint32_t>(x) & kPart);

@@ -2,6 +2,7 @@
 // The law of a row of logits with its truncation, by one block, and what can be had of it on the way: a
 // token drawn from it, or a list of what it keeps. A launch runs this once: short code, rolled loops.
 #pragma once
+#include "dependent_launch.cuh"
 #include "row_few.cuh"
 #include "row_kept.cuh"
 #include "row_strips.cuh"
@@ -133,74 +134,66 @@ __device__ __forceinline__ Joined join_maxima(const StripPair& strips, float slo
   return {{max, scale}, {scale != 0.0f ? max : 0.0f, slope, bad ? -scale : scale, minus_infinity()}};
 }
 
-// What a thread has of the strips and keys, all in one round trip for most vocabularies. With `before`
-// between where they are and asking for them: a wait, as a rule.
-template <int Threads, class T>
-struct OwnKeys {
-  StripPair strips;
-  uint4 lanes[2];  // eight keys each
-  uint32_t groups[2];
-
-  OwnKeys() = default;
-  template <class Before>
-  __device__ __forceinline__ OwnKeys(const RowKeys& keys, int row_length, bool truncates, Before before) {
-    const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, strip = strip_length(row_length);
-    const int num_groups = (row_length + kGroup - 1) / kGroup;
-    const auto loads = [](bool first, bool second) { return first ? 1 + second : 0; };
-    const float2* own_strips = keys.strips + lane;
-    const uint32_t* own_groups = keys.groups + thread;
-    const uint16_t* own_lanes = keys.lanes + thread * 8;
-    int num_strips = loads(lane * strip < row_length, (lane + 32) * strip < row_length);
-    int num_own = loads(truncates && thread < num_groups, thread + Threads < num_groups);
-    int num_vectors = loads(truncates && thread * 8 < lanes_of<T>(row_length),
-                            (thread + Threads) * 8 < lanes_of<T>(row_length));
-    keep_here(own_strips), keep_here(own_groups), keep_here(own_lanes);
-    keep_here(num_strips), keep_here(num_own), keep_here(num_vectors);
-    before();
-#pragma unroll
-    for (int j = 0; j < 2; ++j) {
-      strips.own[j] = j < num_strips ? own_strips[32 * j] : float2{minus_infinity(), 0.0f};
-      groups[j] = j < num_own ? own_groups[j * Threads] : 0;
-      lanes[j] = j < num_vectors ? *reinterpret_cast<const uint4*>(own_lanes + j * Threads * 8) : uint4{};
-    }
-  }
-};
-
-// Before law_of_row, by its block; needs nothing of the row.
-__device__ __forceinline__ void clear_for_law() {
-  LawShared& shared = law_shared();
-  const int thread = static_cast<int>(threadIdx.x);
-  if (thread < kBins) shared.bins[thread] = 0;
-  if (thread == 0) shared.count = 0, shared.num_listed = 0;
-  clear_few(shared);
-  __syncthreads();
-}
-
 // From that, by a block: to draw with the fraction, which is there behind the first barrier, or for the list
-// `kept`, if it is not null. Not inlined: the shared memory is its own, so that it is known to be that.
-template <int Threads, bool Draws, class T>
-__device__ __noinline__ LawAndToken law_of_row(RowKeys keys, OwnKeys<Threads, T> own, RowView<T> row,
-                                               Parameters s, const uint64_t* fraction, Kept* kept) {
+// `kept`, if it is not null. Follows: what has been kept is there behind the wait for the previous kernel,
+// and all that can be done before is. Not inlined: the shared memory is its own, so that it is known to be
+// that.
+template <int Threads, bool Draws, bool Follows, class T>
+__device__ __noinline__ LawAndToken law_of_row(RowKeys keys, RowView<T> row, Parameters s,
+                                               const uint64_t* fraction, Kept* kept) {
   LawShared& shared = law_shared();
   const int num_groups = (row.length + kGroup - 1) / kGroup;
   const bool truncates = s.truncates(), sums = needs_sums(s.top_k, row.length);
   const int thread = static_cast<int>(threadIdx.x);
-  Joined joined = sums ? join_strips(own.strips, s.slope) : join_maxima(own.strips, s.slope);
+  const auto clear = [&] {
+    if (thread < kBins) shared.bins[thread] = 0;
+    if (thread == 0) shared.count = 0, shared.num_listed = 0;
+    clear_few(shared);
+    __syncthreads();
+  };
+  // All loads in one round trip, of most vocabularies: where they are, and how many of two.
+  const int lane = thread % 32, strip = strip_length(row.length);
+  const auto loads = [](bool first, bool second) { return first ? 1 + second : 0; };
+  const float2* own_strips = keys.strips + lane;
+  const uint32_t* own_groups = keys.groups + thread;
+  const uint16_t* own_lanes = keys.lanes + thread * 8;
+  int num_strips = loads(lane * strip < row.length, (lane + 32) * strip < row.length);
+  int num_own = loads(truncates && thread < num_groups, thread + Threads < num_groups);
+  int num_vectors = loads(truncates && thread * 8 < lanes_of<T>(row.length),
+                          (thread + Threads) * 8 < lanes_of<T>(row.length));
+  if constexpr (Follows) {
+    clear();
+    keep_here(own_strips), keep_here(own_groups), keep_here(own_lanes);
+    keep_here(num_strips), keep_here(num_own), keep_here(num_vectors);
+    wait_for_previous_kernel();
+    let_next_kernel_start();
+  }
+  StripPair strips;
+  uint4 lane_keys[2];
+  uint32_t group_keys[2];
+#pragma unroll
+  for (int j = 0; j < 2; ++j) {
+    strips.own[j] = j < num_strips ? own_strips[32 * j] : float2{minus_infinity(), 0.0f};
+    group_keys[j] = j < num_own ? own_groups[j * Threads] : 0;
+    lane_keys[j] = j < num_vectors ? *reinterpret_cast<const uint4*>(own_lanes + j * Threads * 8) : uint4{};
+  }
+  if constexpr (!Follows) clear();  // while the loads are under way
+  Joined joined = sums ? join_strips(strips, s.slope) : join_maxima(strips, s.slope);
   if (!truncates || joined.sum.x == minus_infinity()) return {joined.law, kNotDrawn, 0};
   Selection<Threads, T> select{row, num_groups, joined.sum.x, s.slope, shared};
   const uint32_t top = key_of(joined.sum.x) + 1, lowest = key_of(minus_infinity()) + 1;
 #pragma unroll 1
   for (int g = thread; g < (num_groups + 7) / 8 * 8; g += Threads) {  // behind the last ones 0
-    shared.group_keys[g] = own.groups[0];
-    select.count_group(own.groups[0], top, select.kFirstShift);
-    own.groups[0] = own.groups[1];
-    own.groups[1] = g + 2 * Threads < num_groups ? keys.groups[g + 2 * Threads] : 0;
+    shared.group_keys[g] = group_keys[0];
+    select.count_group(group_keys[0], top, select.kFirstShift);
+    group_keys[0] = group_keys[1];
+    group_keys[1] = g + 2 * Threads < num_groups ? keys.groups[g + 2 * Threads] : 0;
   }
   __syncthreads();
   const uint32_t bound = s.top_k > 0 ? select.bound_of_top_k(top, s.top_k) : 0;
   if (bound <= lowest && !sums) joined = sum_again<Threads>(keys, row, s.slope);
   const bool listed =
-      bound >= lowest && select.gather_few(keys.lanes, own.lanes[0], own.lanes[1], bound, top);
+      bound >= lowest && select.gather_few(keys.lanes, lane_keys[0], lane_keys[1], bound, top);
   const bool few = listed && bound > lowest && shared.count <= kFew;
   Selected selected;
   FewWeights weights;

@@ -7,11 +7,88 @@
 #include "row_strips.cuh"
 #include "row_team.cuh"
 #include "row_truncated.cuh"
-#include "sample_inbox.cuh"
 #include "verdict.cuh"
 
 namespace quantgemm {
 namespace {
+
+// What a cluster's first block gets: [strips][keys of lanes][keys of groups], as many as the row has.
+struct Inbox {
+  int num_strips, num_chunks, num_groups;  // without truncation the last two are 0
+  int bytes_sent;
+
+  template <class T>
+  static Inbox of(const VerifyArgs& args, T) {
+    const int length = static_cast<int>(args.vocab), strip = strip_length(length);
+    const bool truncates = args.parameters.top_k || args.parameters.top_p || args.parameters.min_p;
+    Inbox out{(length + strip - 1) / strip, 0, 0, 0};
+    if (truncates) out.num_chunks = lanes_of<T>(length) / 32, out.num_groups = (length + kGroup - 1) / kGroup;
+    out.bytes_sent = 8 * out.num_strips + 64 * out.num_chunks + 4 * out.num_groups;
+    return out;
+  }
+  static constexpr int kLaneKeys = kMaxStrips * sizeof(float2);  // where they begin
+  static constexpr int kMostBytes =                              // of any row
+      kLaneKeys + 2 * lanes_of<float>(kMaxVocab) + 4 * ((kMaxVocab + kGroup - 1) / kGroup);
+  __host__ __device__ int group_keys() const { return kLaneKeys + 64 * num_chunks; }
+  int bytes() const { return group_keys() + 4 * num_groups; }
+};
+
+#if __CUDA_ARCH__ >= 900
+extern __shared__ __align__(16) uint8_t inbox_bytes[];
+
+// The way to it, by stores that count themselves where they arrive.
+struct ToInbox {
+  uint32_t strips, lanes, groups, arrivals;  // addresses there; lanes 0: no keys are wanted
+
+  __device__ __forceinline__ ToInbox(const Inbox& inbox, const uint64_t* own_arrivals)
+      : strips(there(inbox_bytes)), arrivals(there(own_arrivals)) {
+    lanes = inbox.num_chunks > 0 ? strips + Inbox::kLaneKeys : 0;
+    groups = strips + static_cast<uint32_t>(inbox.group_keys());
+  }
+  static __device__ __forceinline__ uint32_t there(const void* own) {
+    uint32_t address = shared_address(own);
+    asm("mapa.shared::cluster.u32 %0, %0, 0;" : "+r"(address));
+    return address;
+  }
+  __device__ __forceinline__ void send(uint32_t to, uint32_t word) const {
+    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(to),
+                 "r"(word), "r"(arrivals)
+                 : "memory");
+  }
+  __device__ __forceinline__ bool wanted() const { return lanes != 0; }
+  __device__ __forceinline__ void put_group(int i, uint32_t key) const { send(groups + 4 * i, key); }
+  __device__ __forceinline__ void put_lanes(int chunk, int lane, uint32_t key) const {
+    const uint32_t next = __shfl_down_sync(~0u, key, 1);
+    if (lane % 2 == 0) send(lanes + 64 * chunk + 2 * lane, key >> 16 | (next & 0xffff0000u));
+  }
+};
+__device__ __forceinline__ void put_strip(const ToInbox& inbox, int i, float2 sum) {
+  inbox.send(inbox.strips + 8 * i, __float_as_uint(sum.x));
+  inbox.send(inbox.strips + 8 * i + 4, __float_as_uint(sum.y));
+}
+
+// By the first block, before the cluster meets.
+__device__ __forceinline__ void open_inbox(uint64_t& arrivals, int bytes) {
+  if (threadIdx.x == 0) {
+    const uint32_t barrier = shared_address(&arrivals);
+    mbarrier_init(barrier, 1);
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
+                 : "memory");
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  }
+  __syncwarp();
+}
+// All of it has come.
+__device__ __forceinline__ void wait_for_inbox(const uint64_t& arrivals) {
+  for (uint32_t done = 0; !done;)
+    asm volatile(
+        "{ .reg .pred done; mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%1], 0;"
+        " selp.u32 %0, 1, 0, done; }"
+        : "=r"(done)
+        : "r"(shared_address(&arrivals))
+        : "memory");
+}
+#endif
 
 // The law that a token was drawn from, or the token of a distribution of one.
 struct Ended {
@@ -27,28 +104,11 @@ struct EndShared {
   Ended ended;
 };
 
-// What the noise is made from, as it is in memory: asked for before it is looked at.
-struct AskedNoise {
-  double uniform = 0.0;
-  uint64_t seed = 0, position = 0;
-
-  __device__ __forceinline__ AskedNoise(const VerifyArgs& args, int64_t b) {
-    if (args.uniforms != nullptr) {
-      uniform = args.uniforms[b];
-    } else {
-      seed = static_cast<uint64_t>(args.seeds[b]), position = static_cast<uint64_t>(args.positions[b]);
-    }
-  }
-};
-// token_noise of a row without drafts, by a warp; for the others behind a barrier.
+// By a warp; for the others behind a barrier.
 template <class T, int Warps>
-__device__ __forceinline__ void find_noise(const VerifyArgs& args, EndShared<T, Warps>& shared,
-                                           const AskedNoise& asked) {
+__device__ __forceinline__ void find_noise(const VerifyArgs& args, EndShared<T, Warps>& shared, int64_t b) {
   uint32_t status = 0;
-  const uint64_t fraction =
-      args.uniforms != nullptr
-          ? fraction_of(asked.uniform, status)
-          : fraction_of(philox(asked.seed, asked.position, args.token_domain, args.turn));
+  const uint64_t fraction = token_noise(args, b, 0, status);
   if (threadIdx.x % 32 == 0) shared.fraction = fraction, shared.noise_status = status;
   __syncwarp();
 }
@@ -58,34 +118,25 @@ struct Known {
   Rows rows;
   Parameters parameters;
   uint32_t status = 0;
-};
-// The same as it is in memory: asked for long before it is looked at.
-struct Asked {
-  float temperature = 1.0f, top_p = 1.0f, min_p = 0.0f;
-  int64_t top_k = 0;
 
-  __device__ __forceinline__ Asked(const SamplingParameters& s, int64_t b) {
-    if (s.temperature) temperature = s.temperature[b];
-    if (s.top_k) top_k = s.top_k[b];
-    if (s.top_p) top_p = s.top_p[b];
-    if (s.min_p) min_p = s.min_p[b];
-  }
-  __device__ __forceinline__ Known look(const VerifyArgs& args, int64_t b) const {
-    Known known;
-    known.rows = rows_of(args, b, known.status);
-    SamplingParameters own = {};
-    own.temperature = &temperature, own.top_k = &top_k, own.top_p = &top_p, own.min_p = &min_p;
-    known.parameters = parameters_of(own, 0, args.vocab, known.status);
-    return known;
+  __device__ __forceinline__ Known(const VerifyArgs& args, int64_t b) {
+    rows = rows_of(args, b, status);
+    parameters = parameters_of(args.parameters, b, args.vocab, status);
   }
 };
 
 // The end of a row, by a block: its token and what else is asked for. `ended` is there behind a barrier.
-template <class T, int Warps>
+// Follows: reads what is kept of the row behind a wait for the previous kernel, of which nobody has waited
+// yet.
+template <bool Follows, class T, int Warps>
 __device__ __forceinline__ void end_row(const VerifyArgs& args, EndShared<T, Warps>& shared,
-                                        const RowKeys& keys, const OwnKeys<32 * Warps, T>& own,
-                                        const Known& known, int64_t b) {
+                                        const RowKeys& keys, const Known& known, int64_t b) {
   const Parameters& s = known.parameters;
+  const bool truncates = known.rows.drafts >= 0 && !s.greedy && s.truncates();
+  if (Follows && !truncates) {
+    wait_for_previous_kernel();
+    let_next_kernel_start();
+  }
   Team team(TeamShape::of(1, Warps, args.vocab));
   team.task = b, team.rank = 0;
   uint32_t status = known.status;
@@ -95,11 +146,12 @@ __device__ __forceinline__ void end_row(const VerifyArgs& args, EndShared<T, War
   bool all_know = true, is_point = false;
   if (known.rows.drafts >= 0) {
     const RowView<T> row = target_row<T>(args, known.rows.first);
-    if (!s.greedy && s.truncates()) {
-      const LawAndToken found = law_of_row<32 * Warps, true>(keys, own, row, s, &shared.fraction, nullptr);
+    if (truncates) {
+      const LawAndToken found =
+          law_of_row<32 * Warps, true, Follows>(keys, row, s, &shared.fraction, nullptr);
       law = found.law, token = found.drawn.token, p = found.drawn.p;
     } else {
-      law = join_strips(own.strips, s.slope).law;
+      law = join_strips(strips_of_lane(keys.strips, row.length, team.lane), s.slope).law;
     }
     const bool bad = signbit(law.scale);
     law.scale = fabsf(law.scale);
@@ -221,7 +273,7 @@ __global__ void __launch_bounds__(kStripThreads, Places)
   wait_for_previous_kernel();
   let_next_kernel_start();
   const Reader<T> reader(args, b);
-  if (team.rank == 0 && team.warp == kStripWarps - 1) find_noise(args, shared, AskedNoise(args, b));
+  if (team.rank == 0 && team.warp == kStripWarps - 1) find_noise(args, shared, b);
   team.wait();
   // The first block has the last strips, of which there may be fewer.
   if (reader.rows.drafts >= 0) {
@@ -230,15 +282,13 @@ __global__ void __launch_bounds__(kStripThreads, Places)
                          team.ranks * kStripWarps, reader.slope(), reader.sums(), to, to);
   }
   if (team.rank == 0) {
-    const Known known = Asked(args.parameters, b).look(args, b);  // not before: readers have no registers
+    const Known known(args, b);  // not before: readers have no registers for it
     __syncthreads();
     if (known.rows.drafts >= 0) wait_for_inbox(arrivals);
     const RowKeys keys{reinterpret_cast<float2*>(inbox_bytes),
                        reinterpret_cast<const uint32_t*>(inbox_bytes + inbox.group_keys()),
                        reinterpret_cast<const uint16_t*>(inbox_bytes + Inbox::kLaneKeys)};
-    const OwnKeys<kStripThreads, T> own(keys, reader.row.length, inbox.num_groups > 0, [] {});
-    if (inbox.num_groups > 0) clear_for_law();
-    end_row(args, shared, keys, own, known, b);
+    end_row<false>(args, shared, keys, known, b);
   }
   if (args.probs != nullptr && reader.rows.drafts >= 0)
     write_row(args, shared.ended, reader.row, b, team.rank, team.ranks);
@@ -267,18 +317,9 @@ __global__ void __launch_bounds__(kLawThreads, 2)
     end_rows_kernel(const __grid_constant__ VerifyArgs args, const __grid_constant__ RowScratch scratch) {
   __shared__ EndShared<T, kLawThreads / 32> shared;
   const int64_t b = blockIdx.x;
-  const RowKeys keys = keys_of_slot(scratch, b);
-  const Asked asked(args.parameters, b);
-  const AskedNoise noise(args, b);
-  if (scratch.has_keys) clear_for_law();
-  const OwnKeys<kLawThreads, T> own(keys, static_cast<int>(args.vocab), scratch.has_keys, [] {
-    wait_for_previous_kernel();
-    let_next_kernel_start();
-  });
-  // One round trip to memory for all of this.
-  if (threadIdx.x / 32 == kLawThreads / 32 - 1) find_noise(args, shared, noise);
-  const Known known = asked.look(args, b);
-  end_row(args, shared, keys, own, known, b);
+  const Known known(args, b);
+  if (threadIdx.x / 32 == kLawThreads / 32 - 1) find_noise(args, shared, b);
+  end_row<true>(args, shared, keys_of_slot(scratch, b), known, b);
   if (args.probs == nullptr || known.rows.drafts < 0) return;
   __syncthreads();
   write_part(args, shared.ended, target_row<T>(args, known.rows.first), b, 0, kLawThreads);
