@@ -254,7 +254,8 @@ __global__ void __launch_bounds__(kThreadsOf<Kind>, kBlocks<Channels, Kind>)
     append<Real16, Channels, false, Kind>(args, room, pages, sequence);
   else
     append<Real16, Channels, true, Kind>(args, room, pages, sequence);
-  if (is_second) wait_for_previous_kernel();
+  // A kernel ends with its last block: for the next one, which waits for this one alone, one is enough.
+  if (is_second && (blockIdx.x | blockIdx.y | blockIdx.z) == 0) wait_for_previous_kernel();
 }
 
 }  // namespace
