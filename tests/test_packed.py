@@ -18,6 +18,7 @@ from quantgemm.formats import FORMATS, Format, QType, format_by_id, format_by_na
 
 PACKED = [FORMATS[row["type_id"]] for row in _C.format_table() if row["can_pack"]]
 NAMES = """Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K Q6_K IQ4_NL IQ4_XS MXFP4 NVFP4 TQ2_0 Q2_0"""
+WITH_OFFSETS = {row["type_id"] for row in _C.format_table() if row["has_offset"]}
 on_devices = pytest.mark.parametrize("device", DEVICES)
 by_name = pytest.mark.parametrize("fmt", PACKED, ids=lambda f: f.name)
 
@@ -520,21 +521,49 @@ def test_tiles_of_wgmma(fmt: Format) -> None:
         assert torch.equal(y, again)
 
 
+def last_place(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A unit in the last place of each float64, as a number of that dtype."""
+    info = torch.finfo(dtype)
+    binade = (x / torch.frexp(x).mantissa).nan_to_num(0.0) / 2  # 0/0 where x is zero
+    return binade.clamp(min=info.smallest_normal) * info.eps
+
+
+def test_last_place() -> None:
+    values = [1.0, -1.0, 1.999, 0.25, 2.0**-14, -(2.0**-20), 0.0]
+    x = torch.tensor(values, dtype=torch.float64)
+    exponents = torch.tensor([0, 0, 0, -2, -14, -14, -14], dtype=torch.float64)
+    assert torch.equal(last_place(x, torch.float16), (exponents - 10).exp2())
+    assert last_place(x[4:6], torch.bfloat16).tolist() == [2.0**-21, 2.0**-27]
+
+
 @pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @by_name
-def test_wgmma_rounds_weights_once(fmt: Format) -> None:
-    """Rows of x that pick a column each have its weights as halves."""
-    if "wgmma" not in algos("cuda", torch.float16):
+def test_wgmma_rounds_weights_once(fmt: Format, dtype: torch.dtype) -> None:
+    """Rows of x that pick a column each have its weights as they are multiplied, in tiles of 32 to
+    256 tokens: half a unit in the last place off, or a scale in two parts has made it 0.504."""
+    if "wgmma" not in algos("cuda", dtype):
         pytest.skip("wgmma is of compute capability 9.0")
-    n, k = 200, max(fmt.block_elems, 256)
-    w, weights = random_weights(fmt, n, k, "cuda")
-    packed = ops.pack(w, fmt.type_id)
-    want = weights.T
-    largest = float(want.abs().max())
-    for m in (32, 64, 128, 256):
-        x = torch.eye(k, dtype=torch.float16, device="cuda")[:m]
-        y = ops.gemm_packed(x, packed, fmt.type_id, n, k, None, "wgmma").double()
-        assert_near(y, want[:m], 0.505 * 2.0**-10 * want[:m].abs() + 2.0**-15 * largest)
+    k = 512
+    # More rows are one wave of blocks with the largest tile, and two with smaller ones.
+    for n, tiles in ((200, (32, 64)), (12800, (128, 256))):
+        w, weights = random_weights(fmt, n, k, "cuda")
+        packed = ops.pack(w, fmt.type_id)
+        want = weights.T
+        bound = 0.505 * last_place(want, dtype)
+        if fmt.type_id in WITH_OFFSETS:  # float32 rounds what they begin at, some 128 scales
+            largest = weights.view(n, -1, fmt.block_elems).abs().amax(2)
+            bound += 2.0**-17 * largest.repeat_interleave(fmt.block_elems, 1).T
+        for m in tiles:
+            product = partial(ops.gemm_packed, packed=packed, qtype=fmt.type_id, n=n, k=k)
+            columns = torch.eye(k, dtype=dtype, device="cuda").split(m)
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found:
+                picked = torch.cat([product(x, algo="wgmma") for x in columns])
+                torch.cuda.synchronize()
+            names = [e.key for e in found.key_averages() if "wgmma_kernel" in e.key]
+            assert len(names) == 1 and f", {m}, false>" in names[0], names
+            assert picked.dtype == dtype
+            assert_near(picked, want, bound)
 
 
 @pytest.mark.cuda
