@@ -845,6 +845,80 @@ def test_ragged_portions_of_different_kinds(form: str, device: str) -> None:
             assert_same(a[:, b, :, slots.to(device)], w[:, 0, :, slots])
 
 
+@pytest.mark.cuda
+@pytest.mark.parametrize("recorded", [False, True])
+@pytest.mark.parametrize(
+    ("heads", "groups", "dim", "batch", "dtype"),
+    [(8, 4, 128, 1, torch.bfloat16), (2, 2, 64, 3, torch.float16), (1, 9, 256, 2, torch.float16)],
+)
+@pytest.mark.parametrize(
+    "form", ["dense4/4of8_4", "4of8_4/dense2", "bitmap2/dense4", "dense2/bitmap4", "4of8_2/bitmap2"]
+)
+def test_different_kinds_one_right_behind_another(
+    form: str,
+    heads: int,
+    groups: int,
+    dim: int,
+    batch: int,
+    dtype: torch.dtype,
+    recorded: bool,
+) -> None:
+    """Keys and values come by two kernels, and what follows may begin while both still run: a
+    prompt of several pages, then token by token until one more is full, layer after layer. The
+    bits, and those of the cache, are what they are if each op ends before the next one begins."""
+    layers, prompt, single = 3, 4 + 64 + 5 * PAGE + 50, 24
+    options = {**formats(form), "window": 64, "max_tokens": prompt + single, "batch": batch}
+    cache = SparseKVCache(layers, heads, dim, **options, device="cuda", dtype=dtype)
+    tensors = [cache.key_pages, cache.value_pages, cache.recent_keys, cache.recent_values]
+    g = torch.Generator().manual_seed(1)
+    portions = []  # of each layer keys, values and queries, so that nothing is copied on the way
+    for count in [prompt] + [1] * single:
+        seeds = range(layers * len(portions), layers * (len(portions) + 1))
+        tokens = [tokens_of(batch, heads, count, dim, dtype, seed) for seed in seeds]
+        queries = torch.randn(layers, batch, heads * groups, dim, generator=g).to(dtype).cuda()
+        new = [(k.cuda(), v.cuda(), q) for (k, v), q in zip(tokens, queries, strict=True)]
+        portions.append((count, new))
+
+    def clear() -> None:
+        for b in range(batch):
+            cache.reset(b)
+        for tensor in tensors:
+            tensor.zero_()
+        torch.cuda.synchronize()
+
+    def run(wait: Callable[[], Any]) -> list[Tensor]:
+        found = []
+        for count, new in portions:
+            for layer, (k, v, query) in enumerate(new):
+                cache.append(layer, k, v)
+                wait()
+                found += cache.attend(layer, query, appended=count)
+                wait()
+            cache.advance(count)
+            wait()
+        return found
+
+    clear()
+    want = run(torch.cuda.synchronize)
+    want_tensors = [tensor.clone() for tensor in tensors]
+    assert all(out.isfinite().all() for out in want) and cache.lens.min() == prompt + single
+    clear()
+    if recorded:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            got = run(lambda: None)
+    for _ in range(3):
+        clear()
+        if recorded:
+            graph.replay()
+        else:
+            torch.cuda._sleep(50_000_000)  # what is launched meanwhile has no gaps
+            got = run(lambda: None)
+        torch.cuda.synchronize()
+        for a, w in zip(got + tensors, want + want_tensors, strict=True):
+            assert torch.equal(a, w)
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_sequences_join_and_leave(device: str) -> None:
     k, v = (x.to(device) for x in tokens_of(3, 1, 300, 64))
