@@ -274,6 +274,33 @@ def filled(settings: dict[str, Any], rows: int, device: str) -> dict[str, Tensor
     }
 
 
+def assert_law(
+    drawn: tuple[Tensor, ...], b: int, row: Tensor, settings: dict[str, Any], moves: int
+) -> None:
+    """draft_sample's row b against float64, but for the token. Rounding may move the edge of top-p
+    and min-p by `moves` values."""
+    _, lse, cutoff, got, status = (x[b].cpu() for x in drawn)
+    want = ref.truncated_softmax(row, **settings)
+    got = got.double()
+    moved = (got > 0) != (want.float() > 0)
+    moved &= torch.maximum(got, want) > 1e-30
+    assert status == 0 and moved.sum() <= moves
+    # The rest share what the moved ones gained or lost.
+    slack = 4e-6 + 2 * float((got[moved].sum() - want[moved].sum()).abs())
+    assert ((got - want).abs()[~moved] <= slack * want[~moved] + 1e-30).all()
+    kept = row.double() >= cutoff.item()
+    full = torch.logsumexp(row.double()[kept] / settings.get("temperature", 1.0), 0)
+    torch.testing.assert_close(lse.double(), full, rtol=3e-6, atol=3e-6)
+
+
+def assert_token(token: int, probs: Tensor, u: float) -> None:
+    """Where the noise points in the cumulative distribution."""
+    p = float(probs[token])
+    before = float(probs[: token + 1].sum(dtype=torch.float64))
+    assert p > 0
+    assert before >= u - 1e-5 >= before - p - 2e-5
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("settings", TRUNCATIONS, ids=str)
@@ -287,28 +314,13 @@ def test_distribution_of_logits(settings: dict[str, Any], dtype: torch.dtype, de
         rows.append(logits.to(dtype))
     for logits in rows:
         u = torch.tensor([[0.1], [0.6], [0.999]], dtype=torch.float64, device=device)
-        tokens, lse, cutoff, probs, status = ops.draft_sample(
+        drawn = ops.draft_sample(
             logits.to(device), **filled(settings, 3, device), uniforms=u, return_probs=True
         )
-        assert not status.any()
+        edge = ("top_p" in settings or "min_p" in settings) and dtype == torch.float32
         for b in range(3):
-            want = ref.truncated_softmax(logits[b], **settings)
-            got = probs[b].double().cpu()
-            # Rounding may move the edge of top-p and min-p by a value or two.
-            moved = (got > 0) != (want.float() > 0)
-            moved &= torch.maximum(got, want) > 1e-30
-            edge = "top_p" in settings or "min_p" in settings
-            assert moved.sum() <= (2 if edge and dtype == torch.float32 and b < 2 else 0)
-            # The rest share what the moved ones gained or lost.
-            slack = 4e-6 + 2 * float((got[moved].sum() - want[moved].sum()).abs())
-            assert ((got - want).abs()[~moved] <= slack * want[~moved] + 1e-30).all()
-            heat = settings.get("temperature", 1.0)
-            kept = logits[b].double() >= cutoff[b].item()
-            full = torch.logsumexp(logits[b].double()[kept] / heat, 0)
-            torch.testing.assert_close(lse[b].double().cpu(), full, rtol=3e-6, atol=3e-6)
-            token, before = int(tokens[b]), got.cumsum(0)
-            assert got[token] > 0
-            assert before[token] >= float(u[b]) - 1e-5 >= before[token] - got[token] - 2e-5
+            assert_law(drawn, b, logits[b], settings, 2 if edge and b < 2 else 0)
+            assert_token(int(drawn[0][b]), drawn[3][b], float(u[b]))
 
 
 @pytest.mark.cuda
