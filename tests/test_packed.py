@@ -536,17 +536,21 @@ def test_last_place() -> None:
     assert last_place(x[4:6], torch.bfloat16).tolist() == [2.0**-21, 2.0**-27]
 
 
+# Rows of w, and tokens whose tile has just these: many rows are one wave of blocks with the largest
+# tile, and two with smaller ones.
+TILES = [(200, 32), (200, 64), (12800, 128), (12800, 256)]
+
+
 @pytest.mark.cuda
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @by_name
 def test_wgmma_rounds_weights_once(fmt: Format, dtype: torch.dtype) -> None:
-    """Rows of x that pick a column each have its weights as they are multiplied, in tiles of 32 to
-    256 tokens: half a unit in the last place off, or a scale in two parts has made it 0.504."""
+    """Rows of x that pick a column each have its weights as they are multiplied: half a unit in the
+    last place off, or 0.504 where the scale is in two parts."""
     if "wgmma" not in algos("cuda", dtype):
         pytest.skip("wgmma is of compute capability 9.0")
     k = 512
-    # More rows are one wave of blocks with the largest tile, and two with smaller ones.
-    for n, tiles in ((200, (32, 64)), (12800, (128, 256))):
+    for n, tiles in itertools.groupby(TILES, lambda tile: tile[0]):
         w, weights = random_weights(fmt, n, k, "cuda")
         packed = ops.pack(w, fmt.type_id)
         want = weights.T
@@ -554,16 +558,26 @@ def test_wgmma_rounds_weights_once(fmt: Format, dtype: torch.dtype) -> None:
         if fmt.type_id in WITH_OFFSETS:  # float32 rounds what they begin at, some 128 scales
             largest = weights.view(n, -1, fmt.block_elems).abs().amax(2)
             bound += 2.0**-17 * largest.repeat_interleave(fmt.block_elems, 1).T
-        for m in tiles:
+        for _, m in tiles:
             product = partial(ops.gemm_packed, packed=packed, qtype=fmt.type_id, n=n, k=k)
             columns = torch.eye(k, dtype=dtype, device="cuda").split(m)
-            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found:
-                picked = torch.cat([product(x, algo="wgmma") for x in columns])
-                torch.cuda.synchronize()
-            names = [e.key for e in found.key_averages() if "wgmma_kernel" in e.key]
-            assert len(names) == 1 and f", {m}, false>" in names[0], names
+            picked = torch.cat([product(x, algo="wgmma") for x in columns])
             assert picked.dtype == dtype
             assert_near(picked, want, bound)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize(("n", "m"), TILES)
+def test_tile_that_rounds_weights_once(n: int, m: int) -> None:
+    if "wgmma" not in algos("cuda", torch.bfloat16):
+        pytest.skip("wgmma is of compute capability 9.0")
+    packed = ops.pack(random_weights(FORMATS[QType.Q4_0], n, 512, "cuda")[0], QType.Q4_0)
+    x = torch.zeros(m, 512, dtype=torch.bfloat16, device="cuda")
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found:
+        ops.gemm_packed(x, packed, QType.Q4_0, n, 512, None, "wgmma")
+        torch.cuda.synchronize()
+    names = [e.key for e in found.key_averages() if "wgmma_kernel" in e.key]
+    assert len(names) == 1 and f", {m}, false>" in names[0], names
 
 
 @pytest.mark.cuda
