@@ -33,10 +33,13 @@ struct Tile {
   QG_HD static constexpr int tokens_multiplied(int count) {
     return Ragged && count <= kSumTokens ? kSumTokens : kTokens;
   }
-  // How weights are made (packed_wgmma_weights.cuh): in bfloat16 or in halves, else in float32.
+  // How weights are made (packed_wgmma_weights.cuh): in bfloat16 or in halves, else in float32. Of codes with
+  // high bits as measured: tiles of 128 tokens lose a seventh by bfloat16, those of 256 gain a twentieth, and
+  // others gain there nothing.
   static constexpr bool kPairs = std::is_same_v<X, BFloat16> && !F::kOffset && !MiniFloats<F> &&
                                  (PackedFragment<F, X, false>::kBytes || L::kLowBits == 4) &&
-                                 (L::kSpan == kTileCols || TwoLevelFormat<F>) && Tokens < 256;
+                                 (L::kSpan == kTileCols || TwoLevelFormat<F>) &&
+                                 (Tokens < 128 || (Tokens == 128) == (L::kHighBits == 0));
   static constexpr bool kHalves =
       std::is_same_v<X, Half> && F::kGroup == F::kElems && !MiniFloats<F> && Tokens < 256;
   // Weights arrive in slots of whole records.
@@ -59,7 +62,8 @@ struct Tile {
   static constexpr int kRoom = kSharedBytes - 1024 - 256 - kSlotsAt;
   static constexpr int kStepWords = kTileCols / F::kGroup * (kPairs ? 2 : 4);
   static constexpr bool kShares =
-      kPairs || (Tokens < 256 && kSlotSteps == 4 && kStepWords > 0 && !kHalves &&
+      kPairs || (Tokens < 256 && kSlotSteps == 4 && kStepWords > 0 &&
+                 (std::is_same_v<X, BFloat16> ? Tokens < 128 || L::kHighBits == 0 : F::kOffset && !kHalves) &&
                  (L::kSpan == kTileCols || TwoLevelFormat<F>) &&
                  kRoom >= 2 * kSlotBytes + kStrips * 32 * kSlotSteps * kStepWords);
   static constexpr int kScaleBytes = kShares ? 32 * kSlotSteps * kStepWords : 0;  // of a strip
