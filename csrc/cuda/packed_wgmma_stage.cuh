@@ -196,8 +196,7 @@ __device__ __forceinline__ void copy_activations(const GemmPackedArgs& args, con
   }
 }
 
-// Bytes, a multiple of 16 and at most Most, by a warp. The copy engine would want 95 clocks for each such
-// call.
+// Bytes, a multiple of 16 and at most Most, by a warp.
 template <int Most>
 __device__ __forceinline__ void copy_run(uint32_t to, bytes_ptr from, int bytes) {
   const int at = 16 * static_cast<int>(threadIdx.x % 32);
@@ -219,8 +218,15 @@ __device__ __forceinline__ void copy_pieces(uint32_t to, bytes_ptr strip, int64_
   }
 }
 
-// Each of two warps copies the weights of a row group. Bytes go where they are in the strip, less what lies
-// before the slot.
+// `count` arrivals at once. PTX ISA 9.7.13.15.13, sm_90.
+__device__ __forceinline__ void mbarrier_arrive_times(uint32_t barrier, int count) {
+  asm volatile("mbarrier.arrive.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
+}
+
+// Each of two warps copies the weights of a row group, whole slots by the copy engine: each lane asks for a
+// run of a strip, since one lane's calls would come 60 to 95 clocks behind each other, and 25 instructions
+// for each kB, which cp.async takes, are more than a warp beside others can issue. The first slot, which
+// comes before barriers are there, and the last one of a row, with zeros behind it, by cp.async.
 template <class P>
 struct WeightCopies {
   using L = typename P::L;
@@ -229,16 +235,24 @@ struct WeightCopies {
   uint32_t smem;
   int group;
 
+  __device__ __forceinline__ int first_strip(const Walk& at) const {
+    const auto strips = static_cast<int>(num_strips(args.n));
+    const int strip = at.row_tile * kStrips + group * kPanelStrips;
+    if (strip >= strips) return -1;
+    return args.routes.groups == nullptr ? strip : strip + args.routes.groups[at.token_tile].expert * strips;
+  }
+  __device__ __forceinline__ uint32_t place_at(int place) const {
+    return smem + P::kSlotsAt + place * P::kSlotBytes + group * kPanelStrips * P::kStripBytes;
+  }
+  // Bytes go where they are in the strip, less what lies before the slot.
   __device__ __forceinline__ void copy(const Walk& at, int slot, int place) const {
     const int64_t strip_bytes = L::strip_bytes(args.k);
-    const auto strips = static_cast<int>(num_strips(args.n));
-    int strip = at.row_tile * kStrips + group * kPanelStrips;
-    if (strip >= strips) return;
-    if (args.routes.groups != nullptr) strip += args.routes.groups[at.token_tile].expert * strips;
+    const int strip = first_strip(at);
+    if (strip < 0) return;
     const int step = slot * P::kSlotSteps, count = min(s.steps - step, P::kSlotSteps);
     const int records = count * kTileCols / L::kSpan, record = step * kTileCols / L::kSpan;
     bytes_ptr from = args.packed + strip * strip_bytes;
-    uint32_t to = smem + P::kSlotsAt + place * P::kSlotBytes + group * kPanelStrips * P::kStripBytes;
+    uint32_t to = place_at(place);
 #pragma unroll 1
     for (int i = 0; i < kPanelStrips; ++i, from += strip_bytes, to += P::kStripBytes) {
       copy_run<P::kHighAt>(to, from + int64_t{step} * L::kLowTile, count * L::kLowTile);
@@ -247,6 +261,30 @@ struct WeightCopies {
             to + P::kHighAt, from + L::high_at(args.k) + int64_t{step} * L::kHighTile, count * L::kHighTile);
       copy_pieces<P, 0>(to + P::kHeadsAt, from, args.k, record, records);
     }
+  }
+  // What a lane asks for: of the slots of a row one after the other.
+  struct Run {
+    bytes_ptr from;  // of slot 0
+    int to, bytes;   // none: it has no run
+  };
+  __device__ __forceinline__ Run own_run(const Walk& at) const {
+    const int lane = static_cast<int>(threadIdx.x % 32), own = lane % kPanelStrips, strip = first_strip(at);
+    int run = lane / kPanelStrips;
+    bytes_ptr from = args.packed + (strip + own) * L::strip_bytes(args.k);
+    const int to = own * P::kStripBytes;
+    if (strip < 0) return {from, to, 0};
+    if (run == 0) return {from, to, P::kHighAt};
+    if (L::kHighBits > 0 && run == 1)
+      return {from + L::high_at(args.k), to + P::kHighAt, P::kHeadsAt - P::kHighAt};
+    run -= 1 + (L::kHighBits > 0);
+#pragma unroll
+    for (int first = 0; first < L::kRecordBytes; first += L::piece_bytes(first), --run) {
+      constexpr int kRows = P::kSlotRecords * kStripRows;
+      if (run == 0)
+        return {from + L::piece_at(args.k, first), to + P::kHeadsAt + kRows * first,
+                kRows * L::piece_bytes(first)};
+    }
+    return {from, to, 0};
   }
   // The first slot may be copied before barriers are there.
   __device__ __forceinline__ void copy_first() const {
@@ -257,15 +295,34 @@ struct WeightCopies {
     Ring<P::kSlots> ring{smem + P::kBarriersAt + 16 * P::kFirstSlotBarrier};
     bool is_first = true;
     for (Walk at(s, args.routes, s.slots(P::kSlotSteps)); at.valid(); at.next()) {
-#pragma unroll 1
-      for (int slot = at.first_slot; slot < at.last_slot; ++slot, ring.step()) {
-        if (!is_first) {
-          mbarrier_wait(ring.empty(), ring.turn ^ 1);
-          copy(at, slot, ring.place);
-        }
-        is_first = false;
+      int slot = at.first_slot;
+      if (is_first) {  // it is on its way
         mbarrier_arrive_after_copies(ring.full());
+        ring.step(), ++slot, is_first = false;
       }
+      copy_whole(at, slot, ring);
+      if (slot < at.last_slot) {
+        mbarrier_wait(ring.empty(), ring.turn ^ 1);
+        copy(at, slot, ring.place);
+        mbarrier_arrive_after_copies(ring.full());
+        ring.step();
+      }
+    }
+  }
+  __device__ __forceinline__ void copy_whole(const Walk& at, int& slot, Ring<P::kSlots>& ring) const {
+    const int whole = min(at.last_slot, s.steps / P::kSlotSteps);
+    const Run run = own_run(at);
+    const uint32_t expected = first_strip(at) < 0 ? 0 : kPanelStrips * P::kStripBytes;
+    bytes_ptr from = run.from + int64_t{slot} * run.bytes;
+#pragma unroll 1
+    for (; slot < whole; ++slot, ring.step(), from += run.bytes) {
+      mbarrier_wait(ring.empty(), ring.turn ^ 1);
+      if (threadIdx.x % 32 == 0) {
+        mbarrier_arrive_expecting(ring.full(), expected);
+        mbarrier_arrive_times(ring.full(), 31);
+      }
+      __syncwarp();
+      if (run.bytes > 0) copy_bulk(place_at(ring.place) + run.to, from, run.bytes, ring.full());
     }
   }
 };
