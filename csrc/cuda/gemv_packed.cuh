@@ -263,6 +263,7 @@ __device__ __forceinline__ void multiply_strips(const GemmPackedArgs& args, cons
     if (!routed) return;
     if (units < (until + P::kWarps - 1) / P::kWarps * P::kWarps) {  // nothing for this warp in the last stage
       mbarrier_wait(full + turn.at * P::kTurnBytes, turn.parity);
+      __syncwarp();  // all lanes have seen it
       if (lane == 0) mbarrier_arrive(empty + turn.at * P::kTurnBytes);
       turn.next(split.ring);
     }
