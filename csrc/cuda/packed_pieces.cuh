@@ -8,9 +8,6 @@
 
 namespace quantgemm::packed_gemm {
 
-// __syncthreads for warps that come from different places of a kernel, of which synccheck knows nothing.
-__device__ __forceinline__ void sync_all() { asm volatile("bar.sync 0, %0;" ::"r"(blockDim.x) : "memory"); }
-
 struct Pieces {
   OwnRoutes own;
   const ExpertGroup* groups;
@@ -40,7 +37,7 @@ struct Pieces {
   }
   // No strips: that was all.
   __device__ __forceinline__ void next(const Split& split) {
-    sync_all();
+    __syncthreads();
     if (threadIdx.x == 0) {
       strips = 0;
       if (at < end) {
@@ -52,7 +49,7 @@ struct Pieces {
         expert = group.expert, tokens = group.count, slots = all_slots + group.first;
       }
     }
-    sync_all();
+    __syncthreads();
   }
 };
 
