@@ -6,6 +6,7 @@
 
 #include "dependent_launch.cuh"
 #include "expert_routes.cuh"
+#include "gemm_packed_wgmma.h"
 #include "gemv_packed.h"
 
 namespace quantgemm {
@@ -45,16 +46,16 @@ cudaError_t launch_finish(const GemmPackedArgs& args, cudaStream_t stream) {
   return launched;
 }
 
-cudaError_t launch_wgmma_and_finish(const GemmPackedArgs& args, cudaStream_t stream) {
+cudaError_t launch_wgmma_and_finish(const GemmPackedArgs& args, uint8_t* scratch, cudaStream_t stream) {
   GemmPackedArgs product = args;
   product.up_at = 0, product.residual = nullptr;
   cudaError_t status = cudaSuccess;
   if (args.up_at != 0) {
     product.y = args.gate, product.routes.weights = nullptr;
-    status = launch_wgmma_packed(product, stream);
+    status = launch_wgmma_packed(product, scratch, stream);
     product.y = args.y, product.packed += args.up_at, product.routes.weights = args.routes.weights;
   }
-  if (status == cudaSuccess) status = launch_wgmma_packed(product, stream);
+  if (status == cudaSuccess) status = launch_wgmma_packed(product, scratch, stream);
   const bool finished = args.up_at == 0 && args.residual == nullptr;
   return status != cudaSuccess || finished ? status : launch_finish(args, stream);
 }

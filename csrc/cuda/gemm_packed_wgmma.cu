@@ -24,8 +24,12 @@ int clusters_at_once(int multiprocessors, int ranks) {
   return ranks < 3 ? multiprocessors / ranks : multiprocessors * 10 / (11 * ranks);
 }
 
-void consider(Choice& best, const GemmPackedArgs& args, int multiprocessors, int tokens, int mates,
-              int parts) {
+// Clocks of a tile that is cut, as others are below: a flag and the way back from memory; for each token a
+// block's sums, there or back; the wait for these where pieces of a tile may end at the same time.
+constexpr double kCutClocks = 800, kCutTokenClocks = 10, kCutWaitClocks = 1500;
+
+void consider(Choice& best, const GemmPackedArgs& args, int multiprocessors, int tokens, int mates, int parts,
+              bool cut = false) {
   using namespace packed_wgmma;
   Schedule s{};
   s.mates = mates, s.parts = parts;
@@ -39,34 +43,62 @@ void consider(Choice& best, const GemmPackedArgs& args, int multiprocessors, int
     return;
   s.tiles = static_cast<int>(tiles);
   s.clusters = s.tiles < most ? s.tiles : most;
-  const int turns = (s.tiles + s.clusters - 1) / s.clusters;
+  int turns = (s.tiles + s.clusters - 1) / s.clusters;
+  int units = (s.units() + parts - 1) / parts * turns;
+  double more = 300 * (mates - 1) + 2600 * (parts - 1);
+  if (cut) {  // the last turn, and the one before it, if there is one
+    const int whole = s.tiles < most ? 0 : s.tiles / most - 1;
+    s.cut_tiles = s.tiles - whole * most;
+    const int64_t all = int64_t{s.cut_tiles} * s.units();
+    if (s.tiles % most == 0 || all > 1 << 30) return;
+    s.range = static_cast<int>(all < 2 * most ? 2 : (all + most - 1) / most);
+    s.clusters = whole > 0 ? most : static_cast<int>((all + s.range - 1) / s.range);
+    turns = whole + (s.range + s.units() - 1) / s.units();
+    units = whole * s.units() + s.range;
+    const int others = s.range < s.units() - 1 ? (s.units() - 1) / s.range : 1;  // that have some of a tile
+    more += kCutClocks + kCutTokenClocks * tokens * (1 + others) + (s.range < s.units() ? kCutWaitClocks : 0);
+  }
   // Measured on an H200: clocks of a step, of a tile's end, of parts that meet; bytes come from the L2 at 28
-  // a clock. Parts are whole slots, of four steps for most types.
+  // a clock.
   const double work = 420 + 2.6 * tokens, copies = (128.0 * tokens / mates + 4608) / 28;
-  const int steps = (s.slots(4) + parts - 1) / parts * 4;
-  const double clocks = turns * ((work > copies ? work : copies) * steps + 600 + 4 * tokens) +
-                        300 * (mates - 1) + 2600 * (parts - 1);
+  const double clocks =
+      (work > copies ? work : copies) * kUnitSteps * units + turns * (600 + 4 * tokens) + more;
   if (clocks < best.clocks) best = {tokens, s, clocks};
 }
 
-}  // namespace
-
-cudaError_t launch_wgmma_packed(const GemmPackedArgs& args, cudaStream_t stream) {
-  Device device;
-  const cudaError_t status = device.read();
-  if (status != cudaSuccess) return status;
+Choice choose(const GemmPackedArgs& args, int multiprocessors, bool may_cut) {
   Choice best;
   if (args.routes.groups != nullptr) {  // a group is a tile; how many there are the device knows
     GemmPackedArgs most = args;
     most.m = args.routes.most_groups * args.routes.tile;
-    for (const int mates : {2, 1}) consider(best, most, device.multiprocessors, args.routes.tile, mates, 1);
-  } else {
-    for (const int tokens : {256, 128, 64, 32})
-      for (const int mates : {2, 1})
-        for (const int parts : {1, 2, 3, 4})
-          if (tokens > 32 || args.m <= 32)  // two of 32 are slower than one of 64
-            consider(best, args, device.multiprocessors, tokens, mates, parts);
+    for (const int mates : {2, 1}) consider(best, most, multiprocessors, args.routes.tile, mates, 1);
+    return best;
   }
+  for (const int tokens : {256, 128, 64, 32}) {
+    if (tokens == 32 && args.m > 32) continue;  // two of 32 are slower than one of 64
+    for (const int mates : {2, 1}) {
+      for (const int parts : {1, 2, 3, 4}) consider(best, args, multiprocessors, tokens, mates, parts);
+      if (may_cut) consider(best, args, multiprocessors, tokens, mates, 1, true);
+    }
+  }
+  return best;
+}
+
+}  // namespace
+
+int64_t wgmma_scratch_bytes(const GemmPackedArgs& args) {
+  Device device;
+  if (device.read() != cudaSuccess) return 0;  // the launch will say so
+  const Choice best = choose(args, device.multiprocessors, true);
+  return packed_wgmma::scratch_bytes(best.schedule, best.tokens);
+}
+
+cudaError_t launch_wgmma_packed(const GemmPackedArgs& args, uint8_t* scratch, cudaStream_t stream) {
+  Device device;
+  const cudaError_t status = device.read();
+  if (status != cudaSuccess) return status;
+  Choice best = choose(args, device.multiprocessors, scratch != nullptr);
+  best.schedule.scratch = scratch;
   using namespace packed_wgmma;
   const bool half = args.type == Real::kFloat16;
   const int64_t over = args.m % 256;  // of the last tile

@@ -8,7 +8,7 @@
 // Limit: the tensor cores, from 128 tokens on.
 #pragma once
 #include "dependent_launch.cuh"
-#include "packed_wgmma_output.cuh"
+#include "packed_wgmma_cut.cuh"
 #include "packed_wgmma_weights.cuh"
 #include "wgmma.cuh"
 
@@ -37,7 +37,7 @@ __device__ __forceinline__ void multiply(const GemmPackedArgs& args, const Sched
     return base * (16 / P::kTogether) + 16 * (step / P::kTogether);
   };
 
-  for (Walk at(s, args.routes, s.slots(P::kSlotSteps)); at.valid(); at.next()) {
+  for (Walk<P::kSlotSteps> at(s, args.routes); at.valid(); at.next()) {
     Sums<P> sums = {};
     uint32_t a[2][P::kBatch][4];
     // Places that have been multiplied, to the blocks that copy there.
@@ -124,6 +124,11 @@ __device__ __forceinline__ void multiply(const GemmPackedArgs& args, const Sched
     __syncwarp();
     release(last_base, P::kSlotSteps - 1);
 
+    if (at.is_end()) {
+      leave_for_others<P>(sums, s);
+      continue;
+    }
+    if (at.is_beginning()) add_others<P>(sums, at);
     const Output<P> output(args, y, at, out);
     if (s.parts > 1) {
       sync_some<3, P::kMultipliers>();
@@ -179,6 +184,8 @@ __global__ void __launch_bounds__((Tile<F, X, Tokens, Ragged>::kThreads), 1)
       copy_activations<P>(args, schedule, x, few, smem);
     else if (copier >= 64)
       weights.copy_others();
+    else if (copier >= 32 && schedule.cut_tiles > 0)
+      pass_sums<P>(schedule);
     __syncwarp();
     if (schedule.parts > 1) sync_cluster();  // with the sums' exchange
   }

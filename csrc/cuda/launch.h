@@ -27,8 +27,6 @@ cudaError_t launch_pack(const PackArgs& args, cudaStream_t stream);
 cudaError_t launch_unpack(const PackArgs& args, cudaStream_t stream);
 cudaError_t launch_gemv_packed(const GemmPackedArgs& args, cudaStream_t stream);
 cudaError_t launch_mma_packed(const GemmPackedArgs& args, cudaStream_t stream);
-cudaError_t launch_wgmma_packed(const GemmPackedArgs& args, cudaStream_t stream);      // kHasWgmma, sm_90
-cudaError_t launch_wgmma_and_finish(const GemmPackedArgs& args, cudaStream_t stream);  // residual and up too
 // Fills args.routes' groups, and rows of y that have no expert; a product with routes comes behind it, unless
 // they are few enough for its blocks to do that.
 cudaError_t launch_expert_routes(const GemmPackedArgs& args, cudaStream_t stream);

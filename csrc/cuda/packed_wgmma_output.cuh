@@ -49,8 +49,8 @@ struct Output {
   float bias[2];
   ExpertGroup of;
 
-  __device__ __forceinline__ Output(const GemmPackedArgs& args, const CUtensorMap& map, const Walk& at,
-                                    uint8_t* out)
+  __device__ __forceinline__ Output(const GemmPackedArgs& args, const CUtensorMap& map,
+                                    const Walk<P::kSlotSteps>& at, uint8_t* out)
       : map(map),
         routes(args.routes),
         n(args.n),
@@ -164,8 +164,7 @@ __device__ __forceinline__ void store_tile_sums(const Output<P>& output, const S
   }
 }
 
-// Sums of the columns of all `parts` blocks, of which each stores its share of tokens. They lie where
-// activations did, which all have been used: this is the only tile.
+// A block's sums to `memory`: a thread's are `kMultipliers` pieces apart.
 template <class P>
 __device__ __forceinline__ void leave_sums(const Sums<P>& sums, uint8_t* memory) {
   auto* const own = reinterpret_cast<float4*>(memory) + threadIdx.x;
@@ -177,8 +176,11 @@ __device__ __forceinline__ void leave_sums(const Sums<P>& sums, uint8_t* memory)
       own[(part * P::kSumTokens / 8 + i) * P::kMultipliers] = make_float4(d[0], d[1], d[2], d[3]);
     }
 }
+// Sums of the columns of all `parts` blocks, of which each stores its share of tokens. They lie where
+// activations did, which all have been used: this is the only tile.
 template <class P>
-__device__ __forceinline__ void store_share(const Output<P>& output, const Walk& at, uint32_t smem) {
+__device__ __forceinline__ void store_share(const Output<P>& output, const Walk<P::kSlotSteps>& at,
+                                            uint32_t smem) {
   constexpr int kShares = P::kTokens / kStoreTokens;
   const int first = kShares * at.part / at.s.parts * kStoreTokens;
   const int end = kShares * (at.part + 1) / at.s.parts * kStoreTokens;

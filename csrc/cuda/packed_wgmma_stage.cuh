@@ -109,30 +109,56 @@ __device__ __forceinline__ void mbarrier_wait_together(uint32_t barrier, uint32_
   while (!__all_sync(~0u, over != 0 && behind != ~0u)) over = mbarrier_over(barrier, parity), behind = 0;
 }
 
-// What a block is in its cluster, and the tile that the cluster is at:
-//     for (Walk at(schedule); at.valid(); at.next())
+// What a block is in its cluster, and the tile, or the piece of one, that the cluster is at:
+//     for (Walk<P::kSlotSteps> at(schedule, routes); at.valid(); at.next())
+template <int SlotSteps>
 struct Walk {
   const Schedule& s;
   const ExpertRoutes& routes;
   int part, mate, tile, row_tile, token_tile, first_slot, last_slot;
 
-  __device__ __forceinline__ explicit Walk(const Schedule& schedule, const ExpertRoutes& routes, int slots)
+  __device__ __forceinline__ explicit Walk(const Schedule& schedule, const ExpertRoutes& routes)
       : s(schedule),
         routes(routes),
         part(static_cast<int>(blockIdx.x) % s.ranks() / s.mates),
-        mate(static_cast<int>(blockIdx.x) % s.mates),
-        tile(static_cast<int>(blockIdx.x) / s.ranks()),
-        first_slot(slots * part / s.parts),
-        last_slot(slots * (part + 1) / s.parts) {
+        mate(static_cast<int>(blockIdx.x) % s.mates) {
+    const int first = s.first_unit(cluster()), count = s.last_unit(cluster()) - first;
+    if (s.cut_tiles > 0 && count > 0) {
+      tile = first / s.units();
+      take(first % s.units(), count);
+    } else {
+      tile = s.cut_tiles + cluster();
+      take_whole();
+    }
     locate();
   }
+  __device__ __forceinline__ int cluster() const { return static_cast<int>(blockIdx.x) / s.ranks(); }
+  __device__ __forceinline__ int slots() const { return s.slots(SlotSteps); }
   __device__ __forceinline__ bool valid() const {
     return tile < (routes.groups == nullptr ? s.tiles : *routes.num_groups * s.row_sets);
   }
   __device__ __forceinline__ void next() {
-    tile += static_cast<int>(gridDim.x) / s.ranks();
+    const int left = tile < s.cut_tiles ? s.last_unit(cluster()) - (tile + 1) * s.units() : 0;
+    if (left > 0) {
+      ++tile;
+      take(0, left);
+    } else {
+      tile = tile < s.cut_tiles ? s.cut_tiles + cluster() : tile + static_cast<int>(gridDim.x) / s.ranks();
+      take_whole();
+    }
     locate();
   }
+  // A piece from `unit` of the tile on, of at most `count`.
+  __device__ __forceinline__ void take(int unit, int count) {
+    constexpr int kSlots = kUnitSteps / SlotSteps;  // of a unit
+    first_slot = unit * kSlots, last_slot = min((unit + count) * kSlots, slots());
+  }
+  __device__ __forceinline__ void take_whole() {
+    first_slot = slots() * part / s.parts, last_slot = slots() * (part + 1) / s.parts;
+  }
+  // Of a cut tile: another block stores it; others have the rest of its columns.
+  __device__ __forceinline__ bool is_end() const { return s.cut_tiles > 0 && first_slot > 0; }
+  __device__ __forceinline__ bool is_beginning() const { return s.cut_tiles > 0 && last_slot < slots(); }
   // Some token tiles with all rows, then the next ones: what is read at a time fits in the L2. A group of an
   // expert's tokens is a tile.
   __device__ __forceinline__ void locate() {
@@ -173,7 +199,7 @@ __device__ __forceinline__ void copy_activations(const GemmPackedArgs& args, con
                                                  const CUtensorMap& x, const CUtensorMap& few,
                                                  uint32_t smem) {
   Ring<P::kFirstSlotBarrier> ring{smem + P::kBarriersAt};
-  for (Walk at(s, args.routes, s.slots(P::kSlotSteps)); at.valid(); at.next()) {
+  for (Walk<P::kSlotSteps> at(s, args.routes); at.valid(); at.next()) {
     const int there = (at.count(args.m, P::kTokens) + kFewTokens - 1) / kFewTokens * kFewTokens;
     const bool whole = P::kTokens <= kFewTokens || 8 * there > 5 * P::kTokens;
     const int tokens = whole ? P::kTokens : there, share = P::kTokens / s.mates;
@@ -230,12 +256,13 @@ __device__ __forceinline__ void mbarrier_arrive_times(uint32_t barrier, int coun
 template <class P>
 struct WeightCopies {
   using L = typename P::L;
+  using At = Walk<P::kSlotSteps>;
   const GemmPackedArgs& args;
   const Schedule& s;
   uint32_t smem;
   int group;
 
-  __device__ __forceinline__ int first_strip(const Walk& at) const {
+  __device__ __forceinline__ int first_strip(const At& at) const {
     const auto strips = static_cast<int>(num_strips(args.n));
     const int strip = at.row_tile * kStrips + group * kPanelStrips;
     if (strip >= strips) return -1;
@@ -245,7 +272,7 @@ struct WeightCopies {
     return smem + P::kSlotsAt + place * P::kSlotBytes + group * kPanelStrips * P::kStripBytes;
   }
   // Bytes go where they are in the strip, less what lies before the slot.
-  __device__ __forceinline__ void copy(const Walk& at, int slot, int place) const {
+  __device__ __forceinline__ void copy(const At& at, int slot, int place) const {
     const int64_t strip_bytes = L::strip_bytes(args.k);
     const int strip = first_strip(at);
     if (strip < 0) return;
@@ -267,7 +294,7 @@ struct WeightCopies {
     bytes_ptr from;  // of slot 0
     int to, bytes;   // none: it has no run
   };
-  __device__ __forceinline__ Run own_run(const Walk& at) const {
+  __device__ __forceinline__ Run own_run(const At& at) const {
     const int lane = static_cast<int>(threadIdx.x % 32), own = lane % kPanelStrips, strip = first_strip(at);
     int run = lane / kPanelStrips;
     bytes_ptr from = args.packed + (strip + own) * L::strip_bytes(args.k);
@@ -288,13 +315,13 @@ struct WeightCopies {
   }
   // The first slot may be copied before barriers are there.
   __device__ __forceinline__ void copy_first() const {
-    const Walk at(s, args.routes, s.slots(P::kSlotSteps));
+    const At at(s, args.routes);
     if (at.valid()) copy(at, at.first_slot, 0);
   }
   __device__ __forceinline__ void copy_others() const {
     Ring<P::kSlots> ring{smem + P::kBarriersAt + 16 * P::kFirstSlotBarrier};
     bool is_first = true;
-    for (Walk at(s, args.routes, s.slots(P::kSlotSteps)); at.valid(); at.next()) {
+    for (At at(s, args.routes); at.valid(); at.next()) {
       int slot = at.first_slot;
       if (is_first) {  // it is on its way
         mbarrier_arrive_after_copies(ring.full());
@@ -309,7 +336,7 @@ struct WeightCopies {
       }
     }
   }
-  __device__ __forceinline__ void copy_whole(const Walk& at, int& slot, Ring<P::kSlots>& ring) const {
+  __device__ __forceinline__ void copy_whole(const At& at, int& slot, Ring<P::kSlots>& ring) const {
     const int whole = min(at.last_slot, s.steps / P::kSlotSteps);
     const Run run = own_run(at);
     const uint32_t expected = first_strip(at) < 0 ? 0 : kPanelStrips * P::kStripBytes;

@@ -19,6 +19,7 @@
 #ifdef QG_WITH_CUDA
 #include "../cuda/gemm_packed_few.h"
 #include "../cuda/gemm_packed_int8.h"
+#include "../cuda/gemm_packed_wgmma.h"
 #include "../cuda/gemv_packed_pair.h"
 #endif
 
@@ -54,7 +55,7 @@ cudaError_t launch_gemm_packed(const PackedJob& job, cudaStream_t stream) {
     }
     case PackedAlgo::kFew: return launch_few_packed(job.args, stream);
     case PackedAlgo::kMma: return launch_mma_packed(job.args, stream);
-    case PackedAlgo::kWgmma: return launch_wgmma_and_finish(job.args, stream);
+    case PackedAlgo::kWgmma: return launch_wgmma_and_finish(job.args, job.scratch, stream);
     case PackedAlgo::kInt8: break;  // wants memory
   }
   return cudaErrorInvalidValue;
@@ -273,7 +274,15 @@ Tensor product(const Tensor& x, const Product& of) {
   }
   if (x.is_cuda()) {
     bool launched = true;
-    [[maybe_unused]] const PackedJob job{chosen, args, norm ? &launched : nullptr};
+    PackedJob job{chosen, args, norm ? &launched : nullptr};
+    OptTensor sums;
+#ifdef QG_WITH_CUDA
+    const int64_t bytes = chosen == PackedAlgo::kWgmma ? wgmma_scratch_bytes(args) : 0;
+    if (bytes > 0) {
+      sums = new_output(op, rows, {bytes}, ScalarType::Byte);
+      job.scratch = sums->mutable_data_ptr<uint8_t>();
+    }
+#endif
     QG_RUN_ON_GPU(gemm_packed, rows, job);
     return launched ? y : norm_first();
   }

@@ -15,7 +15,8 @@ PackedAlgo check_packed_algo(const std::string& name, const PackedProblem& probl
 struct PackedJob {
   PackedAlgo algo;
   GemmPackedArgs args;
-  bool* launched = nullptr;  // with a norm: false, if this device has no room for the kernel that has one
+  bool* launched = nullptr;    // with a norm: false, if this device has no room for the kernel that has one
+  uint8_t* scratch = nullptr;  // of wgmma_scratch_bytes(), if any
 };
 #ifdef QG_WITH_CUDA
 cudaError_t launch_gemm_packed(const PackedJob& job, cudaStream_t stream);
