@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""Products of packed weights by wgmma whose tiles several blocks share through memory: right, and the
-same bits in any call, in graphs and beside each other."""
+"""Products of packed weights by wgmma whose tiles several blocks share through memory: right, and
+the same bits in any call, in graphs and beside each other."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from quantgemm.formats import format_by_name
 
 pytestmark = pytest.mark.cuda
 
-# Where an H200 cuts tiles: into two pieces or three, up to eight, whole tiles beside them, all tiles of tokens,
-# ragged m, n and k.
+# Where an H200 cuts tiles: into two pieces or three, up to eight, whole tiles beside them, all
+# tiles of tokens, ragged m and n.
 SIZES = [
     (17, 1001, 4096),
     (40, 4000, 3072),
@@ -59,9 +59,10 @@ def spoil_free_memory() -> None:
     del blocks
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(("m", "n", "k"), SIZES)
-@by_type
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("Q4_0", torch.float16), *((name, torch.bfloat16) for name in TYPES)]
+)
 def test_against_float64(name: str, m: int, n: int, k: int, dtype: torch.dtype) -> None:
     fmt = format_by_name(name)
     w, weights = random_weights(fmt, n, k, "cuda")
@@ -146,7 +147,7 @@ def test_two_streams_at_once(sizes: tuple[tuple[int, int, int], tuple[int, int, 
 def test_gated() -> None:
     """Two products that have the same memory for their sums."""
     fmt, (m, n, k) = format_by_name("Q4_K"), SIZES[4]
-    gate, up = (ops.pack(random_weights(fmt, n, k, "cuda")[0], fmt.type_id) for _ in range(2))
+    gate, up = (ops.pack(random_weights(fmt, n, k, "cuda", i)[0], fmt.type_id) for i in range(2))
     x = random_x(m, k, dtype=torch.bfloat16, device="cuda")
     want = ops.gemm_packed_gated(x, gate, up, fmt.type_id, n, k, "wgmma")
     parts = [ops.gemm_packed(x, w, fmt.type_id, n, k, None, "wgmma").float() for w in (gate, up)]

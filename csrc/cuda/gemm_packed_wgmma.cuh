@@ -3,7 +3,8 @@
 // decode their own fragments from shared memory, once for all tokens of a tile, and wgmma takes them from
 // registers; while it multiplies a step of 64 columns the next one is decoded. One warp copies activations,
 // blocks of a cluster that share tokens each a part for all of them; two copy weights. Where y has few
-// tiles, blocks of a cluster share a tile's columns and add their sums up in the end. With experts
+// tiles, blocks of a cluster share a tile's columns and add their sums up in the end; where blocks would not
+// all have as many tiles, some are cut, and sums go by way of memory (packed_wgmma_cut.cuh). With experts
 // (expert_routes.cuh), whose rows of x lie side by side by now, a group is a tile of tokens.
 // Limit: the tensor cores, from 128 tokens on.
 #pragma once

@@ -56,24 +56,30 @@ __device__ __forceinline__ void add_others(Sums<P>& sums, const Walk<P::kSlotSte
   const Schedule& s = at.s;
   const int end = (at.tile + 1) * s.units();
   int block = static_cast<int>(blockIdx.x) - s.ranks();
+  constexpr int kPieces = P::kSumTokens / 8,
+                kBlocks = 16 / kPieces;  // so many at a time: the way there is long
 #pragma unroll 1
-  for (int unit = s.first_unit(at.cluster()) + s.range; unit < end; unit += s.range, block -= s.ranks()) {
-    const auto* from = reinterpret_cast<const float4*>(sums_of<P>(s, block)) + threadIdx.x;
+  for (int unit = s.first_unit(at.cluster()) + s.range; unit < end;
+       unit += kBlocks * s.range, block -= kBlocks * s.ranks()) {
 #pragma unroll
     for (int part = 0; part < P::kSums; ++part) {
-      constexpr int kPieces = P::kSumTokens / 8, kAtOnce = kPieces < 8 ? kPieces : 8;
+      float4 more[kBlocks][kPieces] = {};
 #pragma unroll
-      for (int first = 0; first < kPieces; first += kAtOnce) {
-        float4 more[kAtOnce];
+      for (int other = 0; other < kBlocks; ++other)
+        if (unit + other * s.range < end) {
+          const auto* from = reinterpret_cast<const float4*>(sums_of<P>(s, block - other * s.ranks()));
 #pragma unroll
-        for (int i = 0; i < kAtOnce; ++i)
-          more[i] = load_fresh(from + (part * kPieces + first + i) * P::kMultipliers);
-#pragma unroll
-        for (int i = 0; i < kAtOnce; ++i) {
-          float* const sum = sums[part] + 4 * (first + i);
-          sum[0] += more[i].x, sum[1] += more[i].y, sum[2] += more[i].z, sum[3] += more[i].w;
+          for (int i = 0; i < kPieces; ++i)
+            more[other][i] = load_fresh(from + (part * kPieces + i) * P::kMultipliers + threadIdx.x);
         }
-      }
+#pragma unroll
+      for (int other = 0; other < kBlocks; ++other)
+#pragma unroll
+        for (int i = 0; i < kPieces; ++i) {
+          const float4 d = more[other][i];
+          float* const sum = sums[part] + 4 * i;
+          sum[0] += d.x, sum[1] += d.y, sum[2] += d.z, sum[3] += d.w;
+        }
     }
   }
 }

@@ -277,6 +277,7 @@ Tensor product(const Tensor& x, const Product& of) {
     PackedJob job{chosen, args, norm ? &launched : nullptr};
     OptTensor sums;
 #ifdef QG_WITH_CUDA
+    const torch::stable::accelerator::DeviceGuard guard(rows.get_device());
     const int64_t bytes = chosen == PackedAlgo::kWgmma ? wgmma_scratch_bytes(args) : 0;
     if (bytes > 0) {
       sums = new_output(op, rows, {bytes}, ScalarType::Byte);
