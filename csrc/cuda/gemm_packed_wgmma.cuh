@@ -129,8 +129,8 @@ __device__ __forceinline__ void multiply(const GemmPackedArgs& args, const Sched
       leave_for_others<P>(sums, s);
       continue;
     }
-    if (at.is_beginning()) add_others<P>(sums, at);
     const Output<P> output(args, y, at, out);
+    if (at.is_beginning()) add_others<P>(sums, at);
     if (s.parts > 1) {
       sync_some<3, P::kMultipliers>();
       leave_sums<P>(sums, memory);
