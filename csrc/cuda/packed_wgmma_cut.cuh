@@ -56,8 +56,8 @@ __device__ __forceinline__ void add_others(Sums<P>& sums, const Walk<P::kSlotSte
   const Schedule& s = at.s;
   const int end = (at.tile + 1) * s.units();
   int block = static_cast<int>(blockIdx.x) - s.ranks();
-  constexpr int kPieces = P::kSumTokens / 8,
-                kBlocks = 16 / kPieces;  // so many at a time: the way there is long
+  // So many at a time: the way there is long. Of 32 tokens four would cost the loop above registers.
+  constexpr int kPieces = P::kSumTokens / 8, kBlocks = P::kTokens == 32 ? 3 : 16 / kPieces;
 #pragma unroll 1
   for (int unit = s.first_unit(at.cluster()) + s.range; unit < end;
        unit += kBlocks * s.range, block -= kBlocks * s.ranks()) {
