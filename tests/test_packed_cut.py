@@ -8,11 +8,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from test_gemm import random_weights, random_x
+from test_gemm import random_x
 from test_packed import algos, assert_accurate
 
 from quantgemm import ops
-from quantgemm.formats import format_by_name
+from quantgemm.formats import Format, format_by_name
 
 pytestmark = pytest.mark.cuda
 
@@ -41,12 +41,18 @@ def skip_unless_able() -> None:
         pytest.skip("wgmma is of compute capability 9.0")
 
 
+def packed_weights(fmt: Format, n: int, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Packed, and as float64; made on the GPU, since they are large."""
+    w = ops.quantize(torch.randn(n, k, device="cuda"), fmt.type_id)
+    return ops.pack(w, fmt.type_id), ops.dequantize(w, fmt.type_id, torch.float32).double()
+
+
 def product_of(
     name: str, m: int, n: int, k: int
 ) -> tuple[torch.Tensor, Callable[[], torch.Tensor]]:
     """x, whose numbers may change, and its product."""
     fmt = format_by_name(name)
-    packed = ops.pack(random_weights(fmt, n, k, "cuda")[0], fmt.type_id)
+    packed, _ = packed_weights(fmt, n, k)
     x = random_x(m, k, dtype=torch.bfloat16, device="cuda")
     return x, lambda: ops.gemm_packed(x, packed, fmt.type_id, n, k, None, "wgmma")
 
@@ -65,8 +71,7 @@ def spoil_free_memory() -> None:
 )
 def test_against_float64(name: str, m: int, n: int, k: int, dtype: torch.dtype) -> None:
     fmt = format_by_name(name)
-    w, weights = random_weights(fmt, n, k, "cuda")
-    packed = ops.pack(w, fmt.type_id)
+    packed, weights = packed_weights(fmt, n, k)
     x = random_x(m, k, dtype=dtype, device="cuda")
     spoil_free_memory()
     y = ops.gemm_packed(x, packed, fmt.type_id, n, k, None, "wgmma")
@@ -147,7 +152,7 @@ def test_two_streams_at_once(sizes: tuple[tuple[int, int, int], tuple[int, int, 
 def test_gated() -> None:
     """Two products that have the same memory for their sums."""
     fmt, (m, n, k) = format_by_name("Q4_K"), SIZES[4]
-    gate, up = (ops.pack(random_weights(fmt, n, k, "cuda", i)[0], fmt.type_id) for i in range(2))
+    gate, up = (packed_weights(fmt, n, k)[0] for _ in range(2))
     x = random_x(m, k, dtype=torch.bfloat16, device="cuda")
     want = ops.gemm_packed_gated(x, gate, up, fmt.type_id, n, k, "wgmma")
     parts = [ops.gemm_packed(x, w, fmt.type_id, n, k, None, "wgmma").float() for w in (gate, up)]
