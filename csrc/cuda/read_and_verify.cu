@@ -14,37 +14,28 @@ namespace quantgemm {
 namespace {
 
 #ifndef QG_READERS
-#define QG_READERS 23
+#define QG_READERS 15
 #define QG_SLOTS 2
 #define QG_LAG 4
-#define QG_AHEAD 1
+#define QG_AHEAD 2
 #endif
 constexpr int kReaders = QG_READERS, kReadThreads = 32 * (kReaders + 1);  // and a warp that judges
-constexpr int kSlots = QG_SLOTS, kSlotBytes = kChunkVectors * 32 * 16;    // a reader's chunks on their way
+constexpr uint32_t kSlots = QG_SLOTS, kSlotBytes = kChunkVectors * 32 * 16;   // a reader's chunks on their way
 constexpr int kMostPositions = 16;
 constexpr int kReadAhead = QG_AHEAD;  // groups in flight per warp where the row is weighed
 // Rows of a position are asked for when the verdict on the position so many before it is there: by then the
 // readers, which ask for chunks ahead, would wait for nothing else.
-constexpr int kLag = QG_LAG;
-
-// What is read of a sequence, row after row: the target's and the draft's of position 0, of position 1, ….
-struct ReadRow {
-  const void* data;
-  int length, strip_length, strips;
-  int position, index;  // of its first strip among all that are kept
-};
+constexpr uint32_t kLag = QG_LAG;
 
 // Of a sequence, in each block.
 struct Progress {
-  uint64_t arrived[kMostPositions];            // mbarriers: a position's strips, in bytes
-  uint64_t filled[kReaders][kSlots];           // mbarriers: a chunk
-  int2 chunks[kReaders][kSlots];               // where its strip goes; values, and kLast if the strip ends
-  volatile int verdict;                        // drafts accepted so far, 256 · the position that stops
-  int num_rows;                                // to be read
-  ReadRow rows[2 * kMostPositions];
+  uint64_t arrived[kMostPositions];   // mbarriers: a position's strips, in bytes
+  uint64_t filled[kReaders][kSlots];  // mbarriers: a chunk
+  uint2 chunks[kReaders][kSlots];      // where its strip goes; values, and kLast if the strip ends
+  volatile uint32_t verdict;               // drafts accepted so far, 256 · the position that stops
   float2 strips[kMostPositions][2][kMaxStrips];
 };
-constexpr int kLast = 1 << 16;
+constexpr uint32_t kLast = 1 << 16;
 
 #if __CUDA_ARCH__ >= 900
 extern __shared__ __align__(128) uint8_t ring[];  // [readers][slots] chunks
@@ -55,36 +46,88 @@ struct NoKeys {
   __device__ __forceinline__ void put_lanes(int, int, uint32_t) const {}
 };
 
-// Which strips a warp reads: of all rows behind each other each so many-th.
-struct Walk {
-  int row = 0, item;  // the strip among its row's
-  __device__ __forceinline__ explicit Walk(const Progress& progress, int first) : item(first) { settle(progress); }
-  __device__ __forceinline__ void settle(const Progress& progress) {
-    while (row < progress.num_rows && item >= progress.rows[row].strips) item -= progress.rows[row].strips, ++row;
+// What is read of a sequence, row after row: the target's and the draft's of position 0, of position 1, …. A lane
+// knows one of them; all strips are numbered through.
+template <class T>
+struct Reading {
+  int lengths[2], strip_lengths[2], strips[2];
+  int position;
+  bool with_drafts, is_draft;
+  const T* data;   // the lane's row
+  int begin, end;  // its strips
+  int last, all;   // position; strips. -1 and 0: nothing is read
+
+  // What is known before the previous kernel has ended.
+  __device__ __forceinline__ Reading(const VerifyArgs& args, int64_t sequence, int lane)
+      : with_drafts(args.draft && args.draft_is_logits && !args.draft_lse) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      lengths[i] = static_cast<int>(i ? args.draft_vocab : args.vocab), strip_lengths[i] = strip_length(lengths[i]);
+      strips[i] = i && !with_drafts ? 0 : (lengths[i] + strip_lengths[i] - 1) / strip_lengths[i];
+      keep_here(strips[i]), keep_here(strip_lengths[i]);
+    }
+    position = with_drafts ? lane / 2 : lane, is_draft = with_drafts && lane % 2 != 0;
+    begin = position * (strips[0] + strips[1]) + (is_draft ? strips[0] : 0);
+    keep_here(begin);
+    data = is_draft ? static_cast<const T*>(args.draft) + sequence * args.draft_strides[0] +
+                          position * args.draft_strides[1]
+                    : static_cast<const T*>(args.target) + position * args.target_stride;
+    keep_here(data);
+  }
+  __device__ __forceinline__ void open(const VerifyArgs& args, const Rows& rows, bool greedy) {
+    last = greedy ? -1 : static_cast<int>(rows.drafts);
+    all = last < 0 ? 0 : last * (strips[0] + strips[1]) + strips[0];
+    if (!is_draft) data += rows.first * args.target_stride;
+    begin = min(begin, all), end = min(begin + (is_draft ? strips[1] : strips[0]), all);
+  }
+  __device__ __forceinline__ int strips_of_position(int k) const { return strips[0] + (k < last ? strips[1] : 0); }
+};
+
+// A strip of what is read, by all lanes of a warp.
+template <class T>
+struct Strip {
+  const T* data;  // its row
+  int length;
+  int begin, end;       // values
+  int position, index;  // index: where it is kept
+
+  __device__ __forceinline__ Strip(const Reading<T>& work, int number) {
+    const int at = __popc(__ballot_sync(~0u, number >= work.end));  // its row
+    const bool is_draft = work.with_drafts && at % 2 != 0;
+    const int strip = number - __shfl_sync(~0u, work.begin, at);
+    data = reinterpret_cast<const T*>(__shfl_sync(~0u, reinterpret_cast<uint64_t>(work.data), at));
+    length = is_draft ? work.lengths[1] : work.lengths[0];
+    const int strip_length = is_draft ? work.strip_lengths[1] : work.strip_lengths[0];
+    begin = strip * strip_length, end = min(begin + strip_length, length);
+    position = work.with_drafts ? at >> 1 : at;
+    index = (work.with_drafts ? at : 2 * at) * kMaxStrips + strip;
   }
 };
 
 template <class T>
 struct Reader {
+  const Reading<T>& work;
   Progress& progress;
-  const int lane, warp, ranks, step;
+  const int lane, ranks, step;
   uint32_t chunks, barriers;             // of this warp
+  uint2* places;
   uint32_t strips_there, arrived_there;  // in the block whose rank is the lane's number
-  int asked = 0, taken = 0;              // chunks
+  uint32_t asked = 0, taken = 0;         // chunks
   // What is asked for next.
-  Walk ahead;
+  int number;  // of the strip
   const T* next;
-  int left, position, index;  // values of its strip
+  uint32_t left, position, index;  // values of the strip; its position; where it is kept
 
-  __device__ __forceinline__ Reader(Progress& progress, const Team& team)
-      : progress(progress),
+  __device__ __forceinline__ Reader(const Reading<T>& work, Progress& progress, const Team& team)
+      : work(work),
+        progress(progress),
         lane(team.lane),
-        warp(team.warp),
         ranks(team.ranks),
         step(team.ranks * kReaders),
-        ahead(progress, team.piece_of(team.warp)) {
-    chunks = shared_address(ring) + warp * kSlots * kSlotBytes;
-    barriers = shared_address(progress.filled[warp]);
+        number(team.piece_of(team.warp)) {
+    chunks = shared_address(ring) + team.warp * kSlots * kSlotBytes;
+    barriers = shared_address(progress.filled[team.warp]);
+    places = progress.chunks[team.warp];
     const int to = lane < ranks ? lane : 0;
     const auto there = [&](const void* own) {
       uint32_t address = shared_address(own);
@@ -96,7 +139,7 @@ struct Reader {
   }
 
   // index: of a strip
-  __device__ __forceinline__ void send(int index, float2 sum) const {
+  __device__ __forceinline__ void send(uint32_t index, float2 sum) const {
     if (lane >= ranks) return;
     asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 [%0], {%1, %2}, [%3];" ::"r"(
                      strips_there + index * static_cast<uint32_t>(sizeof(float2))),
@@ -106,80 +149,71 @@ struct Reader {
   }
 
   __device__ __forceinline__ void look_ahead() {
-    if (ahead.row >= progress.num_rows) return;
-    const ReadRow& row = progress.rows[ahead.row];
-    const int begin = ahead.item * row.strip_length;
-    next = static_cast<const T*>(row.data) + begin;
-    left = min(row.strip_length, row.length - begin);
-    position = row.position, index = row.index + ahead.item;
+    if (number >= work.all) return;
+    const Strip<T> strip(work, number);
+    next = strip.data + strip.begin, left = strip.end - strip.begin;
+    position = strip.position, index = strip.index;
   }
   // The next chunk, unless the sequence stops too long before it. Not if that is not known: what the warp has
   // not read yet may be what the verdict waits for.
   __device__ __forceinline__ void ask() {
-    if (ahead.row >= progress.num_rows || asked - taken == kSlots) return;
+    if (number >= work.all || asked - taken == kSlots) return;
     if (position >= kLag) {
-      const int verdict = __shfl_sync(~0u, progress.verdict, 0);
-      if (verdict / 256 + kLag <= position) ahead.row = 2 * kMostPositions;
+      const uint32_t verdict = __shfl_sync(~0u, progress.verdict, 0);
+      if (verdict / 256 + kLag <= position) number = work.all;
       if (verdict % 256 + kLag <= position) return;
     }
-    const int count = min(left, kChunk<T>), slot = asked % kSlots;
+    const uint32_t count = min(left, static_cast<uint32_t>(kChunk<T>)), slot = asked % kSlots;
     if (lane == 0) {
       const uint32_t bytes = count * static_cast<uint32_t>(sizeof(T)), barrier = barriers + 8 * slot;
-      progress.chunks[warp][slot] = {index, count | (left == count ? kLast : 0)};
+      places[slot] = {index, count | (left == count ? kLast : 0)};
       mbarrier_arrive_expecting(barrier, bytes);
       copy_bulk(chunks + slot * kSlotBytes, next, bytes, barrier);
     }
     ++asked, next += count, left -= count;
-    if (left > 0) return;
-    ahead.item += step, ahead.settle(progress);
-    look_ahead();
+    if (left == 0) number += step, look_ahead();
   }
 
-  __device__ __forceinline__ void wait(int chunk) const {
+  __device__ __forceinline__ void wait(uint32_t chunk) const {
     mbarrier_wait(barriers + 8 * (chunk % kSlots), (chunk / kSlots) & 1);
   }
 
-  __device__ __forceinline__ void run(const Team& team, float slope) {
-    const int first = team.piece_of(warp);
-    int done = 0;  // strips
-#pragma unroll 1
-    for (int i = 0; i < kSlots; ++i) ask();
+  // first: the number of the warp's first strip; its first chunks have been asked for.
+  __device__ __forceinline__ void run(int first, float slope) {
+    int done = first;  // the strip that is read
     StripSums sums;
     int begin = 0;  // of the chunk in its strip
 #pragma unroll 1
     for (;;) {
       if (asked == taken) {
-        if (ahead.row >= progress.num_rows) break;
+        if (number >= work.all) break;
         ask();
         continue;
       }
+      const uint32_t verdict = __shfl_sync(~0u, progress.verdict, 0);
       wait(taken);
-      const int2 what = progress.chunks[warp][taken % kSlots];
-      if (what.x / (2 * kMaxStrips) > __shfl_sync(~0u, progress.verdict, 0) / 256) break;
+      const uint2 what = places[taken % kSlots];
+      if (what.x / (2 * kMaxStrips) > verdict / 256) break;
       Chunk<T> chunk;
       chunk.load_shared(chunks + taken % kSlots * kSlotBytes, what.y % kLast, lane);
       __syncwarp();
       ++taken;
       ask();
       if (!sums.add(chunk, 0, 0, slope, true, lane, NoKeys{})) {
-        Walk at(progress, first + done * step);
-        const ReadRow& row = progress.rows[at.row];
-        begin += at.item * row.strip_length;
-        sums.add_slowly(RowView<T>(static_cast<const T*>(row.data), row.length), begin,
-                        begin + what.y % kLast, slope, NoKeys{});
-        begin -= at.item * row.strip_length;
+        const Strip<T> strip(work, done);
+        sums.add_slowly(RowView<T>(strip.data, strip.length), strip.begin + begin, strip.end, slope, NoKeys{});
       }
       begin += kChunk<T>;
       if (what.y < kLast) continue;
       send(what.x, sums.end(slope, true));
-      sums = {}, begin = 0, ++done;
+      sums = {}, begin = 0, done += step;
     }
     // What others expect of the positions behind the one that stops.
-    Walk at(progress, first + done * step);
 #pragma unroll 1
-    while (at.row < progress.num_rows && progress.rows[at.row].position < progress.verdict / 256 + kLag) {
-      send(progress.rows[at.row].index + at.item, {0.0f, 0.0f});
-      at.item += step, at.settle(progress);
+    for (; done < work.all; done += step) {
+      const Strip<T> strip(work, done);
+      if (static_cast<uint32_t>(strip.position) >= __shfl_sync(~0u, progress.verdict, 0) / 256 + kLag) break;
+      send(strip.index, {0.0f, 0.0f});
     }
   }
   // No copy is on its way.
@@ -189,33 +223,14 @@ struct Reader {
   }
 };
 
-// By a warp: what is to be read.
-template <class T>
-__device__ __forceinline__ void list_rows(const VerifyArgs& args, Progress& progress, const Rows& rows,
-                                          int64_t sequence, int lane, bool greedy) {
-  const int last = greedy ? -1 : static_cast<int>(rows.drafts);  // position
-  const bool with_drafts = args.draft && args.draft_is_logits && !args.draft_lse;
-  const auto put = [&](int at, const RowView<T>& row, bool is_draft) {
-    const int length = strip_length(row.length);
-    progress.rows[at] = {row.data, row.length, length, (row.length + length - 1) / length, lane,
-                         (2 * lane + is_draft) * kMaxStrips};
-    return progress.rows[at].strips * static_cast<uint32_t>(sizeof(float2));
-  };
-  if (lane <= last) {
-    uint32_t bytes = put(lane << with_drafts, target_row<T>(args, rows.first + lane), false);
-    if (with_drafts && lane < last) bytes += put(2 * lane + 1, draft_row<T>(args, sequence, lane), true);
-    mbarrier_arrive_expecting(shared_address(&progress.arrived[lane]), bytes);
-  }
-  if (lane == 0) progress.num_rows = last < 0 ? 0 : with_drafts ? 2 * last + 1 : last + 1;
-}
-
 // By a warp of each block, a lane per position: where the sequence stops.
 template <class T, int Ahead>
 __device__ __forceinline__ void judge_positions(const VerifyArgs& args, Stop<T, true, Ahead>& stop,
                                                 LawTable& table, Progress& progress, const Team& team,
-                                                const Rows& rows, const Parameters& s, uint32_t status) {
-  const int lane = team.lane, last = s.greedy ? -1 : static_cast<int>(rows.drafts);
-  const bool with_drafts = args.draft && args.draft_is_logits && !args.draft_lse;
+                                                const Rows& rows, uint32_t status,
+                                                const Reading<T>& work) {
+  const int lane = team.lane, last = work.last;
+  const Parameters s = parameters_of(args.parameters, team.task, args.vocab, status);
   Draft d = gather_values<T>(args, team.task, rows, lane, draft_token(args, team.task, lane));
   const StoppingRow<T> row(args, team.task, rows, lane <= rows.drafts ? lane : 0, d);
   uint64_t fraction = 0;
@@ -228,11 +243,10 @@ __device__ __forceinline__ void judge_positions(const VerifyArgs& args, Stop<T, 
   for (; here <= last; ++here) {
     mbarrier_wait(shared_address(&progress.arrived[here]), 0);
     const float2(&strips)[2][kMaxStrips] = progress.strips[here];
-    const int length = static_cast<int>(args.vocab), draft_length = static_cast<int>(args.draft_vocab);
-    const RowLaw p_law = join_strips(strips_of_lane(strips[0], length, lane), s.slope).law;
+    const RowLaw p_law = join_strips(strips_of_lane(strips[0], work.lengths[0], lane), s.slope).law;
     RowLaw q_law{};
-    if (with_drafts && here < last)
-      q_law = join_strips(strips_of_lane(strips[1], draft_length, lane), s.slope).law;
+    if (work.strips[1] > 0 && here < last)
+      q_law = join_strips(strips_of_lane(strips[1], work.lengths[1], lane), s.slope).law;
     if (lane == here) {
       table.laws[0][lane] = p_law, table.laws[1][lane] = q_law;
       v = judge<true>(args, table, team.task, here, d, s);
@@ -274,25 +288,31 @@ __global__ void __launch_bounds__(kReadThreads, 1)
   publish_barriers();
   __syncthreads();
   team.arrive();
+  Reading<T> work(args, team.task, team.lane);
   wait_for_previous_kernel();
   let_next_kernel_start();
   uint32_t status = 0;
+  const float temperature = args.parameters.temperature ? args.parameters.temperature[team.task] : 1.0f;
   const Rows rows = rows_of(args, team.task, status);
-  const Parameters s = parameters_of(args.parameters, team.task, args.vocab, status);
-  if (team.warp == kReaders) list_rows<T>(args, progress, rows, team.task, team.lane, s.greedy);
-  __syncthreads();
-  team.wait();
-  Reader<T> reader(progress, team);
+  work.open(args, rows, !(temperature > 0.0f && temperature <= 3.4028235e38f));
+  Reader<T> reader(work, progress, team);
   if (team.warp < kReaders) {
-    reader.run(team, s.slope);
+#pragma unroll 1
+    for (uint32_t i = 0; i < kSlots; ++i) reader.ask();
+    team.wait();
+    reader.run(team.piece_of(team.warp), slope_of(temperature));
   } else {
-    judge_positions(args, stop, table, progress, team, rows, s, status);
+    if (team.lane <= work.last)
+      mbarrier_arrive_expecting(shared_address(&progress.arrived[team.lane]),
+                                static_cast<uint32_t>(sizeof(float2)) * work.strips_of_position(team.lane));
+    team.wait();
+    judge_positions(args, stop, table, progress, team, rows, status, work);
   }
   __syncthreads();
   if (team.warp == kReaders) {
     // What other blocks still send comes into shared memory that is there.
-    const int last = s.greedy ? -1 : static_cast<int>(rows.drafts), here = static_cast<int>(stop.accepted);
-    for (int k = here + 1; k <= last && k < here + kLag; ++k)
+    const int here = static_cast<int>(stop.accepted);
+    for (int k = here + 1; k <= work.last && k < here + static_cast<int>(kLag); ++k)
       mbarrier_wait(shared_address(&progress.arrived[k]), 0);
     return;
   }
