@@ -3,6 +3,7 @@
 // maximum and Σ exp2((x - max)·slope), and where truncation is asked for the largest key of each group
 // of 256 and of each lane's share of a chunk. Limit: DRAM, and for 16-bit values instructions.
 #pragma once
+#include "ptx.cuh"
 #include "row_laws.cuh"
 
 namespace quantgemm {
@@ -55,6 +56,18 @@ struct Chunk {
         put(v, make_uint4(kFill, kFill, kFill, kFill));
         if ((v * 32 + lane) * kPer < count) put(v, load_vector(v));
       }
+    }
+  }
+
+  // The same from shared memory. address: of the chunk, of which `count` values have been written
+  __device__ __forceinline__ void load_shared(uint32_t address, int count, int lane) {
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) put(v, quantgemm::load_shared(address + (v * 32 + lane) * 16));
+    if (count < kValues) {
+      asm volatile("");  // a branch, not 32 selections for every chunk
+#pragma unroll
+      for (int v = 0; v < kVectors; ++v)
+        if ((v * 32 + lane) * kPer >= count) put(v, make_uint4(kFill, kFill, kFill, kFill));
     }
   }
 
@@ -163,62 +176,82 @@ __device__ __noinline__ float4 read_slowly(const T* row, int begin, int end, flo
 
 __device__ __forceinline__ void put_strip(float2* strips, int i, float2 sum) { strips[i] = sum; }
 
-// (max, Σ) of a strip, by a warp; the sum is negative if there is NaN or +inf, and 0 or 1 if none is wanted.
+// What a lane knows of the strip that its warp reads.
+struct StripSums {
+  Running sum;
+  float max = minus_infinity();
+  bool bad = false;
+
+  // A chunk with NaN or +inf in it, of a row that is not aligned, or ragged.
+  template <class T, class Keys>
+  __device__ __forceinline__ void add_slowly(const RowView<T>& row, int begin, int end, float slope,
+                                             const Keys& keys) {
+    const float4 r = read_slowly(row.data, begin, end, slope, sum, keys);
+    sum.base = r.x, sum.sum = r.y;
+    max = fmaxf(max, r.z), bad |= r.w != 0.0f;
+  }
+  // Any chunk from values in registers; false if it must be read slowly.
+  template <class T, class Keys>
+  __device__ __forceinline__ bool add(const Chunk<T>& chunk, int begin, int end, float slope, bool sums,
+                                      int lane, const Keys& keys) {
+    float chunk_max = minus_infinity(), group_max[Chunk<T>::kGroups];
+#pragma unroll
+    for (int g = 0; g < Chunk<T>::kGroups; ++g)
+      chunk_max = max_or_nan(chunk_max, group_max[g] = chunk.group_max(g));
+    if (__any_sync(~0u, is_bad_value(chunk_max, true))) return false;
+    if (keys.wanted()) {
+      // Some behind each other, without a look at a result in between.
+      constexpr int kTogether = 4;
+      uint32_t key[kTogether], own_key = 0;
+#pragma unroll
+      for (int g = 0; g < Chunk<T>::kGroups; g += kTogether) {
+#pragma unroll
+        for (int j = 0; j < kTogether; ++j) key[j] = __reduce_max_sync(~0u, key_of(group_max[g + j]));
+#pragma unroll
+        for (int j = 0; j < kTogether; ++j) own_key = lane == g + j ? key[j] : own_key;
+      }
+      if (lane < Chunk<T>::kGroups && begin + lane * kGroup < end)
+        keys.put_group(begin / kGroup + lane, own_key);
+      keys.put_lanes(begin / Chunk<T>::kValues, lane, key_of(chunk_max));
+    }
+    max = fmaxf(max, chunk_max);
+    if (sums) {
+      sum.raise(chunk_max, slope);
+      sum.sum += chunk.sum(sum.base, slope);
+    }
+    return true;
+  }
+  // (max, Σ) of the strip; the sum is negative if there is NaN or +inf, and 0 or 1 if none is wanted.
+  __device__ __forceinline__ float2 end(float slope, bool sums) const {
+    float2 strip;
+    if (sums) {
+      strip = warp_join(max, sum.base, sum.sum, slope);
+    } else {
+      strip.x = value_of_key(__reduce_max_sync(~0u, key_of(max)));
+      strip.y = strip.x > minus_infinity() ? 1.0f : 0.0f;
+    }
+    return {strip.x, __any_sync(~0u, bad) ? -strip.y : strip.y};
+  }
+};
+
+// What is to be kept of a strip, by a warp.
 template <bool Streams, class T, class Keys>
 __device__ __forceinline__ float2 read_strip(const RowView<T>& row, int begin, int end, float slope,
                                              bool sums, int lane, const Keys& keys) {
   constexpr int kPer = kPerVector<T>;
   const bool in_vectors = row.aligned && row.length % kPer == 0;
-  Running lane_sum;
-  float lane_max = minus_infinity();
-  bool bad = false;
+  StripSums strip;
 #pragma unroll 1
   for (; begin < end; begin += Chunk<T>::kValues) {
     bool is_odd = !in_vectors;
     if (in_vectors) {
       Chunk<T> chunk;
       chunk.template load<Streams>(row.data + begin + lane * kPer, end - begin, lane);
-      float max = minus_infinity(), group_max[Chunk<T>::kGroups];
-#pragma unroll
-      for (int g = 0; g < Chunk<T>::kGroups; ++g) max = max_or_nan(max, group_max[g] = chunk.group_max(g));
-      is_odd = __any_sync(~0u, is_bad_value(max, true));
-      if (!is_odd) {
-        if (keys.wanted()) {
-          // Some behind each other, without a look at a result in between.
-          constexpr int kTogether = 4;
-          uint32_t key[kTogether], own_key = 0;
-#pragma unroll
-          for (int g = 0; g < Chunk<T>::kGroups; g += kTogether) {
-#pragma unroll
-            for (int j = 0; j < kTogether; ++j) key[j] = __reduce_max_sync(~0u, key_of(group_max[g + j]));
-#pragma unroll
-            for (int j = 0; j < kTogether; ++j) own_key = lane == g + j ? key[j] : own_key;
-          }
-          if (lane < Chunk<T>::kGroups && begin + lane * kGroup < end)
-            keys.put_group(begin / kGroup + lane, own_key);
-          keys.put_lanes(begin / Chunk<T>::kValues, lane, key_of(max));
-        }
-        lane_max = fmaxf(lane_max, max);
-        if (sums) {
-          lane_sum.raise(max, slope);
-          lane_sum.sum += chunk.sum(lane_sum.base, slope);
-        }
-      }
+      is_odd = !strip.add(chunk, begin, end, slope, sums, lane, keys);
     }
-    if (is_odd) {
-      const float4 r = read_slowly(row.data, begin, end, slope, lane_sum, keys);
-      lane_sum.base = r.x, lane_sum.sum = r.y;
-      lane_max = fmaxf(lane_max, r.z), bad |= r.w != 0.0f;
-    }
+    if (is_odd) strip.add_slowly(row, begin, end, slope, keys);
   }
-  float2 strip;
-  if (sums) {
-    strip = warp_join(lane_max, lane_sum.base, lane_sum.sum, slope);
-  } else {
-    strip.x = value_of_key(__reduce_max_sync(~0u, key_of(lane_max)));
-    strip.y = strip.x > minus_infinity() ? 1.0f : 0.0f;
-  }
-  return {strip.x, __any_sync(~0u, bad) ? -strip.y : strip.y};
+  return strip.end(slope, sums);
 }
 
 // The strips `first`, first + step, … of a row, by a warp. Streams: what is read leaves

@@ -26,21 +26,23 @@ struct SharedOf {
 using Shared = SharedOf<kWarps>;
 
 // The next but one exchange may complete.
+template <int Warps>
 __device__ __forceinline__ void expect_told([[maybe_unused]] uint64_t& arrivals, [[maybe_unused]] int ranks) {
 #if __CUDA_ARCH__ >= 900
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(&arrivals)),
-               "r"(static_cast<uint32_t>(ranks * kWarps * sizeof(Told)))
+               "r"(static_cast<uint32_t>(ranks * Warps * sizeof(Told)))
                : "memory");
 #endif
 }
 
 // Before a team meets for the first time.
-__device__ __forceinline__ void prepare(Shared& shared, const Team& team) {
+template <int Warps>
+__device__ __forceinline__ void prepare(SharedOf<Warps>& shared, const Team& team) {
 #if __CUDA_ARCH__ >= 900
   if (team.ranks > 1 && threadIdx.x == 0) {
     for (uint64_t& a : shared.arrivals) {
       asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(&a)) : "memory");
-      expect_told(a, team.ranks);
+      expect_told<Warps>(a, team.ranks);
     }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
@@ -57,7 +59,7 @@ __device__ __forceinline__ void tell(SharedOf<Warps>& shared, Team& team, uint64
   team.turn = (team.turn + 1) & 3;
   Told* const own = &shared.told[team.turn & 1][team.piece_of(team.warp)];
 #if __CUDA_ARCH__ >= 900
-  if (Warps == kWarps && team.ranks > 1) {
+  if (team.ranks > 1) {
     uint64_t& arrivals = shared.arrivals[team.turn & 1];
     if (team.lane < team.ranks) {
       uint32_t there, arrivals_there;
@@ -79,7 +81,7 @@ __device__ __forceinline__ void tell(SharedOf<Warps>& shared, Team& team, uint64
           : "=r"(done)
           : "r"(shared_address(&arrivals)), "r"(parity)
           : "memory");
-    if (threadIdx.x == 0) expect_told(arrivals, team.ranks);
+    if (threadIdx.x == 0) expect_told<Warps>(arrivals, team.ranks);
     __syncwarp();
     return;
   }
@@ -88,9 +90,10 @@ __device__ __forceinline__ void tell(SharedOf<Warps>& shared, Team& team, uint64
   __syncthreads();
 }
 
-// The sums of the pieces of a row in order, four neighbours per lane, and of all of them.
+// The sums of the pieces of a row in order, some neighbours per lane, and of all of them.
+template <int Warps>
 struct Pieces {
-  static constexpr int kOwn = kMaxTeam * kWarps / 32;
+  static constexpr int kOwn = (kMaxTeam * Warps + 31) / 32;
   uint64_t own[kOwn], before, total;
 
   // Which piece holds `rest`, and what is left of it there. rest < total
@@ -114,19 +117,19 @@ __device__ __forceinline__ int round_up(int n) { return (n + kGroup - 1) / kGrou
 // Σ of the weights, for all threads of all blocks. Rows of weights are Weights<T, …>, or of the same
 // shape: p, sum() and group().
 template <int Warps, class Row>
-__device__ __forceinline__ Pieces weigh(SharedOf<Warps>& shared, Team& team, const Row& weights,
+__device__ __forceinline__ Pieces<Warps> weigh(SharedOf<Warps>& shared, Team& team, const Row& weights,
                                         uint32_t& status) {
   const int piece = team.piece_of(team.warp), begin = team.begin_of(piece);
   const int end = min(team.begin_of(piece + 1), weights.p.length);
   bool bad = false;
   const uint64_t sum = weights.sum(begin, end, team.lane, bad);
   tell(shared, team, sum, __any_sync(~0u, bad) ? kBadValue : 0);
-  Pieces out;
+  Pieces<Warps> out;
   uint32_t bits = 0;
   uint64_t own = 0;
 #pragma unroll
-  for (int j = 0; j < Pieces::kOwn; ++j) {
-    const int i = team.lane * Pieces::kOwn + j;
+  for (int j = 0; j < Pieces<Warps>::kOwn; ++j) {
+    const int i = team.lane * Pieces<Warps>::kOwn + j;
     const Told t = i < team.ranks * Warps ? shared.told[team.turn & 1][i] : Told{0, 0};
     own += out.own[j] = t.number, bits |= static_cast<uint32_t>(t.bits);
   }
@@ -229,7 +232,7 @@ __device__ __forceinline__ int find_in_part(SharedOf<Warps>& shared, const Team&
 // block that owns the piece has read it a moment ago.
 template <class T, int Warps, class Row>
 __device__ __forceinline__ int find_draw(SharedOf<Warps>& shared, const Team& team, const Row& weights,
-                                         const Pieces& pieces, uint64_t rest) {
+                                         const Pieces<Warps>& pieces, uint64_t rest) {
   const int piece = pieces.find(rest);
   if (!__any_sync(~0u, team.lane < Warps && team.piece_of(team.lane) == piece)) return kElsewhere;
   const int begin = team.begin_of(piece), length = team.begin_of(piece + 1) - begin;
@@ -271,9 +274,10 @@ struct Largest {
   int index;
   uint32_t bits;
 };
-template <class T>
-__device__ __noinline__ Largest find_largest(Shared& shared, Team team, RowView<T> row, bool is_logits) {
-  const int num_pieces = team.ranks * kWarps, piece = team.piece_of(team.warp);
+template <int Warps, class T>
+__device__ __noinline__ Largest find_largest(SharedOf<Warps>& shared, Team team, RowView<T> row,
+                                             bool is_logits) {
+  const int num_pieces = team.ranks * Warps, piece = team.piece_of(team.warp);
   const int begin = team.begin_of(piece), end = min(team.begin_of(piece + 1), row.length);
   uint64_t best = 0;
   bool bad = false;
@@ -299,8 +303,8 @@ __device__ __noinline__ Largest find_largest(Shared& shared, Team team, RowView<
   }
   return {static_cast<int>(~static_cast<uint32_t>(warp_max(best))), __reduce_or_sync(~0u, bits)};
 }
-template <class T>
-__device__ __forceinline__ int argmax(Shared& shared, Team& team, const RowView<T>& row, bool is_logits,
+template <int Warps, class T>
+__device__ __forceinline__ int argmax(SharedOf<Warps>& shared, Team& team, const RowView<T>& row, bool is_logits,
                                       uint32_t& status) {
   const Largest largest = find_largest(shared, team, row, is_logits);
   team.turn = (team.turn + 1) & 3;  // that was told once
@@ -311,9 +315,9 @@ __device__ __forceinline__ int argmax(Shared& shared, Team& team, const RowView<
 // A team per sequence: at most one block per multiprocessor, each with 4096 values at least, and no more
 // than shorten a warp's piece. Larger clusters leave multiprocessors over: of an H200's 132, at once
 // 66 of 2 blocks fit, 39 of 3, 30 of 4, 22 of 5, 17 of 6, 15 of 7 or of 8.
-inline TeamShape team_for(const VerifyArgs& args, const Device& device) {
+inline TeamShape team_for(const VerifyArgs& args, const Device& device, int warps = kWarps) {
   static_assert(kPieceStep == 2 * kGroup);
-  const auto shape = [&](int ranks) { return TeamShape::of(ranks, kWarps, args.vocab); };
+  const auto shape = [&](int ranks) { return TeamShape::of(ranks, warps, args.vocab); };
   const auto fits = [&](int ranks) {
     int percent = 100;
     if (ranks > 2) percent = 90;

@@ -169,7 +169,7 @@ __device__ __forceinline__ void end_row(const VerifyArgs& args, EndShared<T, War
       const uint64_t fraction = shared.fraction;
       token = find_by_strips<T>(shared.team, team, shared.weights, law, keys.strips, fraction);
       if (token == kNowhere) {
-        const Pieces pieces = weigh(shared.team, team, shared.weights, status);
+        const auto pieces = weigh(shared.team, team, shared.weights, status);
         if (pieces.total != 0)
           token = find_draw<T>(shared.team, team, shared.weights, pieces, draw(fraction, pieces.total));
       }
