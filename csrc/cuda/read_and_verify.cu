@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: MIT
-// Chains of few sequences given logits, in one launch: a cluster of blocks owns a sequence. Its warps read the
-// rows strip by strip (row_strips.cuh), position after position, the target's row and the draft's; what they
-// keep of a strip goes to all blocks at once (st.async), and where all of a position has come, one warp of each
-// block judges it while the others read on. So there is no launch between reading and judging, a row behind
-// a refused draft is left out, and the stopping row is weighed by blocks that are there already.
+// Chains of few sequences given logits, in one launch: a cluster of blocks owns a sequence. Its warps read
+// the rows strip by strip (row_strips.cuh), position after position, the target's row and the draft's; what
+// they keep of a strip goes to all blocks at once (st.async), and where all of a position has come, one warp
+// of each block judges it while the others read on. So there is no launch between reading and judging, a row
+// behind a refused draft is left out, and the stopping row is weighed by blocks that are there already.
 // Limit: exponentials, 16 a clock and multiprocessor; of float32 DRAM.
 #include "launch.h"
 #include "row_strips.cuh"
@@ -13,32 +13,23 @@
 namespace quantgemm {
 namespace {
 
-#ifndef QG_READERS
-#define QG_READERS 15
-#define QG_SLOTS 2
-#define QG_LAG 4
-#define QG_AHEAD 2
-#endif
-constexpr int kReaders = QG_READERS, kReadThreads = 32 * (kReaders + 1);  // and a warp that judges
-constexpr uint32_t kSlots = QG_SLOTS, kSlotBytes = kChunkVectors * 32 * 16;   // a reader's chunks on their way
-constexpr int kMostPositions = 16;
-constexpr int kReadAhead = QG_AHEAD;  // groups in flight per warp where the row is weighed
-// Rows of a position are asked for when the verdict on the position so many before it is there: by then the
-// readers, which ask for chunks ahead, would wait for nothing else.
-constexpr uint32_t kLag = QG_LAG;
+constexpr int kReaders = 15, kReadThreads = 32 * (kReaders + 1);  // and a warp that judges
+constexpr int kMostRanks = 8, kMostPositions = 16, kChunkBytes = kChunkVectors * 32 * 16;
+constexpr int kReadAhead = 2;  // groups in flight per warp where the row is weighed
+// A position is read when the verdict on the position so many before it is there. With fewer readers wait for
+// verdicts, with more of them too much is read in vain.
+constexpr uint32_t kLag = 3;
 
 // Of a sequence, in each block.
 struct Progress {
-  uint64_t arrived[kMostPositions];   // mbarriers: a position's strips, in bytes
-  uint64_t filled[kReaders][kSlots];  // mbarriers: a chunk
-  uint2 chunks[kReaders][kSlots];      // where its strip goes; values, and kLast if the strip ends
-  volatile uint32_t verdict;               // drafts accepted so far, 256 · the position that stops
+  uint64_t arrived[kMostPositions];  // mbarriers: a position's strips, in bytes
+  uint64_t filled[kReaders];         // mbarriers: a chunk
+  volatile uint32_t verdict;         // drafts accepted so far, 256 · the position that stops
   float2 strips[kMostPositions][2][kMaxStrips];
 };
-constexpr uint32_t kLast = 1 << 16;
 
 #if __CUDA_ARCH__ >= 900
-extern __shared__ __align__(128) uint8_t ring[];  // [readers][slots] chunks
+extern __shared__ __align__(128) uint8_t chunks[];  // [readers]
 
 struct NoKeys {
   __device__ __forceinline__ bool wanted() const { return false; }
@@ -46,8 +37,8 @@ struct NoKeys {
   __device__ __forceinline__ void put_lanes(int, int, uint32_t) const {}
 };
 
-// What is read of a sequence, row after row: the target's and the draft's of position 0, of position 1, …. A lane
-// knows one of them; all strips are numbered through.
+// What is read of a sequence, row after row: the target's and the draft's of position 0, of position 1, …. A
+// lane knows one of them; all strips are numbered through.
 template <class T>
 struct Reading {
   int lengths[2], strip_lengths[2], strips[2];
@@ -62,7 +53,8 @@ struct Reading {
       : with_drafts(args.draft && args.draft_is_logits && !args.draft_lse) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      lengths[i] = static_cast<int>(i ? args.draft_vocab : args.vocab), strip_lengths[i] = strip_length(lengths[i]);
+      lengths[i] = static_cast<int>(i ? args.draft_vocab : args.vocab),
+      strip_lengths[i] = strip_length(lengths[i]);
       strips[i] = i && !with_drafts ? 0 : (lengths[i] + strip_lengths[i] - 1) / strip_lengths[i];
       keep_here(strips[i]), keep_here(strip_lengths[i]);
     }
@@ -80,7 +72,9 @@ struct Reading {
     if (!is_draft) data += rows.first * args.target_stride;
     begin = min(begin, all), end = min(begin + (is_draft ? strips[1] : strips[0]), all);
   }
-  __device__ __forceinline__ int strips_of_position(int k) const { return strips[0] + (k < last ? strips[1] : 0); }
+  __device__ __forceinline__ int strips_of_position(int k) const {
+    return strips[0] + (k < last ? strips[1] : 0);
+  }
 };
 
 // A strip of what is read, by all lanes of a warp.
@@ -88,8 +82,8 @@ template <class T>
 struct Strip {
   const T* data;  // its row
   int length;
-  int begin, end;       // values
-  int position, index;  // index: where it is kept
+  int begin, end;            // values
+  uint32_t position, index;  // where it is kept
 
   __device__ __forceinline__ Strip(const Reading<T>& work, int number) {
     const int at = __popc(__ballot_sync(~0u, number >= work.end));  // its row
@@ -104,19 +98,21 @@ struct Strip {
   }
 };
 
+// A warp that reads strips, a chunk at a time: while one is summed from registers the next is on its way.
 template <class T>
 struct Reader {
   const Reading<T>& work;
   Progress& progress;
   const int lane, ranks, step;
-  uint32_t chunks, barriers;             // of this warp
-  uint2* places;
+  uint32_t place, filled;                // for a chunk; its barrier
   uint32_t strips_there, arrived_there;  // in the block whose rank is the lane's number
-  uint32_t asked = 0, taken = 0;         // chunks
   // What is asked for next.
   int number;  // of the strip
   const T* next;
-  uint32_t left, position, index;  // values of the strip; its position; where it is kept
+  uint32_t left, position, index;  // values of the strip; where it is kept
+  // What is on its way.
+  bool is_asked = false, is_last = false;  // of its strip
+  uint32_t count = 0, into = 0, parity = 0;
 
   __device__ __forceinline__ Reader(const Reading<T>& work, Progress& progress, const Team& team)
       : work(work),
@@ -124,10 +120,9 @@ struct Reader {
         lane(team.lane),
         ranks(team.ranks),
         step(team.ranks * kReaders),
+        place(shared_address(chunks) + team.warp * kChunkBytes),
+        filled(shared_address(&progress.filled[team.warp])),
         number(team.piece_of(team.warp)) {
-    chunks = shared_address(ring) + team.warp * kSlots * kSlotBytes;
-    barriers = shared_address(progress.filled[team.warp]);
-    places = progress.chunks[team.warp];
     const int to = lane < ranks ? lane : 0;
     const auto there = [&](const void* own) {
       uint32_t address = shared_address(own);
@@ -138,7 +133,6 @@ struct Reader {
     look_ahead();
   }
 
-  // index: of a strip
   __device__ __forceinline__ void send(uint32_t index, float2 sum) const {
     if (lane >= ranks) return;
     asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 [%0], {%1, %2}, [%3];" ::"r"(
@@ -157,69 +151,65 @@ struct Reader {
   // The next chunk, unless the sequence stops too long before it. Not if that is not known: what the warp has
   // not read yet may be what the verdict waits for.
   __device__ __forceinline__ void ask() {
-    if (number >= work.all || asked - taken == kSlots) return;
+    if (number >= work.all) return;
     if (position >= kLag) {
       const uint32_t verdict = __shfl_sync(~0u, progress.verdict, 0);
       if (verdict / 256 + kLag <= position) number = work.all;
       if (verdict % 256 + kLag <= position) return;
     }
-    const uint32_t count = min(left, static_cast<uint32_t>(kChunk<T>)), slot = asked % kSlots;
+    count = min(left, static_cast<uint32_t>(kChunk<T>)), into = index;
+    is_last = left == count, is_asked = true;
     if (lane == 0) {
-      const uint32_t bytes = count * static_cast<uint32_t>(sizeof(T)), barrier = barriers + 8 * slot;
-      places[slot] = {index, count | (left == count ? kLast : 0)};
-      mbarrier_arrive_expecting(barrier, bytes);
-      copy_bulk(chunks + slot * kSlotBytes, next, bytes, barrier);
+      const uint32_t bytes = count * static_cast<uint32_t>(sizeof(T));
+      mbarrier_arrive_expecting(filled, bytes);
+      copy_bulk(place, next, bytes, filled);
     }
-    ++asked, next += count, left -= count;
-    if (left == 0) number += step, look_ahead();
+    next += count, left -= count;
+    if (is_last) number += step, look_ahead();
+  }
+  // It has come.
+  __device__ __forceinline__ void wait() {
+    mbarrier_wait(filled, parity);
+    is_asked = false, parity ^= 1;
   }
 
-  __device__ __forceinline__ void wait(uint32_t chunk) const {
-    mbarrier_wait(barriers + 8 * (chunk % kSlots), (chunk / kSlots) & 1);
-  }
-
-  // first: the number of the warp's first strip; its first chunks have been asked for.
+  // first: the number of the warp's first strip, which has been asked for.
   __device__ __forceinline__ void run(int first, float slope) {
     int done = first;  // the strip that is read
     StripSums sums;
     int begin = 0;  // of the chunk in its strip
 #pragma unroll 1
     for (;;) {
-      if (asked == taken) {
+      if (!is_asked) {
         if (number >= work.all) break;
         ask();
         continue;
       }
-      const uint32_t verdict = __shfl_sync(~0u, progress.verdict, 0);
-      wait(taken);
-      const uint2 what = places[taken % kSlots];
-      if (what.x / (2 * kMaxStrips) > verdict / 256) break;
+      const uint32_t verdict = __shfl_sync(~0u, progress.verdict, 0), to = into;
+      const bool ends = is_last;
+      if (to / (2 * kMaxStrips) > verdict / 256) break;
+      wait();
       Chunk<T> chunk;
-      chunk.load_shared(chunks + taken % kSlots * kSlotBytes, what.y % kLast, lane);
+      chunk.load_shared(place, count, lane);
       __syncwarp();
-      ++taken;
       ask();
       if (!sums.add(chunk, 0, 0, slope, true, lane, NoKeys{})) {
         const Strip<T> strip(work, done);
-        sums.add_slowly(RowView<T>(strip.data, strip.length), strip.begin + begin, strip.end, slope, NoKeys{});
+        sums.add_slowly(RowView<T>(strip.data, strip.length), strip.begin + begin, strip.end, slope,
+                        NoKeys{});
       }
       begin += kChunk<T>;
-      if (what.y < kLast) continue;
-      send(what.x, sums.end(slope, true));
+      if (!ends) continue;
+      send(to, sums.end(slope, true));
       sums = {}, begin = 0, done += step;
     }
     // What others expect of the positions behind the one that stops.
 #pragma unroll 1
     for (; done < work.all; done += step) {
       const Strip<T> strip(work, done);
-      if (static_cast<uint32_t>(strip.position) >= __shfl_sync(~0u, progress.verdict, 0) / 256 + kLag) break;
+      if (strip.position >= __shfl_sync(~0u, progress.verdict, 0) / 256 + kLag) break;
       send(strip.index, {0.0f, 0.0f});
     }
-  }
-  // No copy is on its way.
-  __device__ __forceinline__ void drain() {
-#pragma unroll 1
-    for (; taken < asked; ++taken) wait(taken);
   }
 };
 
@@ -227,8 +217,7 @@ struct Reader {
 template <class T, int Ahead>
 __device__ __forceinline__ void judge_positions(const VerifyArgs& args, Stop<T, true, Ahead>& stop,
                                                 LawTable& table, Progress& progress, const Team& team,
-                                                const Rows& rows, uint32_t status,
-                                                const Reading<T>& work) {
+                                                const Rows& rows, uint32_t status, const Reading<T>& work) {
   const int lane = team.lane, last = work.last;
   const Parameters s = parameters_of(args.parameters, team.task, args.vocab, status);
   Draft d = gather_values<T>(args, team.task, rows, lane, draft_token(args, team.task, lane));
@@ -273,14 +262,14 @@ template <class T>
 __global__ void __launch_bounds__(kReadThreads, 1)
     read_and_verify_kernel(const __grid_constant__ VerifyArgs args, TeamShape shape) {
 #if __CUDA_ARCH__ >= 900
-  __shared__ SharedOf<kReaders> shared;
+  __shared__ SharedOf<kReaders, kMostRanks> shared;
   __shared__ Stop<T, true, kReadAhead> stop;
   __shared__ LawTable table;
   __shared__ Progress progress;
   Team team(shape);
   prepare(shared, team);
   if (team.warp < kReaders) {
-    if (team.lane < kSlots) mbarrier_init(shared_address(&progress.filled[team.warp][team.lane]), 1);
+    if (team.lane == 0) mbarrier_init(shared_address(&progress.filled[team.warp]), 1);
   } else {
     if (team.lane < kMostPositions) mbarrier_init(shared_address(&progress.arrived[team.lane]), 1);
     if (team.lane == 0) progress.verdict = 256 * kMostPositions;
@@ -297,8 +286,7 @@ __global__ void __launch_bounds__(kReadThreads, 1)
   work.open(args, rows, !(temperature > 0.0f && temperature <= 3.4028235e38f));
   Reader<T> reader(work, progress, team);
   if (team.warp < kReaders) {
-#pragma unroll 1
-    for (uint32_t i = 0; i < kSlots; ++i) reader.ask();
+    reader.ask();
     team.wait();
     reader.run(team.piece_of(team.warp), slope_of(temperature));
   } else {
@@ -319,20 +307,17 @@ __global__ void __launch_bounds__(kReadThreads, 1)
   finish(args, shared, stop, team, [&](uint32_t& bits) {
     return draw_from_row(args, shared, stop, team, progress.strips[stop.accepted][0], bits);
   });
-  reader.drain();
+  if (reader.is_asked) reader.wait();  // nothing may come into shared memory that is no longer there
 #endif
 }
 
 }  // namespace
 
-// Few enough sequences that a cluster for each has its place at once, and rows that the copy engine takes.
+// As many blocks for each sequence as have their places at once (team_for).
 static TeamShape reading_team(const VerifyArgs& args, const Device& device) {
-  int ranks = kMaxTeam;
-  const auto fits = [&](int r) {
-    const int percent = r > 4 ? 75 : 90;
-    return args.num_sequences * r <= device.multiprocessors * percent / 100;
-  };
-  while (ranks > 1 && !fits(ranks)) --ranks;
+  int ranks = kMostRanks;
+  while (ranks > 1 && args.num_sequences * ranks > device.multiprocessors * (ranks > 4 ? 75 : 90) / 100)
+    --ranks;
   return TeamShape::of(ranks, kReaders, args.vocab);
 }
 
@@ -348,20 +333,23 @@ bool is_read_and_verified(const VerifyArgs& args, const Device& device) {
       !(in_vectors(args.draft, args.draft_strides[0], args.draft_vocab) &&
         in_vectors(args.draft, args.draft_strides[1], args.draft_vocab)))
     return false;
-  return reading_team(args, device).ranks > 3;
+  // Measured: with more sequences or fewer multiprocessors at work than this, launches one behind the other
+  // are faster.
+  const int ranks = reading_team(args, device).ranks;
+  return ranks >= 4 && args.num_sequences * ranks * 100 >= device.multiprocessors * (size == 4 ? 45 : 65);
 }
 
 cudaError_t launch_read_and_verify(const VerifyArgs& args, const Device& device, cudaStream_t stream) {
   const TeamShape shape = reading_team(args, device);
   const unsigned ranks = static_cast<unsigned>(shape.ranks);
-  constexpr int kRingBytes = kReaders * kSlots * kSlotBytes;
+  constexpr int kBytes = kReaders * kChunkBytes;
   cudaError_t error = cudaSuccess;
   visit_real(args.value_type, [&]<class T>(T) {
     auto* const kernel = read_and_verify_kernel<T>;
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kRingBytes);
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
     if (error != cudaSuccess) return;
-    DependentLaunch launch(dim3(static_cast<unsigned>(args.num_sequences), ranks), kReadThreads, device, stream,
-                           kRingBytes);
+    DependentLaunch launch(dim3(static_cast<unsigned>(args.num_sequences), ranks), kReadThreads, device,
+                           stream, kBytes);
     launch.in_clusters(1, ranks);
     error = cudaLaunchKernelEx(&launch.config, kernel, args, shape);
   });

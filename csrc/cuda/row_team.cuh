@@ -16,10 +16,10 @@ struct alignas(16) Told {
   uint64_t number, bits;
 };
 
-template <int Warps>
+template <int Warps, int Ranks = kMaxTeam>
 struct SharedOf {
-  Told told[2][kMaxTeam * Warps];  // of all warps of the team, twice in turn
-  uint64_t arrivals[2];            // mbarriers: how many bytes of it have come
+  Told told[2][Ranks * Warps];  // of all warps of the team, twice in turn
+  uint64_t arrivals[2];         // mbarriers: how many bytes of it have come
   uint64_t parts[2][Warps];
   uint32_t status;
 };
@@ -36,8 +36,8 @@ __device__ __forceinline__ void expect_told([[maybe_unused]] uint64_t& arrivals,
 }
 
 // Before a team meets for the first time.
-template <int Warps>
-__device__ __forceinline__ void prepare(SharedOf<Warps>& shared, const Team& team) {
+template <int Warps, int Ranks>
+__device__ __forceinline__ void prepare(SharedOf<Warps, Ranks>& shared, const Team& team) {
 #if __CUDA_ARCH__ >= 900
   if (team.ranks > 1 && threadIdx.x == 0) {
     for (uint64_t& a : shared.arrivals) {
@@ -54,8 +54,9 @@ __device__ __forceinline__ void prepare(SharedOf<Warps>& shared, const Team& tea
 // (st.async, sm_90): a cluster's barrier would wait for all other memory traffic as well. What arrives lies
 // in the block's own shared memory: to acquire it for the cluster would empty the L1, in which find_draw
 // finds its piece of the row.
-template <int Warps>
-__device__ __forceinline__ void tell(SharedOf<Warps>& shared, Team& team, uint64_t number, uint32_t bits) {
+template <int Warps, int Ranks>
+__device__ __forceinline__ void tell(SharedOf<Warps, Ranks>& shared, Team& team, uint64_t number,
+                                     uint32_t bits) {
   team.turn = (team.turn + 1) & 3;
   Told* const own = &shared.told[team.turn & 1][team.piece_of(team.warp)];
 #if __CUDA_ARCH__ >= 900
@@ -91,9 +92,9 @@ __device__ __forceinline__ void tell(SharedOf<Warps>& shared, Team& team, uint64
 }
 
 // The sums of the pieces of a row in order, some neighbours per lane, and of all of them.
-template <int Warps>
+template <int Count>
 struct Pieces {
-  static constexpr int kOwn = (kMaxTeam * Warps + 31) / 32;
+  static constexpr int kOwn = (Count + 31) / 32;
   uint64_t own[kOwn], before, total;
 
   // Which piece holds `rest`, and what is left of it there. rest < total
@@ -116,20 +117,20 @@ __device__ __forceinline__ int round_up(int n) { return (n + kGroup - 1) / kGrou
 
 // Σ of the weights, for all threads of all blocks. Rows of weights are Weights<T, …>, or of the same
 // shape: p, sum() and group().
-template <int Warps, class Row>
-__device__ __forceinline__ Pieces<Warps> weigh(SharedOf<Warps>& shared, Team& team, const Row& weights,
-                                        uint32_t& status) {
+template <int Warps, int Ranks, class Row>
+__device__ __forceinline__ Pieces<Ranks * Warps> weigh(SharedOf<Warps, Ranks>& shared, Team& team,
+                                                       const Row& weights, uint32_t& status) {
   const int piece = team.piece_of(team.warp), begin = team.begin_of(piece);
   const int end = min(team.begin_of(piece + 1), weights.p.length);
   bool bad = false;
   const uint64_t sum = weights.sum(begin, end, team.lane, bad);
   tell(shared, team, sum, __any_sync(~0u, bad) ? kBadValue : 0);
-  Pieces<Warps> out;
+  Pieces<Ranks * Warps> out;
   uint32_t bits = 0;
   uint64_t own = 0;
 #pragma unroll
-  for (int j = 0; j < Pieces<Warps>::kOwn; ++j) {
-    const int i = team.lane * Pieces<Warps>::kOwn + j;
+  for (int j = 0; j < out.kOwn; ++j) {
+    const int i = team.lane * out.kOwn + j;
     const Told t = i < team.ranks * Warps ? shared.told[team.turn & 1][i] : Told{0, 0};
     own += out.own[j] = t.number, bits |= static_cast<uint32_t>(t.bits);
   }
@@ -187,9 +188,10 @@ constexpr int kElsewhere = -1, kNowhere = -2;
 // The token where the prefix sum exceeds `rest` in the part of a row of this length from `begin` on, by
 // a block: the warp that finds it knows it, for all others it is kElsewhere. Where `of` is given, rest
 // is a share of that many instead of the part's sum, and kNowhere the answer if the sum is 0.
-template <class T, int Warps, class Row>
-__device__ __forceinline__ int find_in_part(SharedOf<Warps>& shared, const Team& team, const Row& weights,
-                                            int begin, int length, uint64_t rest, uint64_t of = 0) {
+template <class T, int Warps, int Ranks, class Row>
+__device__ __forceinline__ int find_in_part(SharedOf<Warps, Ranks>& shared, const Team& team,
+                                            const Row& weights, int begin, int length, uint64_t rest,
+                                            uint64_t of = 0) {
 #pragma unroll 1
   for (int turn = 0;; turn ^= 1) {
     const int end = begin + length < weights.p.length ? begin + length : weights.p.length;
@@ -230,9 +232,9 @@ __device__ __forceinline__ int find_in_part(SharedOf<Warps>& shared, const Team&
 
 // After weigh(): the token where the prefix sum exceeds `rest`, in the one warp that finds it. The
 // block that owns the piece has read it a moment ago.
-template <class T, int Warps, class Row>
-__device__ __forceinline__ int find_draw(SharedOf<Warps>& shared, const Team& team, const Row& weights,
-                                         const Pieces<Warps>& pieces, uint64_t rest) {
+template <class T, int Warps, int Ranks, class Row>
+__device__ __forceinline__ int find_draw(SharedOf<Warps, Ranks>& shared, const Team& team, const Row& weights,
+                                         const Pieces<Ranks * Warps>& pieces, uint64_t rest) {
   const int piece = pieces.find(rest);
   if (!__any_sync(~0u, team.lane < Warps && team.piece_of(team.lane) == piece)) return kElsewhere;
   const int begin = team.begin_of(piece), length = team.begin_of(piece + 1) - begin;
@@ -242,9 +244,10 @@ __device__ __forceinline__ int find_draw(SharedOf<Warps>& shared, const Team& te
 // The token of a row from which nothing has been taken: if it is one of logits, and nothing is cut off,
 // the sums of its strips tell the strip, and only that is read. kNowhere if the row must be weighed.
 // By each block for itself; the first one's answer counts.
-template <class T, int Warps, class Row>
-__device__ __forceinline__ int find_by_strips(SharedOf<Warps>& shared, const Team& team, const Row& weights,
-                                              const RowLaw& law, const float2* strips, uint64_t fraction) {
+template <class T, int Warps, int Ranks, class Row>
+__device__ __forceinline__ int find_by_strips(SharedOf<Warps, Ranks>& shared, const Team& team,
+                                              const Row& weights, const RowLaw& law, const float2* strips,
+                                              uint64_t fraction) {
   static_assert(kMaxStrips == 64);
   if (law.slope == 0.0f || law.cutoff != minus_infinity()) return kNowhere;
   const int length = strip_length(weights.p.length);
@@ -274,8 +277,8 @@ struct Largest {
   int index;
   uint32_t bits;
 };
-template <int Warps, class T>
-__device__ __noinline__ Largest find_largest(SharedOf<Warps>& shared, Team team, RowView<T> row,
+template <int Warps, int Ranks, class T>
+__device__ __noinline__ Largest find_largest(SharedOf<Warps, Ranks>& shared, Team team, RowView<T> row,
                                              bool is_logits) {
   const int num_pieces = team.ranks * Warps, piece = team.piece_of(team.warp);
   const int begin = team.begin_of(piece), end = min(team.begin_of(piece + 1), row.length);
@@ -303,9 +306,9 @@ __device__ __noinline__ Largest find_largest(SharedOf<Warps>& shared, Team team,
   }
   return {static_cast<int>(~static_cast<uint32_t>(warp_max(best))), __reduce_or_sync(~0u, bits)};
 }
-template <int Warps, class T>
-__device__ __forceinline__ int argmax(SharedOf<Warps>& shared, Team& team, const RowView<T>& row, bool is_logits,
-                                      uint32_t& status) {
+template <int Warps, int Ranks, class T>
+__device__ __forceinline__ int argmax(SharedOf<Warps, Ranks>& shared, Team& team, const RowView<T>& row,
+                                      bool is_logits, uint32_t& status) {
   const Largest largest = find_largest(shared, team, row, is_logits);
   team.turn = (team.turn + 1) & 3;  // that was told once
   status |= largest.bits;
@@ -315,9 +318,9 @@ __device__ __forceinline__ int argmax(SharedOf<Warps>& shared, Team& team, const
 // A team per sequence: at most one block per multiprocessor, each with 4096 values at least, and no more
 // than shorten a warp's piece. Larger clusters leave multiprocessors over: of an H200's 132, at once
 // 66 of 2 blocks fit, 39 of 3, 30 of 4, 22 of 5, 17 of 6, 15 of 7 or of 8.
-inline TeamShape team_for(const VerifyArgs& args, const Device& device, int warps = kWarps) {
+inline TeamShape team_for(const VerifyArgs& args, const Device& device) {
   static_assert(kPieceStep == 2 * kGroup);
-  const auto shape = [&](int ranks) { return TeamShape::of(ranks, warps, args.vocab); };
+  const auto shape = [&](int ranks) { return TeamShape::of(ranks, kWarps, args.vocab); };
   const auto fits = [&](int ranks) {
     int percent = 100;
     if (ranks > 2) percent = 90;

@@ -93,9 +93,9 @@ struct Greedy {
   int64_t accepted;
   uint32_t status;
 };
-template <class T, int Warps>
-__device__ __noinline__ Greedy walk_greedily(const VerifyArgs& args, SharedOf<Warps>& shared, Team team,
-                                             Rows rows) {
+template <class T, int Warps, int Ranks>
+__device__ __noinline__ Greedy walk_greedily(const VerifyArgs& args, SharedOf<Warps, Ranks>& shared,
+                                             Team team, Rows rows) {
   Greedy out{0, 0.0f, 0, 0};
 #pragma unroll 1
   for (;; ++out.accepted) {
@@ -117,8 +117,8 @@ __device__ __noinline__ Greedy walk_greedily(const VerifyArgs& args, SharedOf<Wa
 }
 
 // The last token, drawn from all of its row by all blocks. strips: of p's row, if it is one of logits.
-template <class T, bool Logits, int Ahead, int Warps>
-__device__ __forceinline__ Ending draw_from_row(const VerifyArgs& args, SharedOf<Warps>& shared,
+template <class T, bool Logits, int Ahead, int Warps, int Ranks>
+__device__ __forceinline__ Ending draw_from_row(const VerifyArgs& args, SharedOf<Warps, Ranks>& shared,
                                                 Stop<T, Logits, Ahead>& stop, Team& team,
                                                 const float2* strips, uint32_t& status) {
   auto& weights = stop.weights;
@@ -166,8 +166,8 @@ __device__ __noinline__ void write_probs(const VerifyArgs& args, Team team, RowV
 
 // A sequence that has stopped, but for its accepted drafts: its end, and what else is asked for.
 // draw: the Ending of a sampled sequence.
-template <int Warps, class T, bool Logits, int Ahead, class Draw>
-__device__ __forceinline__ void finish(const VerifyArgs& args, SharedOf<Warps>& shared,
+template <int Warps, int Ranks, class T, bool Logits, int Ahead, class Draw>
+__device__ __forceinline__ void finish(const VerifyArgs& args, SharedOf<Warps, Ranks>& shared,
                                        Stop<T, Logits, Ahead>& stop, Team& team, const Draw& draw) {
   const int64_t b = team.task, columns = args.max_drafts + 1;
   uint32_t status = stop.status;

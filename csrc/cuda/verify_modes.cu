@@ -119,8 +119,8 @@ struct Verifier {
   const Parameters& s;
   LayeredWeights<T> weights{args,    team.task, RowView<T>(nullptr, 0), stored_law(), 1.0f, joint.taken, 0,
                             nullptr, nullptr};
-  Pieces<kWarps> pieces{};    // of the weights
-  int64_t count = 0;  // tokens so far
+  Pieces<kMaxTeam * kWarps> pieces{};  // of the weights
+  int64_t count = 0;                   // tokens so far
 
   __device__ void note(uint32_t bits) const {
     if (threadIdx.x == 0 && bits) atomicOr(&shared.status, bits);
