@@ -80,7 +80,7 @@ def run_packed_cases(generator: torch.Generator) -> None:
         fmt, block = FORMATS[row["type_id"]], max(32, row["block_elems"])
         sizes = ((1, 37, block), (3, 130, 3 * block), (20, 5, 5 * block), (40, 67, block))
         # The last two: blocks of a cluster share columns, and clusters do.
-        for m, n, k in (*sizes, (20, 200, 2048), (60, 40, 8192)):
+        for m, n, k in (*sizes, (40, 100, 1024), (60, 40, 8192)):
             # Random bytes hold scales that are no numbers; such rows are computed again one by one.
             w = ops.quantize(torch.randn(n, k, generator=generator), fmt.type_id)
             packed = ops.pack(w.cuda(), fmt.type_id)

@@ -22,20 +22,19 @@ def chains(kind: str, batch: int, most: int, vocab: int, dtype: torch.dtype) -> 
     """Of all lengths; half of the sequences accept all they have, others stop anywhere."""
     g = torch.Generator(device="cuda").manual_seed(vocab + most)
     draft_vocab = vocab // 2 if kind == "mapped" else vocab
-    target = torch.randn(batch * (most + 1), vocab, generator=g, device="cuda").mul(2)
-    draft = target.view(batch, most + 1, vocab)[:, :most, :draft_vocab].clone()
-    for b in range(1, batch, 2):
-        draft[b, b // 2 % most :] = draft[b, b // 2 % most :].flip(-1)
-    tokens = draft.argmax(-1)
     lengths = torch.arange(batch, device="cuda") % (most + 1) + 1
     cu_rows = torch.zeros(batch + 1, dtype=torch.int64, device="cuda")
     cu_rows[1:] = lengths.cumsum(0)
+    target = torch.randn(batch * (most + 1), vocab, generator=g, device="cuda").mul(2)
+    draft = target[cu_rows[:-1, None] + torch.arange(most, device="cuda"), :draft_vocab]
+    for b in range(1, batch, 2):
+        draft[b, b // 2 % most :] = draft[b, b // 2 % most :].flip(-1)
+    tokens = draft.argmax(-1)
     case: dict[str, Any] = {"target": target.to(dtype), "draft": draft.to(dtype)}
     case |= {"draft_tokens": tokens, "cu_rows": cu_rows} | on("cuda", seeds(batch))
     case["temperature"] = torch.linspace(0.7, 1.4, batch, device="cuda")
     if kind == "one_hot":
-        case["draft"] = None
-        case |= on("cuda", uniforms(batch, most))
+        case |= {"draft": None, "seed": None, "position": None} | on("cuda", uniforms(batch, most))
     if kind == "lse":
         temperature = case["temperature"][:, None, None]
         case["draft_lse"] = (case["draft"].float() / temperature).logsumexp(-1)
@@ -89,9 +88,9 @@ def test_calls_behind_each_other_in_a_graph() -> None:
     torch.cuda.synchronize()
     with torch.cuda.graph(graph):
         results = [verified(case, 0, 16) for case in cases]
-    for turn in range(4):
+    for _ in range(4):
         for case in cases:
-            case["position"] += turn
+            case["temperature"] += 0.1
         graph.replay()
         graph.replay()
         torch.cuda.synchronize()

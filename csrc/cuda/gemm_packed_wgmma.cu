@@ -24,10 +24,10 @@ int clusters_at_once(int multiprocessors, int ranks) {
   return ranks < 3 ? multiprocessors / ranks : multiprocessors * 10 / (11 * ranks);
 }
 
-// Measured on an H200, as those below: clocks of a tile that is cut, and of each token's sums there and back;
-// the wait for these where pieces of a tile may end at the same time. What pays by less than 3 % has lost as
-// often.
-constexpr double kCutClocks = 500, kCutTokenClocks = 55, kCutWaitClocks = 4500, kCutMargin = 1.03;
+// Measured on an H200, as those below: clocks of a tile that is cut, and of so many tokens' sums there and
+// back, by their square; the wait for these where pieces of a tile may end at the same time. What pays by
+// less than 3 % has lost as often.
+constexpr double kCutClocks = 500, kCutTokensClocks = 0.21, kCutWaitClocks = 4000, kCutMargin = 1.03;
 
 void consider(Choice& best, const GemmPackedArgs& args, int multiprocessors, int tokens, int mates, int parts,
               bool cut = false) {
@@ -52,11 +52,12 @@ void consider(Choice& best, const GemmPackedArgs& args, int multiprocessors, int
     s.cut_tiles = s.tiles - whole * most;
     const int64_t all = int64_t{s.cut_tiles} * s.units();
     if (s.tiles % most == 0 || all > 1 << 30) return;
+    if (tokens == 256 && s.tiles < most) return;  // parts were faster
     s.range = static_cast<int>(all < 2 * most ? 2 : (all + most - 1) / most);
     s.clusters = whole > 0 ? most : static_cast<int>((all + s.range - 1) / s.range);
     turns = whole + (s.range + s.units() - 1) / s.units();
     units = whole * s.units() + s.range;
-    more += kCutClocks + kCutTokenClocks * tokens + (s.range < s.units() ? kCutWaitClocks : 0);
+    more += kCutClocks + kCutTokensClocks * tokens * tokens + (s.range < s.units() ? kCutWaitClocks : 0);
   }
   // Measured on an H200: clocks of a step, of a tile's end, of parts that meet; bytes come from the L2 at 28
   // a clock.
