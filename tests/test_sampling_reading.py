@@ -19,16 +19,18 @@ KINDS = ("plain", "one_hot", "lse", "stored", "mapped", "broken", "greedy")
 
 
 def chains(kind: str, batch: int, most: int, vocab: int, dtype: torch.dtype) -> dict[str, Any]:
-    """Of all lengths; half of the sequences accept all they have, others stop anywhere."""
+    """Of all lengths; two in three sequences accept all they have, others stop anywhere."""
     g = torch.Generator(device="cuda").manual_seed(vocab + most)
     draft_vocab = vocab // 2 if kind == "mapped" else vocab
     lengths = torch.arange(batch, device="cuda") % (most + 1) + 1
     cu_rows = torch.zeros(batch + 1, dtype=torch.int64, device="cuda")
     cu_rows[1:] = lengths.cumsum(0)
     target = torch.randn(batch * (most + 1), vocab, generator=g, device="cuda").mul(2)
+    if kind == "one_hot":  # which is accepted with its probability
+        target[:, vocab // 3] += 25
     draft = target[cu_rows[:-1, None] + torch.arange(most, device="cuda"), :draft_vocab]
-    for b in range(1, batch, 2):
-        draft[b, b // 2 % most :] = draft[b, b // 2 % most :].flip(-1)
+    for b in range(1, batch, 3):
+        draft[b, b // 3 % most :] = draft[b, b // 3 % most :].flip(-1)
     tokens = draft.argmax(-1)
     case: dict[str, Any] = {"target": target.to(dtype), "draft": draft.to(dtype)}
     case |= {"draft_tokens": tokens, "cu_rows": cu_rows} | on("cuda", seeds(batch))
