@@ -66,7 +66,14 @@ def verified(case: dict[str, Any], first: int, end: int) -> tuple[Tensor, ...]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(
     ("batch", "most", "vocab"),
-    [(16, 5, 128256), (12, 15, 4096), (29, 1, 300000), (24, 3, 64), (9, 7, 131080)],
+    [
+        (16, 5, 128256),
+        (12, 15, 4096),
+        (29, 1, 300000),
+        (24, 3, 64),
+        (9, 7, 131080),
+        (100, 2, 20000),
+    ],
 )
 def test_same_as_alone(kind: str, batch: int, most: int, vocab: int, dtype: torch.dtype) -> None:
     case = chains(kind, batch, most, vocab, dtype)

@@ -50,7 +50,7 @@ struct Reading {
 
   // What is known before the previous kernel has ended.
   __device__ __forceinline__ Reading(const VerifyArgs& args, int64_t sequence, int lane)
-      : with_drafts(args.draft && args.draft_is_logits && !args.draft_lse) {
+      : with_drafts(reads_drafts(args)) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       lengths[i] = static_cast<int>(i ? args.draft_vocab : args.vocab),
@@ -313,10 +313,10 @@ __global__ void __launch_bounds__(kReadThreads, 1)
 
 }  // namespace
 
-// As many blocks for each sequence as have their places at once (team_for).
+// As many blocks for each sequence as have their places at once (team_for); st.async wants a cluster.
 static TeamShape reading_team(const VerifyArgs& args, const Device& device) {
   int ranks = kMostRanks;
-  while (ranks > 1 && args.num_sequences * ranks > device.multiprocessors * (ranks > 4 ? 75 : 90) / 100)
+  while (ranks > 2 && args.num_sequences * ranks > device.multiprocessors * (ranks > 4 ? 75 : 90) / 100)
     --ranks;
   return TeamShape::of(ranks, kReaders, args.vocab);
 }
@@ -329,14 +329,14 @@ bool is_read_and_verified(const VerifyArgs& args, const Device& device) {
   if (args.mode != VerifyMode::kChain || !args.target_is_logits || laws_are_stored(args)) return false;
   if (!launches_overlap(device) || args.max_drafts < 1 || args.max_drafts >= kMostPositions) return false;
   if (!in_vectors(args.target, args.target_stride, args.vocab)) return false;
-  if (args.draft && args.draft_is_logits && !args.draft_lse &&
-      !(in_vectors(args.draft, args.draft_strides[0], args.draft_vocab) &&
-        in_vectors(args.draft, args.draft_strides[1], args.draft_vocab)))
+  // Measured: by launches behind each other many sequences are as fast or faster, and those of which much is
+  // read where only few blocks would do it.
+  if (!reads_drafts(args)) return args.num_sequences >= 2 && args.num_sequences <= 128;
+  if (!in_vectors(args.draft, args.draft_strides[0], args.draft_vocab) ||
+      !in_vectors(args.draft, args.draft_strides[1], args.draft_vocab))
     return false;
-  // Measured: with more sequences or fewer multiprocessors at work than this, launches one behind the other
-  // are faster.
   const int ranks = reading_team(args, device).ranks;
-  return ranks >= 4 && args.num_sequences * ranks * 100 >= device.multiprocessors * (size == 4 ? 45 : 65);
+  return ranks >= 4 && args.num_sequences * ranks * 100 >= device.multiprocessors * (size == 4 ? 45 : 64);
 }
 
 cudaError_t launch_read_and_verify(const VerifyArgs& args, const Device& device, cudaStream_t stream) {

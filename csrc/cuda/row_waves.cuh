@@ -17,9 +17,6 @@ struct Wave {
   int known = 0;
 
   // Rows of a sequence: the target's, and those of the draft that need a law.
-  __host__ __device__ static bool reads_drafts(const VerifyArgs& args) {
-    return args.draft && args.draft_is_logits && !args.draft_lse;
-  }
   __host__ __device__ int layers(const VerifyArgs& args) const {
     return (end - first) * (reads_drafts(args) ? 2 : 1);
   }

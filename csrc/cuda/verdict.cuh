@@ -14,9 +14,12 @@ __host__ __device__ inline bool has_only_rows(const VerifyArgs& args) {
 }
 cudaError_t launch_sample_rows(const VerifyArgs& args, cudaStream_t stream);
 
-// Does somebody have to find the laws of rows of logits?
+// Does somebody have to find the laws of rows of logits? Of the draft's?
+__host__ __device__ inline bool reads_drafts(const VerifyArgs& args) {
+  return args.draft && args.draft_is_logits && !args.draft_lse;
+}
 __host__ __device__ inline bool needs_laws(const VerifyArgs& args) {
-  return args.target_is_logits || (args.draft && args.draft_is_logits && !args.draft_lse);
+  return args.target_is_logits || reads_drafts(args);
 }
 
 // The laws of some positions of a sequence in shared memory: the target's rows, the draft's rows. As
@@ -33,7 +36,7 @@ __device__ __forceinline__ void fill_laws(const VerifyArgs& args, const RowScrat
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
   const int num_warps = static_cast<int>(blockDim.x) / 32;
   const int64_t slot = sequence * (args.max_drafts + 1) + first;
-  const bool stored = laws_are_stored(args), drafts = args.draft && args.draft_is_logits && !args.draft_lse;
+  const bool stored = laws_are_stored(args), drafts = reads_drafts(args);
   // The first warp has drafts to look at: it comes last.
 #pragma unroll 1
   for (int i = num_warps - 1 - warp; i < 2 * count; i += num_warps) {
