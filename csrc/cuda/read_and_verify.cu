@@ -98,6 +98,8 @@ struct Strip {
   }
 };
 
+constexpr int kNoStrip = 1 << 30;
+
 // A warp that reads strips, a chunk at a time: while one is summed from registers the next is on its way.
 template <class T>
 struct Reader {
@@ -122,7 +124,7 @@ struct Reader {
         step(team.ranks * kReaders),
         place(shared_address(chunks) + team.warp * kChunkBytes),
         filled(shared_address(&progress.filled[team.warp])),
-        number(team.piece_of(team.warp)) {
+        number(team.warp < kReaders ? team.piece_of(team.warp) : kNoStrip) {
     const int to = lane < ranks ? lane : 0;
     const auto there = [&](const void* own) {
       uint32_t address = shared_address(own);
@@ -285,15 +287,14 @@ __global__ void __launch_bounds__(kReadThreads, 1)
   const Rows rows = rows_of(args, team.task, status);
   work.open(args, rows, !(temperature > 0.0f && temperature <= 3.4028235e38f));
   Reader<T> reader(work, progress, team);
+  reader.ask();
+  team.wait();
   if (team.warp < kReaders) {
-    reader.ask();
-    team.wait();
     reader.run(team.piece_of(team.warp), slope_of(temperature));
   } else {
     if (team.lane <= work.last)
       mbarrier_arrive_expecting(shared_address(&progress.arrived[team.lane]),
                                 static_cast<uint32_t>(sizeof(float2)) * work.strips_of_position(team.lane));
-    team.wait();
     judge_positions(args, stop, table, progress, team, rows, status, work);
   }
   __syncthreads();
