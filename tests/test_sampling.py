@@ -509,10 +509,12 @@ def test_top_k_of_rows_with_fewer_values(device: str, dtype: torch.dtype, batch:
 @pytest.mark.cuda
 @pytest.mark.parametrize("truncated", [False, True])
 @pytest.mark.parametrize(
-    ("dtype", "batch"),  # many waves, or three that overlap (two if truncated)
+    # Many waves, or three that overlap (two if truncated), or one launch for all.
+    ("dtype", "batch"),
     [
         (torch.float32, 48),
         (torch.bfloat16, 48),
+        (torch.bfloat16, 32),
         (torch.float32, 16),
         (torch.float32, 12),
         (torch.bfloat16, 24),

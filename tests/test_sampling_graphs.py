@@ -21,10 +21,11 @@ pytestmark = pytest.mark.cuda
 VOCAB, DRAFTS = 128256, 5
 Case = dict[str, Tensor]
 KINDS = {  # drafts, type, batch, truncated; how rows are read
-    "three waves": (DRAFTS, torch.float32, 16, False),
-    "three waves, few": (DRAFTS, torch.float32, 12, False),
+    "one launch": (DRAFTS, torch.float32, 16, False),
+    "one launch, eight blocks": (DRAFTS, torch.bfloat16, 12, False),
+    "three waves": (DRAFTS, torch.bfloat16, 32, False),
     "two waves, laws": (DRAFTS, torch.float32, 16, True),
-    "one wave": (DRAFTS, torch.bfloat16, 16, False),
+    "one wave": (DRAFTS, torch.bfloat16, 10, False),
     "one wave, laws": (DRAFTS, torch.bfloat16, 16, True),
     "many waves": (DRAFTS, torch.bfloat16, 48, False),
     "sample": (0, torch.bfloat16, 256, False),
@@ -105,7 +106,10 @@ def test_calls_in_a_graph_are_what_each_is_alone(kind: str) -> None:
         assert_same(results, want)
 
 
-@pytest.mark.parametrize("kinds", [("three waves", "sample, truncated"), ("one wave", "sample")])
+@pytest.mark.parametrize(
+    "kinds",
+    [("three waves", "sample, truncated"), ("one wave", "sample"), ("one launch", "one launch")],
+)
 def test_two_streams_at_once(kinds: tuple[str, str]) -> None:
     cases = [[case_of(kind, 10 * i + j) for j in range(2)] for i, kind in enumerate(kinds)]
     want = [[alone(case) for case in some] for some in cases]

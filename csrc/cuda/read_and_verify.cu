@@ -15,10 +15,14 @@ namespace {
 
 constexpr int kReaders = 15, kReadThreads = 32 * (kReaders + 1);  // and a warp that judges
 constexpr int kMostRanks = 8, kMostPositions = 16, kChunkBytes = kChunkVectors * 32 * 16;
+
+#if __CUDA_ARCH__ >= 900
 constexpr int kReadAhead = 2;  // groups in flight per warp where the row is weighed
 // A position is read when the verdict on the position so many before it is there. With fewer readers wait for
 // verdicts, with more of them too much is read in vain.
 constexpr uint32_t kLag = 3;
+constexpr uint32_t kNoVerdict = 256 * kMostPositions;
+static_assert(2 * kMostPositions <= 32, "a lane knows a row");
 
 // Of a sequence, in each block.
 struct Progress {
@@ -28,14 +32,7 @@ struct Progress {
   float2 strips[kMostPositions][2][kMaxStrips];
 };
 
-#if __CUDA_ARCH__ >= 900
 extern __shared__ __align__(128) uint8_t chunks[];  // [readers]
-
-struct NoKeys {
-  __device__ __forceinline__ bool wanted() const { return false; }
-  __device__ __forceinline__ void put_group(int, uint32_t) const {}
-  __device__ __forceinline__ void put_lanes(int, int, uint32_t) const {}
-};
 
 // What is read of a sequence, row after row: the target's and the draft's of position 0, of position 1, …. A
 // lane knows one of them; all strips are numbered through.
@@ -53,7 +50,7 @@ struct Reading {
       : with_drafts(reads_drafts(args)) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      lengths[i] = static_cast<int>(i ? args.draft_vocab : args.vocab),
+      lengths[i] = static_cast<int>(i ? args.draft_vocab : args.vocab);
       strip_lengths[i] = strip_length(lengths[i]);
       strips[i] = i && !with_drafts ? 0 : (lengths[i] + strip_lengths[i] - 1) / strip_lengths[i];
       keep_here(strips[i]), keep_here(strip_lengths[i]);
@@ -111,7 +108,7 @@ struct Reader {
   // What is asked for next.
   int number;  // of the strip
   const T* next;
-  uint32_t left, position, index;  // values of the strip; where it is kept
+  uint32_t left, position = 0, index;  // values of the strip; where it is kept
   // What is on its way.
   bool is_asked = false, is_last = false;  // of its strip
   uint32_t count = 0, into = 0, parity = 0;
@@ -150,15 +147,13 @@ struct Reader {
     next = strip.data + strip.begin, left = strip.end - strip.begin;
     position = strip.position, index = strip.index;
   }
-  // The next chunk, unless the sequence stops too long before it. Not if that is not known: what the warp has
-  // not read yet may be what the verdict waits for.
-  __device__ __forceinline__ void ask() {
-    if (number >= work.all) return;
-    if (position >= kLag) {
-      const uint32_t verdict = __shfl_sync(~0u, progress.verdict, 0);
-      if (verdict / 256 + kLag <= position) number = work.all;
-      if (verdict % 256 + kLag <= position) return;
-    }
+  __device__ __forceinline__ uint32_t verdict() const { return __shfl_sync(~0u, progress.verdict, 0); }
+
+  // The next chunk. None if the sequence stops before it, and none yet if too little is known: what the warp
+  // has not read yet may be what the verdict waits for. verdict: as it was a moment ago, which does no harm.
+  __device__ __forceinline__ void ask(uint32_t verdict) {
+    if (verdict / 256 < position) number = work.all;
+    if (number >= work.all || verdict % 256 + kLag <= position) return;
     count = min(left, static_cast<uint32_t>(kChunk<T>)), into = index;
     is_last = left == count, is_asked = true;
     if (lane == 0) {
@@ -182,23 +177,24 @@ struct Reader {
     int begin = 0;  // of the chunk in its strip
 #pragma unroll 1
     for (;;) {
+      const uint32_t known = verdict();
       if (!is_asked) {
         if (number >= work.all) break;
-        ask();
+        ask(known);
         continue;
       }
-      const uint32_t verdict = __shfl_sync(~0u, progress.verdict, 0), to = into;
+      const uint32_t to = into;
       const bool ends = is_last;
-      if (to / (2 * kMaxStrips) > verdict / 256) break;
+      if (to / (2 * kMaxStrips) > known / 256) break;
       wait();
       Chunk<T> chunk;
       chunk.load_shared(place, count, lane);
       __syncwarp();
-      ask();
-      if (!sums.add(chunk, 0, 0, slope, true, lane, NoKeys{})) {
+      ask(known);
+      if (!sums.add(chunk, 0, 0, slope, true, lane, KeysInScratch{})) {
         const Strip<T> strip(work, done);
         sums.add_slowly(RowView<T>(strip.data, strip.length), strip.begin + begin, strip.end, slope,
-                        NoKeys{});
+                        KeysInScratch{});
       }
       begin += kChunk<T>;
       if (!ends) continue;
@@ -209,7 +205,7 @@ struct Reader {
 #pragma unroll 1
     for (; done < work.all; done += step) {
       const Strip<T> strip(work, done);
-      if (strip.position >= __shfl_sync(~0u, progress.verdict, 0) / 256 + kLag) break;
+      if (strip.position >= verdict() / 256 + kLag) break;
       send(strip.index, {0.0f, 0.0f});
     }
   }
@@ -218,15 +214,14 @@ struct Reader {
 // By a warp of each block, a lane per position: where the sequence stops.
 template <class T, int Ahead>
 __device__ __forceinline__ void judge_positions(const VerifyArgs& args, Stop<T, true, Ahead>& stop,
-                                                LawTable& table, Progress& progress, const Team& team,
-                                                const Rows& rows, uint32_t status, const Reading<T>& work) {
+                                                Progress& progress, const Team& team, const Rows& rows,
+                                                uint32_t status, const Reading<T>& work) {
   const int lane = team.lane, last = work.last;
   const Parameters s = parameters_of(args.parameters, team.task, args.vocab, status);
-  Draft d = gather_values<T>(args, team.task, rows, lane, draft_token(args, team.task, lane));
+  const Draft d = gather_draft<T>(args, team.task, rows, lane);
   const StoppingRow<T> row(args, team.task, rows, lane <= rows.drafts ? lane : 0, d);
   uint64_t fraction = 0;
   uint32_t noise_status = 0;
-  if (d.valid) d.fraction = node_noise(args, team.task, lane, lane, 0, d.status);
   if (lane <= last) fraction = token_noise(args, team.task, lane, noise_status);
   Verdict v{};
   int here = 0;
@@ -238,14 +233,9 @@ __device__ __forceinline__ void judge_positions(const VerifyArgs& args, Stop<T, 
     RowLaw q_law{};
     if (work.strips[1] > 0 && here < last)
       q_law = join_strips(strips_of_lane(strips[1], work.lengths[1], lane), s.slope).law;
-    if (lane == here) {
-      table.laws[0][lane] = p_law, table.laws[1][lane] = q_law;
-      v = judge<true>(args, table, team.task, here, d, s);
-    }
+    if (lane == here) v = judge<true>(args, p_law, q_law, team.task, here, d, s);
     const bool stops = __ballot_sync(~0u, lane == here && v.stops) != 0;
-    if (lane == 0) {
-      progress.verdict = stops ? 257 * here : 256 * kMostPositions + here + 1;
-    }
+    if (lane == 0) progress.verdict = stops ? 257 * here : kNoVerdict + here + 1;
     if (stops) break;
   }
   if (last >= 0) status |= __reduce_or_sync(~0u, lane <= here ? v.status : 0);
@@ -266,7 +256,6 @@ __global__ void __launch_bounds__(kReadThreads, 1)
 #if __CUDA_ARCH__ >= 900
   __shared__ SharedOf<kReaders, kMostRanks> shared;
   __shared__ Stop<T, true, kReadAhead> stop;
-  __shared__ LawTable table;
   __shared__ Progress progress;
   Team team(shape);
   prepare(shared, team);
@@ -274,7 +263,7 @@ __global__ void __launch_bounds__(kReadThreads, 1)
     if (team.lane == 0) mbarrier_init(shared_address(&progress.filled[team.warp]), 1);
   } else {
     if (team.lane < kMostPositions) mbarrier_init(shared_address(&progress.arrived[team.lane]), 1);
-    if (team.lane == 0) progress.verdict = 256 * kMostPositions;
+    if (team.lane == 0) progress.verdict = kNoVerdict;
   }
   publish_barriers();
   __syncthreads();
@@ -287,7 +276,7 @@ __global__ void __launch_bounds__(kReadThreads, 1)
   const Rows rows = rows_of(args, team.task, status);
   work.open(args, rows, !(temperature > 0.0f && temperature <= 3.4028235e38f));
   Reader<T> reader(work, progress, team);
-  reader.ask();
+  reader.ask(kNoVerdict);
   team.wait();
   if (team.warp < kReaders) {
     reader.run(team.piece_of(team.warp), slope_of(temperature));
@@ -295,7 +284,7 @@ __global__ void __launch_bounds__(kReadThreads, 1)
     if (team.lane <= work.last)
       mbarrier_arrive_expecting(shared_address(&progress.arrived[team.lane]),
                                 static_cast<uint32_t>(sizeof(float2)) * work.strips_of_position(team.lane));
-    judge_positions(args, stop, table, progress, team, rows, status, work);
+    judge_positions(args, stop, progress, team, rows, status, work);
   }
   __syncthreads();
   if (team.warp == kReaders) {
@@ -312,15 +301,16 @@ __global__ void __launch_bounds__(kReadThreads, 1)
 #endif
 }
 
-}  // namespace
-
-// As many blocks for each sequence as have their places at once (team_for); st.async wants a cluster.
-static TeamShape reading_team(const VerifyArgs& args, const Device& device) {
+// As many blocks for each sequence as have their places at once; st.async wants a cluster. So many hundredths
+// of the multiprocessors can be in clusters of each size, as an H200's (team_for) by which they are rounded.
+TeamShape reading_team(const VerifyArgs& args, const Device& device) {
+  constexpr int kPercent[kMostRanks + 1] = {0, 0, 100, 88, 91, 84, 78, 80, 91};
   int ranks = kMostRanks;
-  while (ranks > 2 && args.num_sequences * ranks > device.multiprocessors * (ranks > 4 ? 75 : 90) / 100)
-    --ranks;
+  while (ranks > 2 && args.num_sequences * ranks > device.multiprocessors * kPercent[ranks] / 100) --ranks;
   return TeamShape::of(ranks, kReaders, args.vocab);
 }
+
+}  // namespace
 
 bool is_read_and_verified(const VerifyArgs& args, const Device& device) {
   const int64_t size = args.value_type == Real::kFloat32 ? 4 : 2;

@@ -246,8 +246,9 @@ __device__ __forceinline__ Joined join_strips(const StripPair& strips, float slo
   const float2(&own)[2] = strips.own;
   const bool bad = __any_sync(~0u, signbit(own[0].y) || signbit(own[1].y));
   const float max = fmaxf(own[0].x, own[1].x), base = fmaxf(max, -3.4028235e38f);
-  const float sum = fabsf(own[0].y) * relative_weight(own[0].x, base, slope) +
-                    fabsf(own[1].y) * relative_weight(own[1].x, base, slope);
+  // The same roundings in every kernel, whatever the compiler would make of a·b + c·d.
+  const float sum = fmaf(fabsf(own[0].y), relative_weight(own[0].x, base, slope),
+                         multiply(fabsf(own[1].y), relative_weight(own[1].x, base, slope)));
   Joined out;
   out.sum = warp_join(max, base, sum, slope);
   const float scale = out.sum.y != 0.0f ? 1.0f / out.sum.y : 0.0f;

@@ -112,7 +112,7 @@ struct Running {
   float base = -3.4028235e38f, sum = 0.0f;
   __device__ __forceinline__ void raise(float max, float slope) {
     const float next = fmaxf(base, max);
-    sum *= relative_weight(base, next, slope);
+    sum = multiply(sum, relative_weight(base, next, slope));
     base = next;
   }
 };

@@ -43,7 +43,9 @@ __device__ bool all_accepted(const VerifyArgs& args, const RowScratch& scratch, 
     __syncthreads();
     bool accepted = true;
     if (warp == 0 && lane < some)
-      accepted = !judge<true>(args, table, row.sequence, first + lane, d, row.parameters).stops;
+      accepted = !judge<true>(args, table.laws[0][lane], table.laws[1][lane], row.sequence, first + lane, d,
+                              row.parameters)
+                      .stops;
     if (__syncthreads_or(!accepted)) return false;
   }
   return true;

@@ -57,7 +57,8 @@ __device__ __forceinline__ void find_stop(const VerifyArgs& args, const RowScrat
     __syncthreads();
     if (team.warp == 0) {
       if (d.valid) d.fraction = stop.fractions[0][team.lane], d.status |= stop.noise_status[0][team.lane];
-      const Verdict v = judge<Logits>(args, table, team.task, k <= rows.drafts ? k : rows.drafts, d, s);
+      const Verdict v = judge<Logits>(args, table.laws[0][team.lane], table.laws[1][team.lane], team.task,
+                                      k <= rows.drafts ? k : rows.drafts, d, s);
       const bool judges = rows.drafts >= 0 && !stop.greedy;
       const uint32_t stops = __ballot_sync(~0u, v.stops);
       const int here = judges ? (stops ? __ffs(stops) - 1 : 32) : 0;

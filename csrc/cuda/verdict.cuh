@@ -3,6 +3,7 @@
 // a whole row is read. A lane judges a position, so that a warp looks at 32 in one go; what does not
 // depend on each other is loaded together, because this is a chain of round trips to memory.
 #pragma once
+#include "device.h"
 #include "row_laws.cuh"
 #include "team.cuh"
 
@@ -13,6 +14,11 @@ __host__ __device__ inline bool has_only_rows(const VerifyArgs& args) {
   return args.max_drafts == 0 && args.target_is_logits && args.mode == VerifyMode::kChain;
 }
 cudaError_t launch_sample_rows(const VerifyArgs& args, cudaStream_t stream);
+
+// Chains of few sequences from logits, without truncation, read and verified in one launch
+// (read_and_verify.cu).
+bool is_read_and_verified(const VerifyArgs& args, const Device& device);
+cudaError_t launch_read_and_verify(const VerifyArgs& args, const Device& device, cudaStream_t stream);
 
 // Does somebody have to find the laws of rows of logits? Of the draft's?
 __host__ __device__ inline bool reads_drafts(const VerifyArgs& args) {
@@ -141,14 +147,14 @@ struct Verdict {
   bool stops, has_draft, bad;  // bad: NaN or +inf in the rows, which matters if one is drawn from
 };
 
-// By the lane of position k. Logits: of either model; their laws are in the table.
+// By the lane of position k. Logits: of either model. p_law and q_law: of its rows, as they are stored, if
+// they have been read.
 template <bool Logits>
-__device__ __forceinline__ Verdict judge(const VerifyArgs& args, const LawTable& table, int64_t sequence,
-                                         int64_t k, const Draft& d, const Parameters& s) {
-  const int lane = static_cast<int>(threadIdx.x) % 32;
+__device__ __forceinline__ Verdict judge(const VerifyArgs& args, const RowLaw& p_law, const RowLaw& q_law,
+                                         int64_t sequence, int64_t k, const Draft& d, const Parameters& s) {
   Verdict v{stored_law(), stored_law(), 0.0f, d.status, true, d.valid, false};
   if (Logits && args.target_is_logits) {
-    v.p_law = table.laws[0][lane];
+    v.p_law = p_law;
     v.bad = signbit(v.p_law.scale);
     v.p_law.scale = fabsf(v.p_law.scale);
   }
@@ -157,7 +163,7 @@ __device__ __forceinline__ Verdict judge(const VerifyArgs& args, const LawTable&
       bool bad = false;
       v.q_law = draft_law(args, sequence, k, s, bad);
     } else if (Logits && args.draft_is_logits) {
-      v.q_law = table.laws[1][lane];
+      v.q_law = q_law;
       v.bad |= signbit(v.q_law.scale) && !args.target_to_draft;
       v.q_law.scale = fabsf(v.q_law.scale);
     }

@@ -7,11 +7,6 @@
 
 namespace quantgemm {
 
-// Chains of few sequences from logits, without truncation, read and verified in one launch
-// (read_and_verify.cu).
-bool is_read_and_verified(const VerifyArgs& args, const Device& device);
-cudaError_t launch_read_and_verify(const VerifyArgs& args, const Device& device, cudaStream_t stream);
-
 // What a sequence's last token is drawn from if it stops at a position; known before any law is.
 template <class T>
 struct StoppingRow {
@@ -31,7 +26,7 @@ struct StoppingRow {
   }
 };
 
-// Where a sequence stops, and how its last token is drawn. Found by the first warp of each block.
+// Where a sequence stops, and how its last token is drawn. Found by a warp of each block.
 template <class T, bool Logits, int Ahead>
 struct Stop {
   Weights<T, Logits, Ahead> weights;
