@@ -16,7 +16,7 @@ from quantgemm import reference as ref
 Tensor = torch.Tensor
 pytestmark = pytest.mark.cuda
 KINDS = ("plain", "one_hot", "lse", "stored", "mapped", "broken", "greedy", "strided")
-# Sequences, drafts, vocabulary: eight blocks to a sequence and fewer, rows of one strip, of strips of
+# Sequences, drafts, vocabulary: eight blocks to a sequence and fewer, rows of one strip, strips of
 # several chunks, whose last chunk is short, warps far ahead of a verdict.
 SIZES = [
     (16, 5, 128256),
