@@ -150,6 +150,18 @@ def run_sampling_cases(generator: torch.Generator) -> None:
                 }
                 ops.spec_verify(target, drafts, cu_rows, draft, **settings, **noise)
                 ops.draft_sample(target[:5], **settings, **noise, return_probs=True)
+    # Chains read and verified in one launch, some of which stop early.
+    order, lengths = torch.arange(12).cuda(), torch.arange(12).cuda() % 4 + 1
+    starts = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+    for dtype in (torch.float32, torch.bfloat16):
+        target = torch.randn(int(starts[-1]), 20008, generator=generator).to(dtype).cuda()
+        draft = target[starts[:-1, None].clamp(max=len(target) - 3) + torch.arange(3).cuda()]
+        draft[::3, 1] = draft[::3, 1].flip(-1)
+        target[-1, 7] = torch.nan
+        chains = (target, draft.argmax(-1), starts)
+        heat = (order % 5 != 4).float()
+        ops.spec_verify(*chains, draft, temperature=heat, seed=order, position=order)
+        ops.spec_verify(*chains, temperature=heat, seed=order, position=order)
     # More rows than are read and ended in one launch.
     rows, many = torch.randn(70, 20011, generator=generator).cuda(), torch.arange(70).cuda()
     for settings in ({}, {"top_k": torch.full((70,), 10, device="cuda")}):
