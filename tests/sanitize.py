@@ -3,6 +3,8 @@
 
 python tests/sanitize.py           all three tools (needs compute-sanitizer on the PATH)
 python tests/sanitize.py --cases   the cases themselves, which is what the tools run
+python tests/sanitize.py --parts packed --types Q4_0,Q6_K   some of them: packed products of all
+                                   types take long, and types can be run side by side
 """
 
 from __future__ import annotations
@@ -17,7 +19,9 @@ import sys
 import torch
 
 from quantgemm import _C, SparseKVCache, explain_gemm, kv, ops
-from quantgemm.formats import FORMATS
+from quantgemm.formats import FORMATS, format_by_name
+
+TYPES = list(FORMATS)  # ids of those whose products are run
 
 TOOLS = {
     "memcheck": ["--leak-check", "no"],
@@ -75,7 +79,7 @@ def run_layer_steps(generator: torch.Generator) -> None:
 def run_packed_cases(generator: torch.Generator) -> None:
     """Every type with a packed form there and back, and products of ragged sizes."""
     for row in _C.format_table():
-        if not row["can_pack"]:
+        if not row["can_pack"] or row["type_id"] not in TYPES:
             continue
         fmt, block = FORMATS[row["type_id"]], max(32, row["block_elems"])
         sizes = ((1, 37, block), (3, 130, 3 * block), (20, 5, 5 * block), (40, 67, block))
@@ -102,7 +106,8 @@ def run_packed_cases(generator: torch.Generator) -> None:
 
 def run_gemm_cases(generator: torch.Generator) -> None:
     """Every rung and type, rows that start anywhere, ragged sizes, a few tokens and a tile."""
-    for type_id, fmt in FORMATS.items():
+    for type_id in TYPES:
+        fmt = FORMATS[type_id]
         block = max(32, fmt.block_elems)
         for m, n, k in ((1, 37, block), (3, 130, 3 * block), (8, 5, 5 * block), (70, 67, block)):
             w = torch.randint(0, 256, (n, fmt.row_bytes(k)), dtype=torch.uint8, generator=generator)
@@ -259,7 +264,10 @@ def main() -> int:
     parser.add_argument("--cases", action="store_true", help="run the kernels, without a tool")
     parser.add_argument("--tools", default=",".join(TOOLS), help="default: %(default)s")
     parser.add_argument("--parts", default=",".join(PARTS), help="default: %(default)s")
+    parser.add_argument("--types", help="of products, default: all")
     options = parser.parse_args()
+    if options.types:
+        TYPES[:] = [format_by_name(name).type_id for name in options.types.split(",")]
     if options.cases:
         # Without torch's pool every tensor is an allocation of its own.
         run_cases(options.parts.split(","))
@@ -269,6 +277,7 @@ def main() -> int:
     for tool in options.tools.split(","):
         command = [sanitizer, "--tool", tool, "--error-exitcode", "9", *TOOLS[tool]]
         command += [sys.executable, __file__, "--cases", "--parts", options.parts]
+        command += ["--types", options.types] if options.types else []
         env_command = ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", *command]
         done = subprocess.run(env_command, capture_output=True, text=True)
         lines = done.stdout.strip().splitlines()
